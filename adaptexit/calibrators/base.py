@@ -1,0 +1,76 @@
+"""What every calibrator offers to the estimators: a frontier, the point in use, and one rule offline and online."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator
+from sklearn.utils.validation import check_is_fitted
+
+from adaptexit.core.frontier import OperatingPoint, ParetoFrontier
+from adaptexit.core.outputs import ExitBatch, ExitOutputs
+from adaptexit.core.routing import accepts, exit_index
+
+
+class Calibrator(BaseEstimator):
+    """Base of the calibrators. A subclass fits ``frontier_`` and ``point_`` and may rescore outputs and batches.
+
+    Attributes
+    ----------
+    frontier_ : ParetoFrontier
+        The stored operating points on the calibration data.
+    point_ : OperatingPoint
+        The one in use when no budget is given.
+    """
+
+    needs_logits: bool = False
+    """Whether outputs and batches must carry logits."""
+
+    frontier_: ParetoFrontier
+    point_: OperatingPoint
+
+    def fit(self, outputs: ExitOutputs) -> Calibrator:
+        raise NotImplementedError
+
+    @property
+    def thresholds_(self) -> NDArray[np.float64]:
+        """Thresholds of the point in use, shape (K,) or (K, C); the last row is -inf."""
+        return self.point_.thresholds
+
+    def rescored(self, outputs: ExitOutputs) -> ExitOutputs:
+        """The outputs under the score that this calibrator thresholds."""
+        return outputs
+
+    def rescored_batch(self, batch: ExitBatch) -> ExitBatch:
+        """The same of one batch at one exit."""
+        return batch
+
+    def operating_point(self, budget: float | None = None) -> OperatingPoint:
+        """The stored point for a budget (mean relative cost), or the one in use."""
+        check_is_fitted(self)
+        return self.point_ if budget is None else self.frontier_.at(budget=budget)
+
+    def accept(self, k: int, batch: ExitBatch, point: OperatingPoint | None = None) -> NDArray[np.bool_]:
+        """Who of the batch leaves at exit k, shape (B,): the rule of :meth:`exit_index`, online.
+
+        Parameters
+        ----------
+        k : int
+        batch : ExitBatch
+            What exit k knows of B samples that reached it.
+        point : OperatingPoint, optional
+            The operating point to apply instead of the one in use.
+        """
+        check_is_fitted(self)
+        cutoffs = (self.point_ if point is None else point).cutoffs
+        return accepts(self.rescored_batch(batch), cutoffs[k])
+
+    def exit_index(self, outputs: ExitOutputs, point: OperatingPoint | None = None) -> NDArray[np.intp]:
+        """The exit of every sample, shape (N,), on recorded outputs."""
+        check_is_fitted(self)
+        return exit_index(self.rescored(outputs), (self.point_ if point is None else point).cutoffs)
+
+    def pareto(self, outputs: ExitOutputs | None = None) -> ParetoFrontier:
+        """The calibrated frontier, or every point of it re-evaluated on other outputs, in the same order."""
+        check_is_fitted(self)
+        return self.frontier_ if outputs is None else self.frontier_.on(self.rescored(outputs))

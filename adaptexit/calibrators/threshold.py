@@ -1,0 +1,128 @@
+"""One threshold an exit, searched for a budget or an allowed drop of accuracy."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptexit.calibrators.base import Calibrator
+from adaptexit.core.outputs import ExitBatch, ExitOutputs
+from adaptexit.core.scores import resolve_score
+from adaptexit.core.search import SEARCHES, SearchReport, search_thresholds
+
+
+class ThresholdCalibrator(Calibrator):
+    """Thresholds on one score, chosen on calibration data for every budget at once.
+
+    Parameters
+    ----------
+    score : {"recorded", "max_proba", "entropy", "margin"} or callable, default="recorded"
+        What is compared with the thresholds: the scores as recorded (largest probability unless the model's
+        ``confidence`` says otherwise), a function of the recorded logits by name (``"entropy"`` is minus the entropy:
+        with one threshold BranchyNet's rule), or a callable from logits (N, C) to scores (N,), larger = surer.
+    search : {"auto", "exact", "coord", "shared", "geometric"}, default="auto"
+        ``exact`` tries all thresholds (K <= 3); ``coord`` scans exit by exit to a fixed point over many cost weights
+        and repairs the result for every budget, averaged over bootstrap samples where they are few; ``shared`` puts
+        one threshold on isotonic P(correct); ``geometric`` is MSDNet's published rule. ``auto`` chooses by K and N
+        and says what it took in ``search_report_``.
+    budget : float, optional
+        Mean relative cost of the point in use.
+    max_drop : float, optional
+        Instead: the point in use is the cheapest whose calibrated accuracy is at most this far below the full
+        model's (0.01 is one point). With neither, 0.
+    n_points : int, default=100
+        Budgets for which the search is made; predict only looks up.
+    random_state : int, default=0
+        Seed of the bootstrap samples.
+
+    Attributes
+    ----------
+    thresholds_ : array of shape (K,)
+    point_ : OperatingPoint
+    frontier_ : ParetoFrontier
+    search_report_ : SearchReport
+        Search taken, whether bagged, and why.
+
+    Notes
+    -----
+    Accuracy on the calibration data is optimistic: thresholds were chosen on it. Report accuracy on other data.
+    """
+
+    search_report_: SearchReport
+
+    def __init__(
+        self,
+        score: str | Callable[[Any], Any] = "recorded",
+        search: str = "auto",
+        *,
+        budget: float | None = None,
+        max_drop: float | None = None,
+        n_points: int = 100,
+        random_state: int = 0,
+    ) -> None:
+        self.score = score
+        self.search = search
+        self.budget = budget
+        self.max_drop = max_drop
+        self.n_points = n_points
+        self.random_state = random_state
+
+    @property
+    def needs_logits(self) -> bool:  # type: ignore[override]
+        """Whether outputs and batches must carry logits."""
+        return not (isinstance(self.score, str) and self.score == "recorded")
+
+    def fit(self, outputs: ExitOutputs, y: None = None) -> ThresholdCalibrator:
+        """Search the frontier on calibration outputs and choose the point in use.
+
+        Raises
+        ------
+        ValueError
+            For a parameter outside what is allowed, outputs without the logits that the score needs, or a budget
+            below the cheapest operating point.
+        """
+        if self.search != "auto" and self.search not in SEARCHES:
+            raise ValueError(f"search must be one of {['auto', *SEARCHES]}; got {self.search!r}.")
+        if self.budget is not None and self.max_drop is not None:
+            raise ValueError(f"give budget or max_drop, not both; got budget={self.budget}, max_drop={self.max_drop}.")
+        if not (isinstance(self.n_points, (int, np.integer)) and self.n_points >= 1):
+            raise ValueError(f"n_points must be a positive integer; got {self.n_points!r}.")
+        frontier, report = search_thresholds(
+            self.rescored(outputs),
+            self.search,
+            n_points=self.n_points,
+            drops=() if self.max_drop is None else (self.max_drop,),
+            budgets=() if self.budget is None else (self.budget,),
+            random_state=self.random_state,
+        )
+        if self.budget is not None:
+            point = frontier.at(budget=self.budget)
+        else:
+            point = frontier.at(max_drop=0.0 if self.max_drop is None else self.max_drop)
+        self.frontier_, self.search_report_, self.point_ = frontier, report, point
+        return self
+
+    def _formula(self) -> Callable[[Any], NDArray[Any]]:
+        return resolve_score(self.score, "score")
+
+    def rescored(self, outputs: ExitOutputs) -> ExitOutputs:
+        if not self.needs_logits:
+            return outputs
+        formula = self._formula()
+        if outputs.logits is None:
+            raise ValueError(
+                f"score={self.score!r} needs logits, but the outputs have none. Record them (keep_logits=True), "
+                "or use score='recorded'."
+            )
+        return outputs.with_scores(np.stack([np.asarray(formula(exit_logits)) for exit_logits in outputs.logits]))
+
+    def rescored_batch(self, batch: ExitBatch) -> ExitBatch:
+        if not self.needs_logits:
+            return batch
+        if batch.logits is None:
+            raise ValueError(f"score={self.score!r} needs logits, but the batch has none.")
+        return dataclasses.replace(batch, scores=np.asarray(self._formula()(batch.logits)))

@@ -1,0 +1,1 @@
+"""The mathematics, on NumPy arrays: importing it does not import torch."""

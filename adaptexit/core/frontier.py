@@ -1,0 +1,190 @@
+"""Operating points and the frontier they form."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptexit.core.outputs import ExitOutputs
+from adaptexit.core.routing import exit_index, summarise, switched_on
+
+if TYPE_CHECKING:
+    import pandas
+
+Floats = NDArray[np.float64]
+
+TOLERANCE = 1e-9
+"""Slack in comparing accuracies and relative costs, far below one sample in any data set."""
+
+
+@dataclass(frozen=True, eq=False)
+class OperatingPoint:
+    """One setting of thresholds, and what it gives on named data.
+
+    Attributes
+    ----------
+    accuracy : float
+    cost : float
+        Mean relative cost: 1 is the plain full model.
+    exit_rates : array of shape (K,)
+        Share of the samples that leave at each exit.
+    thresholds, cutoffs : arrays of shape (K,) or (K, C)
+        A sample leaves exit k iff its score is above; ``thresholds`` are observed scores, ``cutoffs`` what is compared
+        (:mod:`adaptexit.core.routing`). The last row is -inf.
+    params : dict
+        The knob that made the point: a target, a cost weight, a margin ...
+    """
+
+    accuracy: float
+    cost: float
+    exit_rates: Floats
+    thresholds: Floats
+    cutoffs: Floats
+    params: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def on(self) -> NDArray[np.bool_]:
+        """Exits that are switched on, shape (K,)."""
+        return switched_on(self.thresholds)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class ParetoFrontier:
+    """Operating points in rising cost, with the full model they are compared to.
+
+    On calibration data these are the points that no other beats in both accuracy and cost. Evaluated on other data
+    (:meth:`on`) every point is kept in its order, dominated or not, and :meth:`at` still chooses by what was
+    calibrated: a test curve never chooses for itself.
+
+    Parameters
+    ----------
+    points : list of OperatingPoint
+    full_accuracy : float
+        Accuracy of the full model on the same data.
+    fixed_accuracy, fixed_cost : arrays of shape (K,)
+        Accuracy and relative cost when each exit alone answers for everybody.
+    n_samples : int
+    chosen_on : ParetoFrontier or None
+        The calibrated frontier, where the points were evaluated on other data.
+    """
+
+    points: list[OperatingPoint]
+    full_accuracy: float
+    fixed_accuracy: Floats
+    fixed_cost: Floats
+    n_samples: int
+    chosen_on: ParetoFrontier | None = None
+
+    @cached_property
+    def accuracy(self) -> Floats:
+        """Accuracy of every point, shape (P,)."""
+        return np.array([point.accuracy for point in self.points])
+
+    @cached_property
+    def cost(self) -> Floats:
+        """Mean relative cost of every point, shape (P,)."""
+        return np.array([point.cost for point in self.points])
+
+    def index_at(self, *, budget: float | None = None, max_drop: float | None = None) -> int:
+        """Index of the point that :meth:`at` returns."""
+        if (budget is None) == (max_drop is None):
+            raise ValueError(f"give exactly one of budget and max_drop; got budget={budget!r}, max_drop={max_drop!r}.")
+        calibrated = self.chosen_on or self
+        if budget is not None:
+            if not np.isfinite(budget):
+                raise ValueError(f"budget must be a finite relative cost; got {budget!r}.")
+            within = calibrated.cost <= budget + TOLERANCE
+            if not within.any():
+                raise ValueError(
+                    f"budget must be at least {calibrated.cost.min():.4g}, the relative cost of the cheapest operating "
+                    f"point; got {budget:.4g}. Raise the budget or use a cheaper first exit."
+                )
+            return _best(np.where(within, calibrated.accuracy, -np.inf), -calibrated.cost)
+        assert max_drop is not None
+        if not (np.isfinite(max_drop) and max_drop >= 0):
+            raise ValueError(f"max_drop must be a share of accuracy, at least 0 (0.01 is one point); got {max_drop!r}.")
+        good = calibrated.accuracy >= calibrated.full_accuracy - max_drop - TOLERANCE
+        return _best(np.where(good, -calibrated.cost, -np.inf), calibrated.accuracy)
+
+    def at(self, *, budget: float | None = None, max_drop: float | None = None) -> OperatingPoint:
+        """The operating point for a budget, or for a loss of accuracy that is allowed.
+
+        Parameters
+        ----------
+        budget : float, optional
+            The point of best calibrated accuracy whose mean relative cost is within it.
+        max_drop : float, optional
+            The cheapest point whose calibrated accuracy is at most this far below the full model's (0.01: one point).
+
+        Raises
+        ------
+        ValueError
+            For a budget below the cheapest point, which is named, or when not exactly one of the two is given.
+        """
+        return self.points[self.index_at(budget=budget, max_drop=max_drop)]
+
+    def on(self, outputs: ExitOutputs) -> ParetoFrontier:
+        """Every point evaluated on other data, in the same order."""
+        points = [evaluate(outputs, point.thresholds, point.cutoffs, point.params) for point in self.points]
+        return ParetoFrontier(points, *reference(outputs), chosen_on=self.chosen_on or self)
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A pandas table, one row a point: accuracy, relative cost, exit rates, params (needs pandas)."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_frame needs pandas: pip install pandas (the extra 'plot' brings it).") from error
+        rows = [
+            {"accuracy": p.accuracy, "cost": p.cost}
+            | {f"exit_rate_{k}": rate for k, rate in enumerate(p.exit_rates)}
+            | p.params
+            for p in self.points
+        ]
+        return pandas.DataFrame(rows)
+
+    def plot(self, ax: Any = None, **kwargs: Any) -> Any:
+        """Draw the curve; a shorthand for ``ParetoDisplay.from_frontier(frontier).plot(ax, **kwargs)``."""
+        from adaptexit.displays import ParetoDisplay  # the one arrow that runs up: pictures are optional
+
+        return ParetoDisplay.from_frontier(self).plot(ax, **kwargs)
+
+    def __repr__(self) -> str:
+        return (
+            f"ParetoFrontier({len(self.points)} points, relative cost {self.cost.min():.3f} to {self.cost.max():.3f}, "
+            f"accuracy {self.accuracy.min():.4f} to {self.accuracy.max():.4f}, full model {self.full_accuracy:.4f})"
+        )
+
+
+def _best(first: Floats, second: Floats) -> int:
+    """Index of the largest ``first``; among equals (within the tolerance) of the largest ``second``."""
+    equal = first >= first.max() - TOLERANCE
+    return int(np.argmax(np.where(equal, second, -np.inf)))
+
+
+def reference(outputs: ExitOutputs) -> tuple[float, Floats, Floats, int]:
+    """Accuracy of the full model, accuracy and relative cost of each exit alone, and N: a frontier's last four."""
+    return (
+        outputs.full_accuracy, outputs.accuracies, outputs.alone_costs() / outputs.full_cost, outputs.n_samples,
+    )  # fmt: skip
+
+
+def evaluate(
+    outputs: ExitOutputs, thresholds: Floats, cutoffs: Floats, params: dict[str, Any] | None = None
+) -> OperatingPoint:
+    """The operating point of given thresholds on given outputs."""
+    exits = exit_index(outputs, cutoffs)
+    accuracy, cost, rates = summarise(outputs, exits, switched_on(thresholds))
+    return OperatingPoint(accuracy, cost, rates, thresholds, cutoffs, params or {})
+
+
+def not_dominated(accuracy: Sequence[float] | Floats, cost: Sequence[float] | Floats) -> NDArray[np.intp]:
+    """Indices, in rising cost, of the points that no other beats in both; of equal points the first."""
+    accuracies, costs = np.asarray(accuracy, dtype=np.float64), np.asarray(cost, dtype=np.float64)
+    order = np.lexsort((np.arange(len(costs)), -accuracies, costs))
+    best_before = np.maximum.accumulate(np.concatenate([[-np.inf], accuracies[order][:-1]]))
+    return order[accuracies[order] > best_before + TOLERANCE]

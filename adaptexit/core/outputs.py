@@ -1,0 +1,415 @@
+"""What a multi-exit model answered on a data set, recorded once and calibrated many times."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import InitVar, dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from adaptexit.core.folders import written_whole
+from adaptexit.core.scores import resolve_score
+
+FORMAT_VERSION = 1
+_ARRAYS = ("predictions", "scores", "labels", "stage_costs", "exit_costs", "logits", "quality")
+
+
+@dataclass(frozen=True, kw_only=True, eq=False, repr=False)
+class ExitOutputs:
+    """Answers, scores and costs of K exits on N samples: the value that every calibrator, metric and plot works on.
+
+    Validated once, here; functions of :mod:`adaptexit.core` trust it afterwards. Arrays are kept in the form given
+    where it is compact already (memory-mapped ones stay on disk) and narrowed otherwise: class indices to the
+    smallest signed integer that holds ``n_classes``, half-precision scores widened to single.
+
+    Parameters
+    ----------
+    predictions : integer array of shape (K, N) or None
+        Class index that each exit answers; the last exit is the full model. None only with ``quality``.
+    scores : float array of shape (K, N)
+        How sure each exit is, larger = surer, finite. The last row decides nothing.
+    labels : integer array of shape (N,) or None
+        True class indices in 0 ... n_classes - 1. None only with ``quality``.
+    n_classes : int or None
+        Number of classes C. None only with ``quality``.
+    stage_costs, exit_costs : float arrays of shape (K,)
+        Cost of stage k, which nobody avoids on the way past exit k, and cost of exit k itself, paid only where
+        that exit is switched on. Any unit (usually MACs); finite, not negative.
+    costs : float array of shape (K,), optional
+        Instead of both: cumulative stage costs, rising, with free exits.
+    logits : float array of shape (K, N, C), optional
+    features : list of K float arrays of shape (N, d_k), optional
+    quality : array of shape (K, N), optional
+        What accuracy averages: correctness (0 or 1) unless given, so that boxes or regressions fit in.
+    chained : bool, default=False
+        Exits read earlier exits, so all of them up to the deepest one switched on are run and paid for.
+
+    Raises
+    ------
+    ValueError
+        For shapes that disagree, values that are not finite, class indices outside the classes or costs that
+        cannot be: the message names the argument, what was allowed and what came.
+    """
+
+    predictions: NDArray[Any] | None = None
+    scores: NDArray[Any] = None  # type: ignore[assignment]  # required; keyword order follows the contract
+    labels: NDArray[Any] | None = None
+    n_classes: int | None = None
+    stage_costs: NDArray[np.float64] = None  # type: ignore[assignment]
+    exit_costs: NDArray[np.float64] = None  # type: ignore[assignment]
+    logits: NDArray[Any] | None = None
+    features: list[NDArray[Any]] | None = None
+    quality: NDArray[Any] | None = None
+    chained: bool = False
+    costs: InitVar[ArrayLike | None] = None
+
+    def __post_init__(self, costs: ArrayLike | None) -> None:
+        store = _Setter(self)
+        scores = np.asanyarray(self.scores)
+        if self.scores is None or scores.ndim != 2 or scores.shape[0] < 1:
+            raise ValueError(f"scores must have shape (K, N) with K >= 1 exits; got shape {scores.shape}.")
+        n_exits, n_samples = scores.shape
+        if n_samples == 0:
+            raise ValueError("scores must hold at least one sample; got none. Check that the data set is not empty.")
+        if scores.dtype.kind not in "fiu":
+            raise ValueError(f"scores must be real numbers; got dtype {scores.dtype}.")
+        if scores.dtype not in (np.float32, np.float64):
+            scores = scores.astype(np.float32 if scores.dtype == np.float16 else np.float64)
+        _check_finite(scores, "scores")
+        store.scores = scores
+
+        self._check_classes(store, n_exits, n_samples)
+        if self.quality is not None:
+            quality = np.asanyarray(self.quality)
+            _check_shape(quality, (n_exits, n_samples), "quality")
+            _check_finite(quality, "quality")
+            store.quality = quality
+        elif self.predictions is None or self.labels is None:
+            raise ValueError(
+                "accuracy is undefined: give predictions and labels, or quality of shape (K, N) instead; "
+                f"got predictions={_shape(self.predictions)}, labels={_shape(self.labels)}, quality=None."
+            )
+        if self.logits is not None:
+            logits = np.asanyarray(self.logits)
+            if self.n_classes is None:
+                raise ValueError("logits need n_classes; got n_classes=None.")
+            _check_shape(logits, (n_exits, n_samples, self.n_classes), "logits")
+            _check_finite(logits, "logits")
+            store.logits = logits
+        if self.features is not None:
+            features = [np.asanyarray(feature) for feature in self.features]
+            if len(features) != n_exits or any(f.ndim != 2 or f.shape[0] != n_samples for f in features):
+                raise ValueError(
+                    f"features must be a list of {n_exits} arrays of shape ({n_samples}, d_k); "
+                    f"got shapes {[f.shape for f in features]}."
+                )
+            for k, feature in enumerate(features):
+                _check_finite(feature, f"features[{k}]")
+            store.features = features
+        store.stage_costs, store.exit_costs = _check_costs(self.stage_costs, self.exit_costs, costs, n_exits)
+
+    def _check_classes(self, store: _Setter, n_exits: int, n_samples: int) -> None:
+        if self.predictions is None and self.labels is None:
+            return
+        if self.n_classes is None or int(self.n_classes) < 1:
+            raise ValueError(f"n_classes must be a positive integer; got {self.n_classes!r}.")
+        store.n_classes = int(self.n_classes)
+        for name, shape in (("predictions", (n_exits, n_samples)), ("labels", (n_samples,))):
+            array = getattr(self, name)
+            if array is not None:
+                array = np.asanyarray(array)
+                _check_shape(array, shape, name)
+                setattr(store, name, _compact_classes(array, int(self.n_classes), name))
+
+    # -- construction --------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_logits(
+        cls,
+        logits: ArrayLike,
+        labels: ArrayLike,
+        *,
+        score: str | Callable[[Any], Any] = "max_proba",
+        stage_costs: ArrayLike | None = None,
+        exit_costs: ArrayLike | None = None,
+        costs: ArrayLike | None = None,
+        keep_logits: bool = True,
+        **others: Any,
+    ) -> ExitOutputs:
+        """Outputs of exits that are classifiers, from their logits.
+
+        Parameters
+        ----------
+        logits : float array of shape (K, N, C)
+        labels : integer array of shape (N,)
+        score : {"max_proba", "entropy", "margin"} or callable from logits (N, C) to scores (N,)
+        stage_costs, exit_costs, costs : as in the constructor
+        keep_logits : bool, default=True
+            False keeps predictions and scores only.
+        **others
+            ``features``, ``quality``, ``chained``.
+        """
+        array = np.asanyarray(logits)
+        if array.ndim != 3 or array.shape[2] < 1:
+            raise ValueError(f"logits must have shape (K, N, C); got shape {array.shape}.")
+        _check_finite(array, "logits")
+        formula = resolve_score(score, "score")
+        return cls(
+            predictions=np.stack([exit_logits.argmax(axis=1) for exit_logits in array]),
+            scores=np.stack([np.asarray(formula(exit_logits)) for exit_logits in array]),
+            labels=np.asanyarray(labels),
+            n_classes=array.shape[2],
+            stage_costs=stage_costs,  # type: ignore[arg-type]
+            exit_costs=exit_costs,  # type: ignore[arg-type]
+            costs=costs,
+            logits=array if keep_logits else None,
+            **others,
+        )
+
+    def _replace(self, **fields: Any) -> ExitOutputs:
+        """A copy with some fields exchanged, not validated again."""
+        copy = object.__new__(ExitOutputs)
+        for name in (*_ARRAYS, "features", "n_classes", "chained"):
+            object.__setattr__(copy, name, fields.get(name, getattr(self, name)))
+        return copy
+
+    def take(self, samples: NDArray[Any]) -> ExitOutputs:
+        """The same exits on some of the samples (indices or a mask); repeated indices repeat samples."""
+
+        def pick(array: NDArray[Any] | None, axis: int) -> NDArray[Any] | None:
+            return None if array is None else (array[samples] if axis == 0 else array[:, samples])
+
+        features = None if self.features is None else [feature[samples] for feature in self.features]
+        return self._replace(
+            predictions=pick(self.predictions, 1), scores=pick(self.scores, 1), labels=pick(self.labels, 0),
+            logits=pick(self.logits, 1), quality=pick(self.quality, 1), features=features,
+        )  # fmt: skip
+
+    def with_scores(self, scores: NDArray[Any]) -> ExitOutputs:
+        """The same outputs under other scores, shape (K, N)."""
+        scores = np.asarray(scores)
+        _check_shape(scores, self.scores.shape, "scores")
+        _check_finite(scores, "scores")
+        return self._replace(scores=scores)
+
+    def with_costs(self, stage_costs: ArrayLike, exit_costs: ArrayLike) -> ExitOutputs:
+        """The same outputs at other costs, both (K,)."""
+        stage, exits = _check_costs(stage_costs, exit_costs, None, self.n_exits)
+        return self._replace(stage_costs=stage, exit_costs=exits)
+
+    def drop_exit(self, k: int) -> ExitOutputs:
+        """The same model without early exit k; its stage cost falls to the next exit's."""
+        kept = np.arange(self.n_exits) != k
+        stage_costs = self.stage_costs.copy()
+        stage_costs[k + 1] += stage_costs[k]
+        rows = {
+            name: None if (array := getattr(self, name)) is None else array[kept]
+            for name in ("predictions", "scores", "logits", "quality")
+        }
+        features = None if self.features is None else [f for f, keep in zip(self.features, kept, strict=True) if keep]
+        return self._replace(**rows, features=features, stage_costs=stage_costs[kept], exit_costs=self.exit_costs[kept])
+
+    # -- sizes, quality and costs --------------------------------------------------------------------------------
+
+    @property
+    def n_exits(self) -> int:
+        """Number of exits K."""
+        return int(self.scores.shape[0])
+
+    @property
+    def n_samples(self) -> int:
+        """Number of samples N."""
+        return int(self.scores.shape[1])
+
+    @cached_property
+    def graded(self) -> NDArray[Any]:
+        """What accuracy averages, shape (K, N): ``quality`` where given, else correctness as booleans."""
+        if self.quality is not None:
+            return self.quality
+        assert self.predictions is not None
+        assert self.labels is not None
+        return np.asarray(self.predictions == self.labels)
+
+    @property
+    def accuracies(self) -> NDArray[np.float64]:
+        """Accuracy of every exit when all samples leave there, shape (K,)."""
+        return np.array([np.mean(row, dtype=np.float64) for row in self.graded])
+
+    @property
+    def full_accuracy(self) -> float:
+        """Accuracy of the full model."""
+        return float(np.mean(self.graded[-1], dtype=np.float64))
+
+    @property
+    def full_cost(self) -> float:
+        """Cost of the plain full model, every other exit switched off: the unit of relative cost."""
+        return float(self.stage_costs.sum() + self.exit_costs[-1])
+
+    def paid_exits(self, on: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Exits that are run, shape (K,), when those of ``on`` are switched on (the last always is)."""
+        paid = np.array(on, dtype=bool)
+        if self.chained and paid[:-1].any():
+            paid[: np.flatnonzero(paid[:-1])[-1]] = True
+        paid[-1] = True
+        return paid
+
+    def path_costs(self, on: NDArray[np.bool_]) -> NDArray[np.float64]:
+        """Cost of a sample that leaves at each exit, shape (K,), when the exits of ``on`` are switched on."""
+        paid = np.where(self.paid_exits(on), self.exit_costs, 0.0)
+        return np.asarray(np.cumsum(self.stage_costs + paid), dtype=np.float64)
+
+    def alone_costs(self) -> NDArray[np.float64]:
+        """Cost of a sample when exit k answers for everybody and nothing else is switched on, shape (K,)."""
+        exits = np.arange(self.n_exits)
+        return np.array([self.path_costs(exits == k)[k] for k in exits])
+
+    # -- persistence ---------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write a folder of ``.npy`` files and one JSON file; an earlier one of the same name is replaced whole."""
+        with written_whole(folder, "outputs.json") as scratch:
+            for name, array in self._named_arrays():
+                np.save(scratch / f"{name}.npy", array, allow_pickle=False)
+            described = {
+                "format": FORMAT_VERSION, "n_classes": self.n_classes, "chained": self.chained,
+                "n_exits": self.n_exits, "n_samples": self.n_samples,
+                "arrays": [name for name, _ in self._named_arrays()],
+            }  # fmt: skip
+            (scratch / "outputs.json").write_text(json.dumps(described, indent=2) + "\n")
+
+    def _named_arrays(self) -> list[tuple[str, NDArray[Any]]]:
+        named = [(name, getattr(self, name)) for name in _ARRAYS if getattr(self, name) is not None]
+        return named + [(f"features_{k}", feature) for k, feature in enumerate(self.features or [])]
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], *, mmap: bool = False) -> ExitOutputs:
+        """Read what :meth:`save` wrote; nothing is unpickled.
+
+        Parameters
+        ----------
+        folder : path
+        mmap : bool, default=False
+            Leave the arrays on disk and map them read-only, for outputs larger than memory. Shapes are checked;
+            the values, validated when they were recorded, are not read for it.
+        """
+        source = Path(folder)
+        if not (source / "outputs.json").is_file():
+            raise FileNotFoundError(
+                f"folder must hold ExitOutputs written by save; there is no outputs.json in {source}."
+            )
+        described = json.loads((source / "outputs.json").read_text())
+        if described.get("format") != FORMAT_VERSION:
+            raise ValueError(
+                f"{source} has format {described.get('format')!r}; this version reads format {FORMAT_VERSION}. "
+                "Record the outputs again, or read them with the version that wrote them."
+            )
+        read = {
+            name: np.load(source / f"{name}.npy", mmap_mode="r" if mmap else None, allow_pickle=False)
+            for name in described["arrays"]
+        }
+        shape = (described["n_exits"], described["n_samples"])
+        for name in ("predictions", "scores", "quality"):
+            if name in read:
+                _check_shape(read[name], shape, name)
+        features = [read.pop(name) for name in described["arrays"] if name.startswith("features_")]
+        empty = object.__new__(cls)
+        for name in _ARRAYS:
+            object.__setattr__(empty, name, read.get(name))
+        object.__setattr__(empty, "features", features or None)
+        object.__setattr__(empty, "n_classes", described["n_classes"])
+        object.__setattr__(empty, "chained", described["chained"])
+        for name in ("stage_costs", "exit_costs"):
+            object.__setattr__(empty, name, np.array(read[name]))
+        return empty
+
+    def __repr__(self) -> str:
+        kept = [name for name in ("logits", "features", "quality") if getattr(self, name) is not None]
+        extra = f", with {', '.join(kept)}" if kept else ""
+        return f"ExitOutputs({self.n_exits} exits, {self.n_samples} samples, {self.n_classes} classes{extra})"
+
+
+@dataclass(kw_only=True)
+class ExitBatch:
+    """What exit k knows of the samples that reached it: the online counterpart of one row of :class:`ExitOutputs`."""
+
+    predictions: NDArray[Any]
+    scores: NDArray[Any]
+    logits: NDArray[Any] | None = None
+    features: NDArray[Any] | None = None
+
+
+class _Setter:
+    """Assigns fields of a frozen dataclass while it is being constructed."""
+
+    def __init__(self, value: object) -> None:
+        object.__setattr__(self, "_value", value)
+
+    def __setattr__(self, name: str, content: object) -> None:
+        object.__setattr__(object.__getattribute__(self, "_value"), name, content)
+
+
+def _shape(array: NDArray[Any] | None) -> str:
+    return "None" if array is None else f"shape {np.shape(array)}"
+
+
+def _check_shape(array: NDArray[Any], shape: tuple[int, ...], name: str) -> None:
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}; got shape {array.shape}.")
+
+
+def _check_finite(array: NDArray[Any], name: str) -> None:
+    rows = array if array.ndim > 1 else array[None]
+    for k, row in enumerate(rows):
+        if not np.isfinite(row).all():
+            where = int(np.argmax(~np.isfinite(row).reshape(row.shape[0], -1).all(axis=1)))
+            raise ValueError(
+                f"{name} must be finite; exit {k} has {row[where]!r} at sample {where}. "
+                "Look for NaN or inf in the data, or for a model that overflows."
+            )
+
+
+def _compact_classes(array: NDArray[Any], n_classes: int, name: str) -> NDArray[Any]:
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be integer class indices; got dtype {array.dtype}.")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= n_classes:
+        raise ValueError(
+            f"{name} must lie in 0 ... {n_classes - 1}; got values from {low} to {high}. "
+            "Map other label values to indices first."
+        )
+    smallest = np.min_scalar_type(-n_classes)
+    return array if array.dtype.itemsize <= smallest.itemsize else array.astype(smallest)
+
+
+def _check_costs(
+    stage_costs: Any, exit_costs: Any, costs: Any, n_exits: int
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    if costs is not None:
+        if stage_costs is not None or exit_costs is not None:
+            raise ValueError("costs replaces stage_costs and exit_costs: give either costs or those two, not both.")
+        cumulative = _cost_array(costs, n_exits, "costs")
+        if (np.diff(cumulative) < 0).any():
+            raise ValueError(f"costs are cumulative and must not fall from exit to exit; got {cumulative.tolist()}.")
+        stage_costs, exit_costs = np.diff(cumulative, prepend=0.0), np.zeros(n_exits)
+    if stage_costs is None or exit_costs is None:
+        missing = [n for n, v in (("stage_costs", stage_costs), ("exit_costs", exit_costs)) if v is None]
+        raise ValueError(f"{' and '.join(missing)} must be given, or costs= (cumulative, free exits) instead.")
+    stage = _cost_array(stage_costs, n_exits, "stage_costs")
+    exits = _cost_array(exit_costs, n_exits, "exit_costs")
+    if stage.sum() + exits[-1] <= 0:
+        raise ValueError("the full model must cost something: stage_costs plus the last of exit_costs is 0.")
+    return stage, exits
+
+
+def _cost_array(values: Any, n_exits: int, name: str) -> NDArray[np.float64]:
+    array = np.array(values, dtype=np.float64)
+    _check_shape(array, (n_exits,), name)
+    if not (np.isfinite(array).all() and (array >= 0).all()):
+        raise ValueError(f"{name} must be finite and not negative; got {array.tolist()}.")
+    return array

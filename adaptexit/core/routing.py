@@ -1,0 +1,63 @@
+"""From thresholds to the exit of every sample, and what that means on average.
+
+A sample leaves exit k iff ``score > threshold``. The thresholds that are stored are observed scores; what is compared
+online and offline is the *cutoff*, half way between the threshold and the next observed score above it, so that a
+rounding error cannot flip the calibration sample that sits on the threshold itself.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from adaptexit.core.outputs import ExitBatch, ExitOutputs
+
+Floats = NDArray[np.float64]
+
+
+def switched_on(thresholds: Floats) -> NDArray[np.bool_]:
+    """Exits that somebody can leave at, shape (K,); the last always is on."""
+    finite = thresholds < np.inf
+    on: NDArray[np.bool_] = np.array(finite.any(axis=1) if finite.ndim == 2 else finite)
+    on[-1] = True
+    return on
+
+
+def accepts(batch: ExitBatch, cutoff: Floats | float) -> NDArray[np.bool_]:
+    """Who leaves, shape (B,): those whose score lies above the exit's cutoff (one number, or one a class)."""
+    limits = np.asarray(cutoff, dtype=np.float64)
+    limit = limits[batch.predictions] if limits.ndim == 1 else limits
+    return np.asarray(np.asarray(batch.scores, dtype=np.float64) > limit)
+
+
+def exit_index(outputs: ExitOutputs, cutoffs: Floats) -> NDArray[np.intp]:
+    """The exit at which every sample leaves, shape (N,), for cutoffs of shape (K,) or (K, C)."""
+    exits = np.full(outputs.n_samples, outputs.n_exits - 1, dtype=np.intp)
+    for k in range(outputs.n_exits - 2, -1, -1):
+        predictions = exits if outputs.predictions is None else outputs.predictions[k]
+        exits[accepts(ExitBatch(predictions=predictions, scores=outputs.scores[k]), cutoffs[k])] = k
+    return exits
+
+
+def summarise(outputs: ExitOutputs, exits: NDArray[np.intp], on: NDArray[np.bool_]) -> tuple[float, float, Floats]:
+    """Accuracy, mean relative cost and exit rates (K,) when sample i leaves at ``exits[i]``."""
+    counts = np.bincount(exits, minlength=outputs.n_exits)
+    accuracy = float(np.mean(outputs.graded[exits, np.arange(outputs.n_samples)], dtype=np.float64))
+    rates = counts / outputs.n_samples
+    cost = float(rates @ outputs.path_costs(on)) / outputs.full_cost
+    return accuracy, cost, rates
+
+
+def cutoffs_above(thresholds: NDArray[Any], scores: NDArray[Any]) -> Floats:
+    """Half way from each threshold to the smallest observed score above it, shape of ``thresholds``.
+
+    ``scores`` are the sorted (rising) observed scores of the cell. Thresholds of -inf and inf stay as they are.
+    """
+    values = np.asarray(thresholds, dtype=np.float64)
+    above = np.searchsorted(scores, values, side="right")
+    next_up = np.asarray(scores, dtype=np.float64)[np.minimum(above, len(scores) - 1)]
+    with np.errstate(invalid="ignore"):
+        middle = values + (next_up - values) / 2
+    return np.where(np.isfinite(values) & (above < len(scores)), middle, values)

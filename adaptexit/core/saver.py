@@ -1,0 +1,147 @@
+"""TinySaver's arithmetic: how much of a base model's job a saver can take (Wang et al., ECCV 2024, section 3).
+
+All functions take, for N samples, the saver's confidence and the quality (usually correctness, 0 or 1) of both models'
+answers. A sample leaves at the saver iff its confidence is at least the paper's t, so equal confidences leave together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from adaptexit.core.frontier import TOLERANCE
+from adaptexit.core.outputs import ExitOutputs
+from adaptexit.core.search import MOST_SAMPLES_EXACT, search_thresholds
+
+Floats = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class JobCurve:
+    """Accuracy of saver and base on the samples that leave, against how many leave (TinySaver's Fig. 3).
+
+    Attributes
+    ----------
+    exit_ratio, saver_accuracy, base_accuracy, threshold : arrays of shape (E,)
+        One entry for each distinct confidence, from the surest; ``threshold`` is the paper's t (leave iff at least t).
+    job_ratio : float
+        Largest exit ratio at which the saver is not worse than the base on those who leave (eq. 7), 0 if none.
+    """
+
+    exit_ratio: Floats
+    saver_accuracy: Floats
+    base_accuracy: Floats
+    threshold: Floats
+    job_ratio: float
+
+
+def job_curve(confidence: ArrayLike, saver_quality: ArrayLike, base_quality: ArrayLike) -> JobCurve:
+    """The curve of TinySaver's Fig. 3 with its crossing (eq. 6-7), arguments of shape (N,)."""
+    ends, saver_sum, base_sum, falling = _sorted_sums(confidence, saver_quality, base_quality)
+    ratio = ends / len(falling)
+    equal = np.flatnonzero(saver_sum >= base_sum - TOLERANCE)
+    return JobCurve(
+        exit_ratio=ratio, saver_accuracy=saver_sum / ends, base_accuracy=base_sum / ends,
+        threshold=falling[ends - 1], job_ratio=float(ratio[equal[-1]]) if len(equal) else 0.0,
+    )  # fmt: skip
+
+
+def job_ratio(confidence: ArrayLike, saver_quality: ArrayLike, base_quality: ArrayLike) -> float:
+    """r_match of TinySaver's eq. 7: the largest share of samples the saver takes with no loss on those that leave."""
+    return job_curve(confidence, saver_quality, base_quality).job_ratio
+
+
+def delta_cost(saver_cost: float, base_cost: float, ratio: float) -> float:
+    """ΔC of TinySaver's eq. 10, C_S / C_B - r: the change of mean cost relative to the base; it pays where negative."""
+    return saver_cost / base_cost - ratio
+
+
+def required_cost(
+    confidence: ArrayLike,
+    saver_quality: ArrayLike,
+    base_quality: ArrayLike,
+    saver_cost: float,
+    base_cost: float,
+    drops: Sequence[float] = (0.01, 0.005, 0.001, 0.0),
+) -> Floats:
+    """Relative cost needed when accuracy may fall by at most each of ``drops`` (TinySaver's Table 1), shape of drops.
+
+    C_S/C_B + 1 - r with the largest r that keeps the drop, also where r is 0: then it lies above 1, as the paper
+    prints it. The plain base, at relative cost 1, is a separate operating point.
+    """
+    ends, saver_sum, base_sum, falling = _sorted_sums(confidence, saver_quality, base_quality)
+    gain = saver_sum - base_sum
+    allowed = np.asarray(drops, dtype=np.float64) * len(falling)
+    kept = gain[None, :] >= -allowed[:, None] - 1e-9
+    longest = np.where(kept, ends[None, :], 0).max(axis=1)
+    return np.asarray(saver_cost / base_cost + 1.0 - longest / len(falling))
+
+
+def _sorted_sums(
+    confidence: ArrayLike, saver_quality: ArrayLike, base_quality: ArrayLike
+) -> tuple[NDArray[np.intp], Floats, Floats, NDArray[Any]]:
+    """Prefix lengths at tie ends, summed qualities of those prefixes, and the confidences in falling order."""
+    scores = np.asarray(confidence)
+    order = np.argsort(-scores, kind="stable")
+    falling = scores[order]
+    ends = np.append(np.flatnonzero(np.diff(falling)) + 1, len(falling))
+    saver_sum, base_sum = (
+        np.cumsum(np.asarray(quality)[order], dtype=np.float64)[ends - 1] for quality in (saver_quality, base_quality)
+    )
+    return ends, saver_sum, base_sum, falling
+
+
+@dataclass(frozen=True)
+class SaverReport:
+    """What one saver brings to its cascade at no loss of calibrated accuracy.
+
+    Attributes
+    ----------
+    saver : int
+        Its exit.
+    delta_cost : float
+        Change of the mean relative cost by having it run; it pays where negative. With one saver TinySaver's ΔC
+        (eq. 10); with several, the cheapest cascade with it against the cheapest without it.
+    job_ratio : float
+        Share of the base's job that it could take alone (eq. 7).
+    """
+
+    saver: int
+    delta_cost: float
+    job_ratio: float
+
+    @property
+    def pays(self) -> bool:
+        """Whether running the saver lowers the cost."""
+        return self.delta_cost < 0
+
+
+def saver_reports(outputs: ExitOutputs) -> list[SaverReport]:
+    """One report for each early exit of a cascade of whole models."""
+    ratios = [job_ratio(outputs.scores[k], outputs.graded[k], outputs.graded[-1]) for k in range(outputs.n_exits - 1)]
+    if outputs.n_exits == 2:
+        delta = delta_cost(float(outputs.exit_costs[0]), float(outputs.exit_costs[1]), ratios[0])
+        return [SaverReport(0, delta, ratios[0])]
+    return [
+        SaverReport(k, _lossless_cost(_committed(outputs, k)) - _lossless_cost(outputs.drop_exit(k)), ratio)
+        for k, ratio in enumerate(ratios)
+    ]
+
+
+def _committed(outputs: ExitOutputs, saver: int) -> ExitOutputs:
+    """The same cascade when everybody who gets as far as the saver runs it."""
+    stage_costs, exit_costs = outputs.stage_costs.copy(), outputs.exit_costs.copy()
+    stage_costs[saver] += exit_costs[saver]
+    exit_costs[saver] = 0.0
+    return outputs.with_costs(stage_costs, exit_costs)
+
+
+def _lossless_cost(outputs: ExitOutputs) -> float:
+    """Least mean cost at no loss of accuracy, relative to the last model alone."""
+    few = outputs.n_exits <= 2 or (outputs.n_exits == 3 and outputs.n_samples <= MOST_SAMPLES_EXACT)
+    frontier, _ = search_thresholds(outputs, "exact" if few else "coord", n_points=10)
+    return frontier.at(max_drop=0.0).cost * outputs.full_cost / float(outputs.exit_costs[-1])

@@ -1,0 +1,63 @@
+"""Scores: one number per sample that says how sure a classifier is, larger = surer.
+
+Every function takes logits whose last axis is the classes, and works on NumPy arrays or on any namespace
+that offers the same functions under the same names (``xp=torch`` does), so that recording, offline routing and
+the executor share one formula.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+Array = Any  # an array of the namespace ``xp``
+
+
+def softmax(logits: Array, xp: Any = np) -> Array:
+    """Class probabilities, shape of ``logits``."""
+    shifted = xp.exp(logits - xp.amax(logits, axis=-1, keepdims=True))
+    return shifted / xp.sum(shifted, axis=-1, keepdims=True)
+
+
+def max_proba(logits: Array, xp: Any = np) -> Array:
+    """Largest class probability, in (0, 1]: the confidence of TinySaver (eq. 7) and of MSDNet."""
+    return 1.0 / xp.sum(xp.exp(logits - xp.amax(logits, axis=-1, keepdims=True)), axis=-1)
+
+
+def negative_entropy(logits: Array, xp: Any = np) -> Array:
+    """Minus the entropy of the class probabilities in nats, in [-log C, 0]: BranchyNet's rule, sign turned."""
+    shifted = logits - xp.amax(logits, axis=-1, keepdims=True)
+    weights = xp.exp(shifted)
+    total = xp.sum(weights, axis=-1)
+    return xp.sum(weights * shifted, axis=-1) / total - xp.log(total)
+
+
+def margin(logits: Array, xp: Any = np) -> Array:
+    """Largest class probability minus the second largest, in [0, 1]."""
+    top = xp.amax(logits, axis=-1, keepdims=True)
+    at_top = logits == top
+    others = xp.amax(xp.where(at_top, -xp.inf, logits), axis=-1, keepdims=True)
+    second = xp.where(xp.sum(at_top, axis=-1, keepdims=True) > 1, top, others)
+    total = xp.sum(xp.exp(logits - top), axis=-1)
+    return (1.0 - xp.exp(second - top))[..., 0] / total
+
+
+SCORES: dict[str, Callable[..., Array]] = {
+    "max_proba": max_proba,
+    "entropy": negative_entropy,
+    "margin": margin,
+}
+
+
+def resolve_score(score: str | Callable[[Array], Array], argument: str, xp: Any = np) -> Callable[[Array], Array]:
+    """The function from logits to scores behind a name or a callable; ``argument`` names it in the error."""
+    if callable(score):
+        return score
+    if score in SCORES:
+        formula = SCORES[score]
+        return lambda logits: formula(logits, xp)
+    raise ValueError(
+        f"{argument} must be one of {sorted(SCORES)} or a callable from logits (N, C) to scores (N,); got {score!r}."
+    )

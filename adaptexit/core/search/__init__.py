@@ -1,0 +1,133 @@
+"""Choosing thresholds: from recorded outputs to a frontier of operating points (METHODS of the library, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, not_dominated, reference
+from adaptexit.core.outputs import ExitOutputs
+from adaptexit.core.search.methods import Policies, Search, coord, exact, geometric, shared
+from adaptexit.core.search.problem import Policy, Problem
+from adaptexit.core.search.targets import Target
+
+SEARCHES: dict[str, Search] = {"exact": exact, "coord": coord, "shared": shared, "geometric": geometric}
+
+STANDARD_DROPS = (0.0, 0.001, 0.005, 0.01)
+"""Allowed drops of accuracy that every frontier has a point for: the columns of TinySaver's Table 1."""
+
+N_BAGS = 10
+
+MOST_SAMPLES_EXACT = 5000
+"""Samples up to which ``auto`` pays the O(N^2) of the exact search with two early exits."""
+
+
+@dataclass(frozen=True)
+class SearchReport:
+    """What a search took: its name, whether thresholds are bagged, and why ``auto`` chose so."""
+
+    search: str
+    bagged: bool
+    reason: str
+
+
+def choose_search(n_exits: int, n_samples: int) -> SearchReport:
+    """What ``search="auto"`` takes for K exits and N calibration samples."""
+    if n_exits <= 2:
+        return SearchReport("exact", False, "one early exit: every threshold can be tried")
+    if n_exits == 3 and 1000 * n_exits <= n_samples <= MOST_SAMPLES_EXACT:
+        return SearchReport("exact", False, f"two early exits, {n_samples} samples: every pair of thresholds is tried")
+    if n_samples < 200 * n_exits:
+        return SearchReport("shared", False, f"{n_samples} samples are fewer than 200 an exit")
+    if n_samples < 1000 * n_exits:
+        return SearchReport("coord", True, f"{n_samples} samples are fewer than 1000 an exit")
+    return SearchReport("coord", False, f"{n_samples} samples are at least 1000 an exit")
+
+
+def targets_for(problem: Problem, n_points: int, drops: Sequence[float], budgets: Sequence[float]) -> list[Target]:
+    """Budgets from the cheapest policy to the most accurate one in even steps, and the budgets and drops asked for."""
+    everybody = np.diag(np.full(problem.n_early, problem.n_samples))
+    cheapest = min(problem.values(everybody)[1].min() / problem.n_samples, 1.0)
+    unlimited = Target(budget=1.0).objective(problem.n_samples, problem.full_quality)
+    most_accurate, _ = problem.settle(np.zeros(problem.n_early, dtype=np.int64), unlimited)
+    dearest = problem.value(most_accurate)[1] / problem.n_samples
+    grid = np.union1d(np.linspace(cheapest, max(dearest, cheapest), n_points), [*budgets, 1.0])
+    wanted_drops = np.union1d(drops, STANDARD_DROPS)
+    return [Target(budget=float(b)) for b in grid] + [Target(max_drop=float(d)) for d in wanted_drops]
+
+
+def search_thresholds(
+    outputs: ExitOutputs,
+    search: str = "auto",
+    *,
+    n_points: int = 100,
+    drops: Sequence[float] = (),
+    budgets: Sequence[float] = (),
+    random_state: int = 0,
+) -> tuple[ParetoFrontier, SearchReport]:
+    """The frontier of operating points on calibration outputs, and what was done to find it.
+
+    Parameters
+    ----------
+    outputs : ExitOutputs
+    search : {"auto", "exact", "coord", "shared", "geometric"}
+    n_points : int
+        Budgets on the grid; the frontier has about as many points, fewer where one policy serves several.
+    drops, budgets : sequences of float
+        Allowed drops of accuracy and relative costs to serve beside the grid.
+    random_state : int
+        Seed of the bootstrap samples where thresholds are bagged.
+    """
+    report = choose_search(outputs.n_exits, outputs.n_samples)
+    if search != "auto":
+        bagged = search == "coord" and outputs.n_samples < 1000 * outputs.n_exits
+        report = SearchReport(search, bagged, "asked for")
+    problem = Problem.from_outputs(outputs)
+    if problem.n_early == 0:
+        policies, targets = np.zeros((1, 0), dtype=np.int64), [Target(max_drop=0.0)]
+    else:
+        targets = targets_for(problem, n_points, drops, budgets)
+        method = SEARCHES[report.search]
+        if report.bagged:
+            policies = _bagged(outputs, problem, method, targets, random_state)
+        else:
+            policies = method(problem, targets)
+    return _frontier(outputs, problem, policies, targets), report
+
+
+def _bagged(
+    outputs: ExitOutputs, problem: Problem, method: Search, targets: Sequence[Target], random_state: int
+) -> Policies:
+    """Positions averaged over bootstrap samples; an exit is on where most of them switch it on."""
+    rng = np.random.default_rng(random_state)
+    n = outputs.n_samples
+    runs = np.stack(
+        [method(Problem.from_outputs(outputs.take(rng.integers(n, size=n))), targets) for _ in range(N_BAGS)]
+    )
+    on = np.count_nonzero(runs, axis=0)
+    mean = runs.sum(axis=0) / np.maximum(on, 1)
+    averaged = np.where(2 * on > N_BAGS, mean, 0.0) if not problem.free else runs.mean(axis=0)
+    return np.stack([problem.snap(policy) for policy in averaged])
+
+
+def _frontier(outputs: ExitOutputs, problem: Problem, policies: Policies, targets: Sequence[Target]) -> ParetoFrontier:
+    """The policies that no other dominates, and the plain full model in any case, as operating points."""
+    distinct, first = np.unique(policies, axis=0, return_index=True)
+    params = [targets[i].described() for i in first]
+    plain = np.flatnonzero(~distinct.any(axis=1))
+    if not len(plain):
+        distinct, params = np.concatenate([distinct, np.zeros_like(distinct[:1])]), [*params, {}]
+        plain = np.array([len(distinct) - 1])
+    points = [_point(problem, policy, known) for policy, known in zip(distinct, params, strict=True)]
+    kept = not_dominated([p.accuracy for p in points], [p.cost for p in points])
+    kept = np.union1d(kept, plain)
+    ordered: list[OperatingPoint] = sorted((points[i] for i in kept), key=lambda p: (p.cost, p.accuracy))
+    return ParetoFrontier(ordered, *reference(outputs))
+
+
+def _point(problem: Problem, policy: Policy, params: dict[str, float]) -> OperatingPoint:
+    quality, counts, paths = problem.outcome(policy)
+    n = problem.n_samples
+    return OperatingPoint(quality / n, float(counts @ paths) / n, counts / n, *problem.thresholds(policy), params)

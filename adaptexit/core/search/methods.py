@@ -1,0 +1,259 @@
+"""The searches: each proposes policies for a list of targets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import product
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import isotonic_regression
+
+from adaptexit.core.search.problem import Policy, Problem
+from adaptexit.core.search.targets import Target, Weighted
+
+Policies = NDArray[np.int64]
+Search = Callable[[Problem, Sequence[Target]], Policies]
+
+MOST_EXHAUSTIVE = 3
+"""Early exits up to which every subset of exits that cost something is tried (METHODS: K <= 4)."""
+
+
+def pick(problem: Problem, targets: Sequence[Target], candidates: Policies) -> Policies:
+    """For every target the best of the candidates, shape (T, K-1)."""
+    quality, cost = problem.values(candidates)
+    chosen = [int(np.argmax(_objective(problem, target)(quality, cost))) for target in targets]
+    return candidates[chosen]
+
+
+def _objective(problem: Problem, target: Target):  # type: ignore[no-untyped-def]
+    return target.objective(problem.n_samples, problem.full_quality)
+
+
+def _subsets(problem: Problem) -> Iterator[NDArray[np.bool_]]:
+    """Sets of early exits to commit to: one where exits are free, all where few cost something."""
+    if problem.free:
+        yield problem.allowed
+        return
+    for chosen in product((True, False), repeat=problem.n_early):
+        if any(chosen):
+            yield np.array(chosen)
+
+
+# -- exact -------------------------------------------------------------------------------------------------------------
+
+
+def exact(problem: Problem, targets: Sequence[Target]) -> Policies:
+    """The optimum for every target, over all thresholds of one early exit (O(N log N)) or of two (O(N^2)).
+
+    Exits that cost something are switched off where that is better.
+    """
+    if problem.n_early > 2:
+        raise ValueError(f"search='exact' needs at most 3 exits; got {problem.n_early + 1}. Use 'coord' for more.")
+    found = []
+    for exits in _subsets(problem):
+        sunk = problem.committed(exits)
+        if np.count_nonzero(exits) == 1:
+            found.append(_exact_one(sunk, int(np.flatnonzero(exits)[0]), targets))
+        else:
+            found.append(_exact_two(sunk, targets))
+    return found[0] if len(found) == 1 else pick(problem, targets, np.unique(np.concatenate(found), axis=0))
+
+
+def _exact_one(problem: Problem, k: int, targets: Sequence[Target]) -> Policies:
+    """The best prefix of exit k for every target, everybody passing it and the others being switched off."""
+    n = problem.n_samples
+    ends = np.append(0, problem.ends[k])
+    gain = np.append(0.0, np.cumsum((problem.quality[k] - problem.quality[-1])[problem.order[k]]))[ends]
+    # Longer prefixes are cheaper: one is worth keeping where it beats every longer one.
+    best_longer = np.append(np.maximum.accumulate(gain[::-1])[::-1][1:], -np.inf)
+    kept = gain > best_longer
+    quality, ends = problem.full_quality + gain[kept], ends[kept]
+    paths = np.cumsum(problem.stage_costs + problem.exit_costs)
+    cost = ends * paths[k] + (n - ends) * paths[-1]
+    policies = np.zeros((len(targets), problem.n_early), dtype=np.int64)
+    policies[:, k] = [ends[int(np.argmax(_objective(problem, target)(quality, cost)))] for target in targets]
+    return policies
+
+
+def _exact_two(problem: Problem, targets: Sequence[Target]) -> Policies:
+    """The best pair of prefixes for every target, both exits being run by everybody who reaches them."""
+    n = problem.n_samples
+    first_q, second_q, last_q = problem.quality
+    paths = np.cumsum(problem.stage_costs + problem.exit_costs)
+    budgets = np.array([t.budget for t in targets if t.budget is not None]) * n + 1e-9 * n
+    floors = np.array([problem.full_quality - t.max_drop * n for t in targets if t.max_drop is not None]) - 1e-9 * n
+    best_q, at_budget = np.full(len(budgets), -np.inf), np.zeros((len(budgets), 2), dtype=np.int64)
+    best_c, at_floor = np.full(len(floors), np.inf), np.zeros((len(floors), 2), dtype=np.int64)
+    gain_all = (second_q - last_q)[problem.order[1]]
+    rank_all = problem.rank[0][problem.order[1]]
+    left_q = np.append(0.0, np.cumsum((first_q - last_q)[problem.order[0]]))
+    ends = np.append(0, problem.ends[1])
+    for leaving in np.append(0, problem.ends[0]):
+        reach = rank_all >= leaving
+        quality = problem.full_quality + left_q[leaving] + np.append(0.0, np.cumsum(gain_all * reach))[ends]
+        stops = np.append(0, np.cumsum(reach))[ends]
+        cost = leaving * paths[0] + (n - leaving) * paths[2] - stops * (paths[2] - paths[1])
+        from_here_on = np.maximum.accumulate(quality[::-1])[::-1]  # best quality of this prefix or a longer one
+        cheap_enough = np.searchsorted(-cost, -budgets)
+        for j in np.flatnonzero(cheap_enough < len(ends)):
+            if from_here_on[cheap_enough[j]] > best_q[j]:
+                best_q[j] = from_here_on[cheap_enough[j]]
+                at_budget[j] = leaving, ends[cheap_enough[j] + int(np.argmax(quality[cheap_enough[j] :]))]
+        longest = np.searchsorted(-from_here_on, -floors, side="right") - 1
+        for j in np.flatnonzero(longest >= 0):
+            if cost[longest[j]] < best_c[j]:
+                best_c[j], at_floor[j] = cost[longest[j]], (leaving, ends[longest[j]])
+    return np.concatenate([at_budget, at_floor])
+
+
+# -- coordinate search -------------------------------------------------------------------------------------------------
+
+
+def coord(problem: Problem, targets: Sequence[Target], n_weights: int = 40) -> Policies:
+    """Exact one-dimensional scans, exit by exit to a fixed point, over cost weights; then repair for every target."""
+    nothing = np.zeros(problem.n_early, dtype=np.int64)
+    weights = _cost_weights(problem, n_weights)
+    found = [nothing]
+    if problem.free or problem.n_early <= MOST_EXHAUSTIVE:
+        for exits in _subsets(problem):
+            found += _path(problem.committed(exits), weights)
+    else:
+        # Too many subsets: start from all exits run, then let every scan weigh an exit against its own cost.
+        everywhere = _path(problem.committed(problem.allowed), weights)
+        for policy, weight in zip(everywhere, weights, strict=True):
+            objective = Weighted(weight)
+            dropped, _ = problem.settle(policy, objective)
+            found += [policy, _drop_exits(problem, dropped, objective)]
+    candidates = np.unique(np.stack(found), axis=0)
+    quality, cost = problem.values(candidates)
+    repaired = [_repair(problem, target, candidates, quality, cost) for target in targets]
+    return np.stack(repaired)
+
+
+def _cost_weights(problem: Problem, n_weights: int) -> list[float]:
+    """Geometric cost weights around the average price of accuracy, from cost alone to accuracy alone."""
+    cheapest = problem.stage_costs[0] + problem.exit_costs[0]
+    price = abs(problem.full_quality - problem.quality[0].sum()) / problem.n_samples / max(1.0 - cheapest, 1e-3)
+    return list(max(price, 1.0 / problem.n_samples) * np.geomspace(30.0, 3e-3, n_weights))
+
+
+def _path(problem: Problem, weights: Sequence[float]) -> list[Policy]:
+    """One policy a weight: the better fixed point from the previous weight's policy and from scratch."""
+    nothing = np.zeros(problem.n_early, dtype=np.int64)
+    policies, previous = [], nothing
+    for weight in weights:
+        objective = Weighted(weight)
+        settled = [problem.settle(start, objective) for start in (previous, nothing)]
+        previous = max(settled, key=lambda pair: pair[1])[0]
+        policies.append(previous)
+    return policies
+
+
+def _drop_exits(problem: Problem, policy: Policy, objective: Weighted) -> Policy:
+    """Switch off, one by one, the exit whose loss costs least while the objective rises after the rest adapts."""
+    best = float(objective(*(np.array([v]) for v in problem.value(policy)))[0])
+    while (policy > 0).any():
+        trials = []
+        for k in np.flatnonzero(policy > 0):
+            without = policy.copy()
+            without[k] = 0
+            trials.append((float(objective(*(np.array([v]) for v in problem.value(without)))[0]), without))
+        adapted, value = problem.settle(max(trials, key=lambda trial: trial[0])[1], objective)
+        if value <= best + 1e-9 * max(1.0, abs(best)):
+            break
+        policy, best = adapted, value
+    return policy
+
+
+def _repair(
+    problem: Problem, target: Target, candidates: Policies, quality: NDArray[np.float64], cost: NDArray[np.float64]
+) -> Policy:
+    """The candidates nearest the target from either side, each scanned to a fixed point under it; the better."""
+    objective = _objective(problem, target)
+    values = objective(quality, cost)
+    starts = [int(np.argmax(values))]
+    broken = values <= -1e6 * problem.n_samples
+    if broken.any():
+        starts.append(int(np.argmax(np.where(broken, values, -np.inf))))
+    settled = [problem.settle(candidates[start], objective) for start in starts]
+    return max(settled, key=lambda pair: pair[1])[0]
+
+
+# -- published and small-sample rules ----------------------------------------------------------------------------------
+
+
+def geometric(problem: Problem, targets: Sequence[Target]) -> Policies:
+    """MSDNet's rule: exit rates proportional to (p/20)^k for p = 1 ... 39, thresholds on those left.
+
+    Where fewer samples are left than an exit's quota, all of them leave; MSDNet's public code then leaves nobody there.
+    """
+    return _by_subsets(problem, targets, geometric_path)
+
+
+def geometric_path(problem: Problem) -> Policies:
+    """The 39 policies of MSDNet's rule, shape (39, K-1), on the exits allowed."""
+    exits = np.flatnonzero(problem.allowed)
+    policies = np.zeros((39, problem.n_early), dtype=np.int64)
+    for row, p in enumerate(range(1, 40)):
+        shares = (p / 20.0) ** np.arange(len(exits) + 1)
+        quotas = np.floor(problem.n_samples * shares / shares.sum()).astype(np.int64)
+        alive = np.ones(problem.n_samples, dtype=bool)
+        for quota, k in zip(quotas, exits, strict=False):
+            left = np.cumsum(alive[problem.order[k]])
+            if quota > 0:
+                reached = int(np.searchsorted(left, min(int(quota), int(left[-1])))) + 1
+                ends = problem.ends[k]
+                policies[row, k] = ends[np.searchsorted(ends, reached)]  # equal scores leave together
+                alive &= problem.rank[k] >= policies[row, k]
+    return policies
+
+
+def shared(problem: Problem, targets: Sequence[Target]) -> Policies:
+    """One threshold for all exits on P(correct), estimated at each exit by isotonic regression: for small samples."""
+    return _by_subsets(problem, targets, shared_path)
+
+
+def shared_path(problem: Problem, n_levels: int = 200) -> Policies:
+    """One policy for each of up to ``n_levels`` levels of the shared threshold, shape (L, K-1)."""
+    exits = np.flatnonzero(problem.allowed)
+    estimates = {k: isotonic_regression(problem.quality[k][problem.order[k]], increasing=False).x for k in exits}
+    for k in exits:  # samples with equal scores share an estimate: the last of the tie decides
+        starts = np.append(0, problem.ends[k][:-1])
+        lengths = np.diff(np.append(starts, problem.n_samples))
+        means = np.add.reduceat(estimates[k], starts) / lengths
+        estimates[k] = np.repeat(np.minimum.accumulate(means), lengths)
+    levels = np.unique(np.concatenate([np.append(x, -np.inf) for x in estimates.values()]))
+    if len(levels) > n_levels:
+        levels = levels[np.linspace(0, len(levels) - 1, n_levels).round().astype(int)]
+    policies = np.zeros((len(levels), problem.n_early), dtype=np.int64)
+    for k in exits:
+        policies[:, k] = np.searchsorted(-estimates[k], -levels, side="left")
+    return policies
+
+
+def _by_subsets(problem: Problem, targets: Sequence[Target], path: Callable[[Problem], Policies]) -> Policies:
+    """A rule applied to every subset of the exits (few), or to fewer and fewer of them (many), picked by target."""
+    nothing = np.zeros((1, problem.n_early), dtype=np.int64)
+    if problem.free or problem.n_early <= MOST_EXHAUSTIVE:
+        paths = [path(problem.committed(exits)) for exits in _subsets(problem)]
+        return pick(problem, targets, np.unique(np.concatenate([nothing, *paths]), axis=0))
+    exits, kept = problem.allowed.copy(), nothing
+
+    def merit(candidates: Policies) -> float:
+        quality, cost = problem.values(pick(problem, targets, candidates))
+        return float(np.sum([_objective(problem, t)(quality[[i]], cost[[i]])[0] for i, t in enumerate(targets)]))
+
+    kept = np.concatenate([nothing, path(problem.committed(exits))])
+    best = merit(kept)
+    while np.count_nonzero(exits) > 1:
+        trials = []
+        for k in np.flatnonzero(exits):
+            fewer = exits & (np.arange(problem.n_early) != k)
+            candidates = np.concatenate([kept, path(problem.committed(fewer))])
+            trials.append((merit(candidates), fewer, candidates))
+        value, fewer, candidates = max(trials, key=lambda trial: trial[0])
+        if value <= best:
+            break
+        exits, kept, best = fewer, np.unique(candidates, axis=0), value
+    return pick(problem, targets, kept)
