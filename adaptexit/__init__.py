@@ -1,0 +1,56 @@
+"""Spend less compute on easy inputs: cascades and early exits for pretrained vision models.
+
+Names are imported when first used, so that :mod:`adaptexit.core` can be had without torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaptexit.calibrators import ThresholdCalibrator
+    from adaptexit.cascade import CascadeSaver, SaverWarning
+    from adaptexit.core.frontier import OperatingPoint, ParetoFrontier
+    from adaptexit.core.outputs import ExitOutputs
+    from adaptexit.displays import JobRatioDisplay, ParetoDisplay
+    from adaptexit.persistence import load
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "CascadeSaver": "adaptexit.cascade",
+    "SaverWarning": "adaptexit.cascade",
+    "ThresholdCalibrator": "adaptexit.calibrators",
+    "ExitOutputs": "adaptexit.core.outputs",
+    "OperatingPoint": "adaptexit.core.frontier",
+    "ParetoFrontier": "adaptexit.core.frontier",
+    "ParetoDisplay": "adaptexit.displays",
+    "JobRatioDisplay": "adaptexit.displays",
+    "load": "adaptexit.persistence",
+}
+
+__all__ = [
+    "CascadeSaver",
+    "ExitOutputs",
+    "JobRatioDisplay",
+    "OperatingPoint",
+    "ParetoDisplay",
+    "ParetoFrontier",
+    "SaverWarning",
+    "ThresholdCalibrator",
+    "__version__",
+    "load",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'adaptexit' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
@@ -44,6 +46,18 @@ class Calibrator(BaseEstimator):
     def rescored_batch(self, batch: ExitBatch) -> ExitBatch:
         """The same of one batch at one exit."""
         return batch
+
+    def get_state(self) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+        """What was learned, as a JSON value and named arrays, for writing."""
+        check_is_fitted(self)
+        described, arrays = self.frontier_.to_arrays()
+        in_use = next(i for i, point in enumerate(self.frontier_.points) if point is self.point_)
+        return {"frontier": described, "point_in_use": in_use}, arrays
+
+    def set_state(self, state: dict[str, Any], arrays: dict[str, NDArray[np.float64]]) -> None:
+        """Take back what :meth:`get_state` gave."""
+        self.frontier_ = ParetoFrontier.from_arrays(state["frontier"], arrays)
+        self.point_ = self.frontier_.points[state["point_in_use"]]
 
     def operating_point(self, budget: float | None = None) -> OperatingPoint:
         """The stored point for a budget (mean relative cost), or the one in use."""

@@ -106,6 +106,14 @@ class ThresholdCalibrator(Calibrator):
         self.frontier_, self.search_report_, self.point_ = frontier, report, point
         return self
 
+    def get_state(self) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+        state, arrays = super().get_state()
+        return state | {"search_report": dataclasses.asdict(self.search_report_)}, arrays
+
+    def set_state(self, state: dict[str, Any], arrays: dict[str, NDArray[np.float64]]) -> None:
+        super().set_state(state, arrays)
+        self.search_report_ = SearchReport(**state["search_report"])
+
     def _formula(self) -> Callable[[Any], NDArray[Any]]:
         return resolve_score(self.score, "score")
 

@@ -133,6 +133,38 @@ class ParetoFrontier:
         points = [evaluate(outputs, point.thresholds, point.cutoffs, point.params) for point in self.points]
         return ParetoFrontier(points, *reference(outputs), chosen_on=self.chosen_on or self)
 
+    def to_arrays(self) -> tuple[dict[str, Any], dict[str, Floats]]:
+        """The frontier as a JSON value and named float64 arrays, for writing; :meth:`from_arrays` reads them."""
+        fields = ("accuracy", "cost", "exit_rates", "thresholds", "cutoffs")
+        arrays = {
+            name: np.stack([np.asarray(getattr(p, name), dtype=np.float64) for p in self.points]) for name in fields
+        }
+        arrays |= {"fixed_accuracy": self.fixed_accuracy, "fixed_cost": self.fixed_cost}
+        described = {
+            "full_accuracy": self.full_accuracy,
+            "n_samples": self.n_samples,
+            "params": [point.params for point in self.points],
+        }
+        return described, arrays
+
+    @classmethod
+    def from_arrays(cls, described: dict[str, Any], arrays: dict[str, Floats]) -> ParetoFrontier:
+        """What :meth:`to_arrays` took apart."""
+        points = [
+            OperatingPoint(
+                accuracy=float(arrays["accuracy"][i]),
+                cost=float(arrays["cost"][i]),
+                exit_rates=arrays["exit_rates"][i],
+                thresholds=arrays["thresholds"][i],
+                cutoffs=arrays["cutoffs"][i],
+                params=params,
+            )
+            for i, params in enumerate(described["params"])
+        ]
+        return cls(
+            points, described["full_accuracy"], arrays["fixed_accuracy"], arrays["fixed_cost"], described["n_samples"]
+        )
+
     def to_frame(self) -> pandas.DataFrame:
         """A pandas table, one row a point: accuracy, relative cost, exit rates, params (needs pandas)."""
         try:

@@ -109,8 +109,7 @@ class ExitOutputs:
                     f"features must be a list of {n_exits} arrays of shape ({n_samples}, d_k); "
                     f"got shapes {[f.shape for f in features]}."
                 )
-            for k, feature in enumerate(features):
-                _check_finite(feature, f"features[{k}]")
+            _check_finite(features, "features")
             store.features = features
         store.stage_costs, store.exit_costs = _check_costs(self.stage_costs, self.exit_costs, costs, n_exits)
 
@@ -156,8 +155,8 @@ class ExitOutputs:
             ``features``, ``quality``, ``chained``.
         """
         array = np.asanyarray(logits)
-        if array.ndim != 3 or array.shape[2] < 1:
-            raise ValueError(f"logits must have shape (K, N, C); got shape {array.shape}.")
+        if array.ndim != 3 or array.shape[0] < 1 or array.shape[2] < 1:
+            raise ValueError(f"logits must have shape (K, N, C) with K, C >= 1; got shape {array.shape}.")
         _check_finite(array, "logits")
         formula = resolve_score(score, "score")
         return cls(
@@ -363,8 +362,7 @@ def _check_shape(array: NDArray[Any], shape: tuple[int, ...], name: str) -> None
         raise ValueError(f"{name} must have shape {shape}; got shape {array.shape}.")
 
 
-def _check_finite(array: NDArray[Any], name: str) -> None:
-    rows = array if array.ndim > 1 else array[None]
+def _check_finite(rows: NDArray[Any] | list[NDArray[Any]], name: str) -> None:
     for k, row in enumerate(rows):
         if not np.isfinite(row).all():
             where = int(np.argmax(~np.isfinite(row).reshape(row.shape[0], -1).all(axis=1)))

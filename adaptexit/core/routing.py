@@ -58,6 +58,11 @@ def cutoffs_above(thresholds: NDArray[Any], scores: NDArray[Any]) -> Floats:
     values = np.asarray(thresholds, dtype=np.float64)
     above = np.searchsorted(scores, values, side="right")
     next_up = np.asarray(scores, dtype=np.float64)[np.minimum(above, len(scores) - 1)]
+    return np.where(np.isfinite(values) & (above < len(scores)), midpoint(values, next_up), values)
+
+
+def midpoint(low: Any, high: Any) -> Floats:
+    """Half way between two numbers, and below ``high`` even where no number lies between."""
     with np.errstate(invalid="ignore"):
-        middle = values + (next_up - values) / 2
-    return np.where(np.isfinite(values) & (above < len(scores)), middle, values)
+        middle = low / 2 + high / 2
+    return np.where((low <= middle) & (middle < high), middle, low)

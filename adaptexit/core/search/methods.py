@@ -217,12 +217,12 @@ def shared(problem: Problem, targets: Sequence[Target]) -> Policies:
 def shared_path(problem: Problem, n_levels: int = 200) -> Policies:
     """One policy for each of up to ``n_levels`` levels of the shared threshold, shape (L, K-1)."""
     exits = np.flatnonzero(problem.allowed)
-    estimates = {k: isotonic_regression(problem.quality[k][problem.order[k]], increasing=False).x for k in exits}
-    for k in exits:  # samples with equal scores share an estimate: the last of the tie decides
+    estimates = {}
+    for k in exits:  # one value a tie, so that the order within it cannot matter
         starts = np.append(0, problem.ends[k][:-1])
-        lengths = np.diff(np.append(starts, problem.n_samples))
-        means = np.add.reduceat(estimates[k], starts) / lengths
-        estimates[k] = np.repeat(np.minimum.accumulate(means), lengths)
+        lengths = np.diff(problem.ends[k], prepend=0)
+        means = np.add.reduceat(problem.quality[k][problem.order[k]], starts) / lengths
+        estimates[k] = np.repeat(isotonic_regression(means, weights=lengths, increasing=False).x, lengths)
     levels = np.unique(np.concatenate([np.append(x, -np.inf) for x in estimates.values()]))
     if len(levels) > n_levels:
         levels = levels[np.linspace(0, len(levels) - 1, n_levels).round().astype(int)]

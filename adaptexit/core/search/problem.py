@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptexit.core.outputs import ExitOutputs
+from adaptexit.core.routing import midpoint
 from adaptexit.core.search.targets import Objective
 
 Floats = NDArray[np.float64]
@@ -249,7 +250,7 @@ class Problem:
                 thresholds[k] = cutoffs[k] = -np.inf
             elif n > 0:
                 above, below = self.sorted_scores[k, n - 1 : n + 1].astype(np.float64)
-                thresholds[k], cutoffs[k] = below, below + (above - below) / 2
+                thresholds[k], cutoffs[k] = below, midpoint(below, above)
         return thresholds, cutoffs
 
 

@@ -1,0 +1,576 @@
+"""TinySaver: a small pretrained model answers what it is sure of, the large one the rest."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import warnings
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
+from sklearn.metrics import accuracy_score
+from sklearn.model_selection import train_test_split
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor
+from tqdm import tqdm
+
+from adaptexit.calibrators import ThresholdCalibrator
+from adaptexit.calibrators.base import Calibrator
+from adaptexit.core.frontier import TOLERANCE, OperatingPoint, ParetoFrontier
+from adaptexit.core.outputs import ExitOutputs
+from adaptexit.core.saver import SaverReport, saver_reports
+from adaptexit.core.scores import resolve_score, softmax
+from adaptexit.data import Batches, as_batches, is_stream, split_pair
+from adaptexit.models import (
+    ScikitModel,
+    build_model,
+    describe_model,
+    evaluating,
+    is_fitted,
+    is_scikit,
+    restore_model,
+)
+from adaptexit.persistence import save
+from adaptexit.staging.cost import measure_latency
+from adaptexit.staging.executor import MEMORY_LIMIT, Answers, StagedModel, execute, record
+from adaptexit.trace import ExitTrace
+
+_TABLE_ATTRIBUTES = ("n_features_in_", "feature_names_in_")
+
+
+class SaverWarning(UserWarning):
+    """A saver does not pay: running it costs more than the work it takes off the models behind it."""
+
+
+class CascadeSaver(ClassifierMixin, BaseEstimator):
+    """A cascade of whole models for one task, as in TinySaver (Wang et al., ECCV 2024).
+
+    The saver answers first; samples on which it is not sure enough go on to the next saver and at last to the base. One
+    calibration run finds the thresholds for every budget; which one is used is chosen at predict time.
+
+    Parameters
+    ----------
+    base : str, callable, nn.Module or scikit-learn classifier
+        The large model: a timm name (made with its pretrained weights), a factory of a module, a module that answers
+        with logits (B, C), or a classifier with ``predict_proba``. Modules are frozen and shared, not copied.
+        Unfitted classifiers are cloned and fitted on the part of the data that is not held out for calibration.
+    saver : the same, or a list of them from small to large
+        The small model(s).
+    confidence : {"max_proba", "entropy", "margin"} or callable, default="max_proba"
+        From a model's output (a tensor of logits (B, C)) to one number a sample, larger = surer.
+    calibrator : Calibrator, optional
+        ``ThresholdCalibrator()`` unless given.
+    budget : float, optional
+        Mean relative cost (1 = the base alone) to keep to when ``predict`` gets none.
+    cost : {"auto", "macs", "latency"} or sequence of K floats, default="auto"
+        Cost of each model a sample, savers first, base last. MACs are counted for modules; latency is measured at
+        ``batch_size`` and so differs a little from fit to fit; numbers are taken as given. "auto" counts MACs where
+        all models are modules and measures otherwise.
+    base_preprocess, saver_preprocess : "auto", None or callable, default="auto"
+        From a batch of inputs to what the model takes; for several savers one for all or a list. "auto" is timm's data
+        config for timm models (inputs are images in [0, 1], resized and normalised for each) and nothing for others.
+    classes : sequence of C labels, optional
+        Labels in the order of the modules' outputs; 0 ... C-1 unless given.
+    calibration_size : float, default=0.25
+        Share of the samples held out for calibration where classifiers have to be fitted.
+    batch_size : int, default=128
+        For arrays and datasets, and for merged survivors; loaders bring their own.
+    memory_limit : int, default=2**30
+        Bytes that survivors waiting for a full batch may hold.
+    random_state : int, default=0
+        Seed of the hold-out split.
+    verbose : int, default=0
+        At 1 long work shows a progress bar.
+
+    Attributes
+    ----------
+    classes_ : array (C,)
+    calibrator_ : the fitted calibrator
+    outputs_ : ExitOutputs
+        What every model answered on the calibration data.
+    saver_reports_ : list of SaverReport
+        Job ratio (eq. 7) and ΔC (eq. 10) of every saver on the calibration data.
+    cost_unit_ : "MACs", "seconds" or "given"
+
+    Examples
+    --------
+    >>> cascade = CascadeSaver("resnet50", "resnet18").fit(val_images, val_labels)  # doctest: +SKIP
+    >>> cascade.predict(images, budget=0.4)  # doctest: +SKIP
+
+    Notes
+    -----
+    Calibrate on data that the models were not trained on: on its training data a model is too sure. A budget is kept on
+    the calibration data, and elsewhere as far as the data are like those.
+    """
+
+    def __init__(
+        self,
+        base: Any,
+        saver: Any,
+        *,
+        confidence: str | Callable[[Any], Any] = "max_proba",
+        calibrator: Calibrator | None = None,
+        budget: float | None = None,
+        cost: Any = "auto",
+        base_preprocess: Any = "auto",
+        saver_preprocess: Any = "auto",
+        classes: Any = None,
+        calibration_size: float = 0.25,
+        batch_size: int = 128,
+        memory_limit: int = MEMORY_LIMIT,
+        random_state: int = 0,
+        verbose: int = 0,
+    ) -> None:
+        self.base = base
+        self.saver = saver
+        self.confidence = confidence
+        self.calibrator = calibrator
+        self.budget = budget
+        self.cost = cost
+        self.base_preprocess = base_preprocess
+        self.saver_preprocess = saver_preprocess
+        self.classes = classes
+        self.calibration_size = calibration_size
+        self.batch_size = batch_size
+        self.memory_limit = memory_limit
+        self.random_state = random_state
+        self.verbose = verbose
+
+    # -- learning ------------------------------------------------------------------------------------------------------
+
+    def fit(self, X: Any, y: Any = None) -> CascadeSaver:
+        """Build the models, fit those that are not, and calibrate.
+
+        Parameters
+        ----------
+        X : array (N, ...), Dataset or DataLoader of (x, y), or a pair (X, y)
+        y : array (N,), optional
+
+        Raises
+        ------
+        ValueError, TypeError
+            For bad data or parameters; the estimator is then left as it was.
+        """
+        with _unchanged_on_failure(self):
+            X, y = self._validated(X, y, reset=True)
+            given = self._given()
+            fitted, X, y = self._fit_classifiers(given, X, y)
+            self._models = [build_model(model, preprocess, label) for model, (_, preprocess, label) in fitted]
+            return self._calibrate(X, y)
+
+    def calibrate(self, X: Any, y: Any = None) -> CascadeSaver:
+        """Calibrate anew on other data (as for :meth:`fit`); the models stay as they are."""
+        check_is_fitted(self)
+        with _unchanged_on_failure(self):
+            X, y = self._validated(X, y, reset=False)
+            return self._calibrate(X, y)
+
+    def _given(self) -> list[tuple[Any, Any, str]]:
+        """(model, preprocessing, name in errors) of every saver, then the base."""
+        savers = list(self.saver) if isinstance(self.saver, (list, tuple)) else [self.saver]
+        if not savers:
+            raise ValueError("saver must be a model or a list of at least one; got an empty list.")
+        several = isinstance(self.saver_preprocess, (list, tuple))
+        preprocesses = list(self.saver_preprocess) if several else [self.saver_preprocess] * len(savers)
+        if len(preprocesses) != len(savers):
+            raise ValueError(
+                f"saver_preprocess must be one for all savers or one each; got {len(preprocesses)} for {len(savers)}."
+            )
+        labels = ["saver"] if len(savers) == 1 else [f"saver[{k}]" for k in range(len(savers))]
+        return [*zip(savers, preprocesses, labels, strict=True), (self.base, self.base_preprocess, "base")]
+
+    def _fit_classifiers(self, given: list[Any], X: Any, y: Any) -> tuple[list[Any], Any, Any]:
+        """Unfitted classifiers fitted on the held-in part; the part for calibration is what remains."""
+        unfitted = [is_scikit(model) and not is_fitted(model) for model, _, _ in given]
+        if not any(unfitted):
+            return [(entry[0], entry) for entry in given], X, y
+        if is_stream(X):
+            raise ValueError(
+                f"X must be an array where a classifier has to be fitted; got a {type(X).__name__}. Fit the classifier "
+                "first, or give arrays."
+            )
+        X, y = np.asarray(X), np.asarray(y)
+        held_in, held_out = _hold_out(y, self.calibration_size, self.random_state)
+        flat = X.reshape(len(X), -1)
+        models = [
+            clone(entry[0]).fit(flat[held_in], y[held_in]) if new else entry[0]
+            for entry, new in zip(given, unfitted, strict=True)
+        ]
+        return list(zip(models, given, strict=True)), X[held_out], y[held_out]
+
+    def _calibrate(self, X: Any, y: Any) -> CascadeSaver:
+        calibrator = self._fresh_calibrator()
+        batches = as_batches(X, y, batch_size=self.batch_size, labels=True, ordered=False)
+        with evaluating(self._models):
+            example = batches.first()
+            classes = self._known_classes(example)
+            costs, unit = self._costs(example)
+            with self._progress(batches, "calibrating") as shown:
+                predictions, scores, logits = record(self._staged(), shown, keep_logits=calibrator.needs_logits)
+        outputs = ExitOutputs(
+            predictions=predictions,
+            scores=scores,
+            labels=_class_indices(batches.labels, classes),
+            n_classes=len(classes),
+            stage_costs=np.zeros(len(costs)),
+            exit_costs=costs,
+            logits=logits,
+        )
+        _check_rising(costs)
+        calibrator.fit(outputs)
+        reports = saver_reports(calibrator.rescored(outputs))
+        if self.budget is not None:
+            calibrator.operating_point(self.budget)
+        _warn_of_savers(reports, self.exit_names)
+        self.classes_, self.outputs_, self.calibrator_ = classes, outputs, calibrator
+        self.saver_reports_, self.cost_unit_ = reports, unit
+        return self
+
+    def _fresh_calibrator(self) -> Calibrator:
+        return ThresholdCalibrator() if self.calibrator is None else clone(self.calibrator)
+
+    def _known_classes(self, x: Tensor) -> NDArray[Any]:
+        """Labels in the order of the outputs, on which all models have to agree."""
+        scikit = [model for model in self._models if isinstance(model, ScikitModel)]
+        with torch.inference_mode():
+            widths = {model.label: int(model(x[:1]).shape[-1]) for model in self._models}
+        if len(set(widths.values())) > 1:
+            raise ValueError(f"base and savers must answer for the same number of classes; got {widths}.")
+        width = next(iter(widths.values()))
+        for model in scikit[1:]:
+            if not np.array_equal(model.classes, scikit[0].classes):
+                raise ValueError(
+                    f"base and savers must be fitted on the same classes; {scikit[0].label} has "
+                    f"{scikit[0].classes.tolist()}, {model.label} has {model.classes.tolist()}."
+                )
+        if self.classes is not None:
+            classes = np.asarray(self.classes)
+            if classes.shape != (width,) or len(np.unique(classes)) != width:
+                raise ValueError(f"classes must be {width} different labels, one an output; got {self.classes!r}.")
+            if scikit and not np.array_equal(classes, scikit[0].classes):
+                raise ValueError(
+                    f"classes must be those of the fitted classifiers, {scikit[0].classes.tolist()}; "
+                    f"got {classes.tolist()}."
+                )
+            return classes
+        return scikit[0].classes if scikit else np.arange(width)
+
+    def _costs(self, x: Tensor) -> tuple[NDArray[np.float64], str]:
+        modules = [not isinstance(model, ScikitModel) for model in self._models]
+        if not isinstance(self.cost, str):
+            costs = np.asarray(self.cost, dtype=np.float64)
+            if costs.shape != (len(self._models),) or not (np.isfinite(costs).all() and (costs > 0).all()):
+                raise ValueError(
+                    f"cost must be {len(self._models)} positive numbers, savers first and base last; got {self.cost!r}."
+                )
+            return costs, "given"
+        if self.cost not in ("auto", "macs", "latency"):
+            raise ValueError(f"cost must be 'auto', 'macs', 'latency' or a sequence of numbers; got {self.cost!r}.")
+        if self.cost == "latency" or (self.cost == "auto" and not all(modules)):
+            return np.array([measure_latency(model, x) for model in self._models]), "seconds"
+        counted = []
+        for model in self._models:
+            if isinstance(model, ScikitModel):
+                raise ValueError(
+                    f"cost='macs' cannot be counted for {model.label}, a scikit-learn classifier. Use cost='latency' "
+                    "or give the costs."
+                )
+            counted.append(model.macs(x[:1]))
+            if counted[-1] <= 0:
+                raise ValueError(
+                    f"cost='macs' found no multiply-accumulates in {model.label}. Use cost='latency' or give the costs."
+                )
+        return np.array(counted), "MACs"
+
+    # -- answering -----------------------------------------------------------------------------------------------------
+
+    def predict(self, X: Any, budget: float | None = None) -> NDArray[Any]:
+        """Labels (N,), every sample leaving as early as the operating point allows.
+
+        Parameters
+        ----------
+        X : array (N, ...), Dataset or DataLoader (not shuffling)
+        budget : float, optional
+            Mean relative cost to keep to: the stored point of best calibrated accuracy within it. Without one the
+            constructor's budget counts, and without that the calibrator's point (no calibrated loss of accuracy).
+
+        Raises
+        ------
+        ValueError
+            For a budget below the cheapest operating point.
+        """
+        answers = self._answer(X, self._point(budget))
+        return self.classes_[answers.predictions]
+
+    def predict_proba(self, X: Any, budget: float | None = None) -> NDArray[Any]:
+        """Class probabilities (N, C) of the model that answered each sample; arguments as for :meth:`predict`."""
+        answers = self._answer(X, self._point(budget), keep_logits=True)
+        return np.asarray(softmax(answers.logits))
+
+    def trace(self, X: Any, budget: float | None = None) -> ExitTrace:
+        """Label, exit, cost and score of every sample; arguments as for :meth:`predict`."""
+        point = self._point(budget)
+        answers = self._answer(X, point)
+        return ExitTrace(
+            labels=self.classes_[answers.predictions],
+            exits=answers.exits,
+            costs=self.outputs_.path_costs(point.on)[answers.exits],
+            scores=answers.scores,
+            full_cost=self.outputs_.full_cost,
+        )
+
+    def predict_anytime(self, X: Any, limit: float) -> NDArray[Any]:
+        """Labels (N,) when nobody may spend more than ``limit`` (relative cost): the largest model within it answers.
+
+        Raises
+        ------
+        ValueError
+            For a limit below the cheapest model.
+        """
+        check_is_fitted(self)
+        alone = self.outputs_.alone_costs() / self.outputs_.full_cost
+        within = np.flatnonzero(alone <= limit + TOLERANCE)
+        if not len(within):
+            raise ValueError(
+                f"limit must be at least {alone.min():.4g}, the relative cost of the cheapest model; got {limit:.4g}."
+            )
+        only = int(within[-1])
+        point_on = np.arange(len(alone)) == only
+        answers = self._run(X, lambda k, batch: np.ones(len(batch.scores), dtype=bool), point_on)
+        return self.classes_[answers.predictions]
+
+    def score(self, X: Any, y: Any = None, sample_weight: Any = None, *, budget: float | None = None) -> float:
+        """Accuracy on (X, y), where X may be a Dataset or DataLoader of (x, y); budget as for :meth:`predict`."""
+        point = self._point(budget)
+        X, y = split_pair(X, y)
+        if is_stream(X):
+            batches = as_batches(X, batch_size=self.batch_size, labels=True, ordered=False)
+            answers = self._run(batches, self._accept(point), point.on)
+            y = batches.labels
+        else:
+            answers = self._answer(X, point)
+        return float(accuracy_score(y, self.classes_[answers.predictions], sample_weight=sample_weight))
+
+    def pareto(self, X: Any = None, y: Any = None) -> ParetoFrontier:
+        """The frontier on the calibration data, or every calibrated point re-evaluated on (X, y).
+
+        Re-evaluated points keep their order, dominated or not, and ``at`` still chooses by the calibration data.
+        """
+        check_is_fitted(self)
+        if X is None:
+            return self.calibrator_.pareto()
+        return self.calibrator_.pareto(self.record(X, y))
+
+    def record(self, X: Any, y: Any = None) -> ExitOutputs:
+        """What every model answers on (X, y), as :class:`ExitOutputs` for calibrators, metrics and pictures."""
+        check_is_fitted(self)
+        X, y = self._validated(X, y, reset=False)
+        batches = as_batches(X, y, batch_size=self.batch_size, labels=True, ordered=False)
+        with evaluating(self._models), self._progress(batches, "recording") as shown:
+            predictions, scores, logits = record(self._staged(), shown, keep_logits=self.calibrator_.needs_logits)
+        return ExitOutputs(
+            predictions=predictions,
+            scores=scores,
+            labels=_class_indices(batches.labels, self.classes_),
+            n_classes=len(self.classes_),
+            stage_costs=self.outputs_.stage_costs,
+            exit_costs=self.outputs_.exit_costs,
+            logits=logits,
+        )
+
+    def point_index(self, budget: float | None = None) -> int:
+        """Index in ``pareto().points`` of the operating point that ``predict`` uses."""
+        point = self._point(budget)
+        return next(i for i, stored in enumerate(self.calibrator_.frontier_.points) if stored is point)
+
+    @property
+    def exit_names(self) -> list[str]:
+        """How pictures and tables name the models, savers first."""
+        return [label for _, _, label in self._given()]
+
+    def _point(self, budget: float | None) -> OperatingPoint:
+        check_is_fitted(self)
+        return self.calibrator_.operating_point(self.budget if budget is None else budget)
+
+    def _accept(self, point: OperatingPoint) -> Callable[..., NDArray[np.bool_]]:
+        return lambda k, batch: self.calibrator_.accept(k, batch, point)
+
+    def _answer(self, X: Any, point: OperatingPoint, keep_logits: bool = False) -> Answers:
+        return self._run(X, self._accept(point), point.on, keep_logits=keep_logits)
+
+    def _run(
+        self, X: Any, accept: Callable[..., NDArray[np.bool_]], on: NDArray[np.bool_], keep_logits: bool = False
+    ) -> Answers:
+        given = isinstance(X, Batches)
+        batches = X if given else as_batches(self._validated_inputs(X), batch_size=self.batch_size)
+        with evaluating(self._models), self._progress(batches, "predicting") as shown:
+            return execute(
+                self._staged(),
+                shown,
+                accept,
+                on,
+                batch_size=batches.batch_size,
+                memory_limit=self.memory_limit,
+                needs_logits=self.calibrator_.needs_logits,
+                keep_logits=keep_logits,
+            )
+
+    def _staged(self) -> StagedModel:
+        confidence = resolve_score(self.confidence, "confidence", torch)
+        return StagedModel([None] * len(self._models), self._models, confidence)
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    def _tabular(self, X: Any) -> bool:
+        """Whether X is a table for scikit-learn classifiers, validated as scikit-learn does."""
+        return all(is_scikit(model) for model, _, _ in self._given()) and not is_stream(X)
+
+    def _validated(self, X: Any, y: Any, *, reset: bool) -> tuple[Any, Any]:
+        X, y = split_pair(X, y)
+        if is_stream(X):
+            return X, y
+        if y is None:
+            raise ValueError(
+                "requires y to be passed, but the target y is None: give y, a pair (X, y), or a Dataset or DataLoader "
+                "of (x, y)."
+            )
+        if self._tabular(X):
+            X, y = validate_data(self, X, y, reset=reset)
+            check_classification_targets(y)
+        return X, y
+
+    def _validated_inputs(self, X: Any) -> Any:
+        if isinstance(X, tuple) and len(X) == 2 and np.ndim(X[1]) == 1 and np.ndim(X[0]) > 1:
+            raise ValueError("X must be inputs alone here; got a pair, which looks like (X, y). Pass X only.")
+        return validate_data(self, X, reset=False) if self._tabular(X) else X
+
+    @contextmanager
+    def _progress(self, batches: Batches, doing: str) -> Iterator[Iterable[Any]]:
+        with tqdm(batches, total=batches.n_batches, desc=doing, disable=self.verbose < 1) as shown:
+            yield shown
+
+    # -- persistence ---------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the fitted cascade to a folder; :func:`adaptexit.load` reads it.
+
+        Weights of modules are written; scikit-learn classifiers, modules and callables have to be given to ``load``
+        again by their argument's name.
+        """
+        check_is_fitted(self)
+        save(self, folder)
+
+    def _get_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        calibrator, arrays = self.calibrator_.get_state()
+        tensors = {f"calibrator.{name}": torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+        for k, model in enumerate(self._models):
+            if model.module is not None:
+                tensors |= {f"models.{k}.{key}": value for key, value in model.module.state_dict().items()}
+        state = {
+            "calibrator": calibrator,
+            "models": [describe_model(model) for model in self._models],
+            "classes": self.classes_,
+            "classes_dtype": self.classes_.dtype.str,
+            "cost_unit": self.cost_unit_,
+            "saver_reports": [dataclasses.asdict(report) for report in self.saver_reports_],
+            "table": {name: getattr(self, name) for name in _TABLE_ATTRIBUTES if hasattr(self, name)},
+        }
+        return state, tensors
+
+    def _set_state(self, state: dict[str, Any], tensors: dict[str, Tensor], outputs: ExitOutputs) -> None:
+        def under(prefix: str) -> dict[str, Tensor]:
+            return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
+
+        self._models = [
+            restore_model(*given, described, under(f"models.{k}."))
+            for k, (given, described) in enumerate(zip(self._given(), state["models"], strict=True))
+        ]
+        self.calibrator_ = self._fresh_calibrator()
+        self.calibrator_.set_state(state["calibrator"], {k: v.numpy() for k, v in under("calibrator.").items()})
+        self.classes_ = np.array(state["classes"], dtype=state["classes_dtype"])
+        self.cost_unit_, self.outputs_ = state["cost_unit"], outputs
+        self.saver_reports_ = [SaverReport(**report) for report in state["saver_reports"]]
+        for name, value in state["table"].items():
+            setattr(self, name, np.array(value, dtype=object) if isinstance(value, list) else value)
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "calibrator_")
+
+
+def _hold_out(y: NDArray[Any], size: float, random_state: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Indices to fit on and to calibrate on: stratified where classes allow it, every class fitted on."""
+    if not 0 < size < 1:
+        raise ValueError(f"calibration_size must lie between 0 and 1; got {size!r}.")
+    if len(y) < 2:
+        raise ValueError(f"at least 2 samples are needed to fit and to calibrate; got {len(y)} sample.")
+    _, codes, counts = np.unique(y, return_inverse=True, return_counts=True)
+    lone = np.flatnonzero(counts[codes] == 1)
+    rest = np.flatnonzero(counts[codes] > 1)
+    n_classes = int(np.count_nonzero(counts > 1))
+    n_out = min(max(round(size * len(y)), n_classes), len(rest) - n_classes)
+    if n_out < 1:
+        raise ValueError(
+            "calibration needs samples besides one of each class to fit on; got "
+            f"{len(y)} samples of {len(counts)} classes."
+        )
+    held_in, held_out = train_test_split(rest, test_size=n_out, stratify=codes[rest], random_state=random_state)
+    return np.sort(np.concatenate([held_in, lone])), np.sort(held_out)
+
+
+def _class_indices(labels: NDArray[Any], classes: NDArray[Any]) -> NDArray[np.intp]:
+    """Labels as positions in ``classes``."""
+    if labels.ndim != 1:
+        raise ValueError(f"y must be one label a sample; got shape {labels.shape}.")
+    order = np.argsort(classes)
+    place = np.minimum(np.searchsorted(classes, labels, sorter=order), len(classes) - 1)
+    found = order[place]
+    unknown = classes[found] != labels
+    if unknown.any():
+        raise ValueError(
+            f"y must hold labels among the {len(classes)} classes {_shortened(classes)}; got "
+            f"{_shortened(np.unique(labels[unknown]))}. Give the labels in the order of the outputs as classes=."
+        )
+    return found
+
+
+def _shortened(values: NDArray[Any]) -> str:
+    return str(values.tolist()) if len(values) <= 6 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"
+
+
+def _check_rising(costs: NDArray[np.float64]) -> None:
+    if len(costs) > 2 and (np.diff(costs) <= 0).any():
+        warnings.warn(
+            f"savers are meant to come from small to large, base last; their costs are {costs.tolist()}.",
+            SaverWarning,
+            stacklevel=4,
+        )
+
+
+def _warn_of_savers(reports: list[SaverReport], labels: list[str]) -> None:
+    for report in reports:
+        if not report.pays:
+            warnings.warn(
+                f"{labels[report.saver]} does not pay: at no loss of accuracy it changes the mean cost by "
+                f"{100 * report.delta_cost:+.1f}% of the base's (ΔC >= 0; it could take {100 * report.job_ratio:.1f}% "
+                "of the samples). Choose a cheaper or a more accurate one, or allow a drop of accuracy.",
+                SaverWarning,
+                stacklevel=4,
+            )
+
+
+@contextmanager
+def _unchanged_on_failure(estimator: Any) -> Iterator[None]:
+    """Give the estimator back as it was when the block fails."""
+    before = estimator.__dict__.copy()
+    try:
+        yield
+    except BaseException:
+        estimator.__dict__.clear()
+        estimator.__dict__.update(before)
+        raise

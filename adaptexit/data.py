@@ -1,0 +1,192 @@
+"""One way from arrays, tensors, datasets and loaders to batches."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import (
+    DataLoader,
+    Dataset,
+    IterableDataset,
+    RandomSampler,
+    SubsetRandomSampler,
+    WeightedRandomSampler,
+)
+
+_SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
+
+
+@dataclass
+class Batches:
+    """Batches of inputs, checked for NaN and inf; labels met on the way are collected in :attr:`labels`.
+
+    Attributes
+    ----------
+    batch_size : int
+        Of the source where it has one.
+    n_batches : int or None
+        None where the source does not know.
+    """
+
+    source: Any
+    batch_size: int
+    n_batches: int | None
+    needs_labels: bool = False
+    _labels: list[NDArray[Any]] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        self._labels = []
+        for batch in self.source:
+            x, y = _unpack(batch)
+            if self.needs_labels:
+                if y is None:
+                    raise ValueError(
+                        "the data loader or dataset must give (x, y) pairs here; it gave x alone. Give y as an "
+                        "array beside it, or a dataset with labels."
+                    )
+                self._labels.append(np.atleast_1d(np.asarray(y)))
+            yield _checked(x)
+
+    def first(self) -> Tensor:
+        """The inputs of the first batch, for looking at; collected labels stay as they are."""
+        for batch in self.source:
+            return _checked(_unpack(batch)[0])
+        raise ValueError("X holds no samples; give at least one.")
+
+    @property
+    def labels(self) -> NDArray[Any]:
+        """Labels of all samples, after the batches were run through, shape (N,)."""
+        return np.concatenate(self._labels)
+
+
+def split_pair(X: Any, y: Any) -> tuple[Any, Any]:
+    """(X, y) given as one pair, taken apart where no y is given beside it."""
+    return X if y is None and isinstance(X, tuple) and len(X) == 2 else (X, y)
+
+
+def is_stream(X: Any) -> bool:
+    """Whether X is a Dataset or DataLoader rather than an array or tensor."""
+    return isinstance(X, (DataLoader, Dataset))
+
+
+def as_batches(X: Any, y: Any = None, *, batch_size: int, labels: bool = False, ordered: bool = True) -> Batches:
+    """Batches of X, and of y with it where ``labels`` are wanted.
+
+    Parameters
+    ----------
+    X : array or tensor (N, ...), Dataset or DataLoader
+        Datasets and loaders give (x, y), (x,) or x.
+    y : array (N,), optional
+        Labels, for arrays and tensors only.
+    batch_size : int
+        For sources without one of their own.
+    labels : bool
+        Whether labels are needed.
+    ordered : bool
+        Whether answers go back to the caller in the order of X: a loader that shuffles or drops samples is then an
+        error.
+
+    Raises
+    ------
+    ValueError
+        For an empty or shuffling source, NaN or inf (while iterating), missing labels, or labels given twice.
+    TypeError
+        For anything that is none of the above.
+    """
+    if not (isinstance(batch_size, (int, np.integer)) and batch_size >= 1):
+        raise ValueError(f"batch_size must be a positive integer; got {batch_size!r}.")
+    if is_stream(X):
+        if y is not None:
+            raise ValueError(
+                f"y is taken from X where X is a {type(X).__name__} of (x, y); got y beside it. Leave y out."
+            )
+        loader = X if isinstance(X, DataLoader) else DataLoader(X, batch_size=int(batch_size))
+        if ordered:
+            _check_order(loader)
+        size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or int(batch_size)
+        known = None if isinstance(loader.dataset, IterableDataset) else len(loader)
+        return Batches(loader, size, known, labels)
+    array = _as_array(X)
+    n = len(array)
+    if n == 0:
+        raise ValueError("X holds no samples; give at least one.")
+    targets = None
+    if labels:
+        if y is None:
+            raise ValueError(
+                "labels are needed: give y, a pair (X, y), or a Dataset or DataLoader of (x, y); got y=None."
+            )
+        targets = np.asarray(y.cpu() if isinstance(y, Tensor) else y)
+        if targets.shape != (n,):
+            raise ValueError(f"y must have shape ({n},), one label a sample of X; got shape {targets.shape}.")
+    slices = _Slices(array, targets, int(batch_size))
+    return Batches(slices, int(batch_size), len(slices), labels)
+
+
+class _Slices:
+    """An array cut into batches, as often as wanted."""
+
+    def __init__(self, array: Any, labels: NDArray[Any] | None, batch_size: int) -> None:
+        self.array, self.labels, self.batch_size = array, labels, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.array) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        for start in range(0, len(self.array), self.batch_size):
+            x = self.array[start : start + self.batch_size]
+            if isinstance(x, np.ndarray):
+                x = torch.from_numpy(x if x.flags.writeable else x.copy())
+            yield x if self.labels is None else (x, self.labels[start : start + self.batch_size])
+
+
+def _as_array(X: Any) -> Any:
+    if isinstance(X, Tensor):
+        return X.detach()
+    if isinstance(X, (str, bytes, dict, set)) or not hasattr(X, "__len__"):
+        raise TypeError(
+            f"X must be an array or tensor of shape (N, ...), a Dataset or a DataLoader; got {type(X).__name__}."
+        )
+    array = np.asanyarray(X)
+    if array.dtype.kind not in "fiub" or array.ndim == 0:
+        raise TypeError(
+            f"X must be a numeric array of shape (N, ...); got dtype {array.dtype} and shape {array.shape}. "
+            "Images of different sizes go through a Dataset that resizes them."
+        )
+    return array
+
+
+def _unpack(batch: Any) -> tuple[Any, Any]:
+    if isinstance(batch, (tuple, list)):
+        if len(batch) == 1:
+            return batch[0], None
+        if len(batch) == 2:
+            return batch[0], batch[1]
+        raise ValueError(f"a batch must be x, (x,) or (x, y); got {len(batch)} items.")
+    if isinstance(batch, dict):
+        raise TypeError("a batch must be x, (x,) or (x, y); got a dict. Wrap the data set to give pairs.")
+    return batch, None
+
+
+def _checked(x: Any) -> Tensor:
+    x = torch.as_tensor(x)
+    # The sum is finite only if every entry is; a finite batch whose sum overflows is looked at entry by entry.
+    if x.is_floating_point() and not bool(torch.isfinite(x.sum())) and not bool(torch.isfinite(x).all()):
+        raise ValueError("X must be finite; it contains NaN or infinity. Clean or impute the data first.")
+    return x
+
+
+def _check_order(loader: DataLoader[Any]) -> None:
+    if isinstance(getattr(loader.batch_sampler, "sampler", loader.sampler), _SHUFFLING):
+        raise ValueError(
+            "X must keep its order, since answers come in input order; got a DataLoader that shuffles. "
+            "Build it with shuffle=False."
+        )
+    if loader.drop_last:
+        raise ValueError("X must keep every sample; got a DataLoader with drop_last=True. Build it without.")

@@ -1,0 +1,43 @@
+"""What a model costs a sample: multiply-accumulates counted, or seconds measured."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.backends import mha
+from torch.utils.benchmark import Timer
+from torch.utils.flop_counter import FlopCounterMode
+
+from adaptexit.staging.rows import Rows, n_rows
+
+
+def count_macs(function: Callable[[Rows], Any], rows: Rows) -> float:
+    """Multiply-accumulates a sample of ``function(rows)``, by torch's FlopCounterMode (it counts two a MAC).
+
+    Counted with gradients enabled and the fused attention path off: inside that path nothing would be counted.
+    Element-wise work, pooling and normalisation are not MACs.
+    """
+    fused = mha.get_fastpath_enabled()
+    mha.set_fastpath_enabled(False)
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
+            function(rows)
+    finally:
+        mha.set_fastpath_enabled(fused)
+    return counter.get_total_flops() / 2 / n_rows(rows)
+
+
+def measure_latency(function: Callable[[Rows], Any], rows: Rows, *, min_seconds: float = 0.2) -> float:
+    """Median seconds a sample of ``function(rows)`` at this batch size, by torch.utils.benchmark (warmed up)."""
+
+    def call() -> None:
+        with torch.inference_mode():
+            function(rows)
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+
+    call()
+    timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+    return float(timer.blocked_autorange(min_run_time=min_seconds).median) / n_rows(rows)

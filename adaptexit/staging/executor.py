@@ -1,0 +1,255 @@
+"""Run a model stage by stage, let samples leave, and go on with the survivors in full batches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adaptexit.core.outputs import ExitBatch
+from adaptexit.staging.rows import Rows, join, n_bytes, n_rows, take
+
+MEMORY_LIMIT = 1 << 30
+"""Bytes of waiting survivors above which a stage runs on a batch that is not full."""
+
+
+class Accept(Protocol):
+    """Who of a batch leaves at exit k, shape (B,)."""
+
+    def __call__(self, k: int, batch: ExitBatch, /) -> NDArray[np.bool_]: ...
+
+
+@dataclass(frozen=True)
+class StagedModel:
+    """K stages with an exit after each; the last exit is the full model.
+
+    Attributes
+    ----------
+    stages : sequence of K callables or None
+        From what was carried so far to what is carried on; None passes it on as it is.
+    exits : sequence of K callables
+        From what is carried to the exit's output; run only where the exit is switched on. The output's argmax over
+        its last axis is the answer.
+    confidence : callable
+        From an exit's output of B samples to their scores, shape (B,).
+    """
+
+    stages: Sequence[Callable[[Rows], Rows] | None]
+    exits: Sequence[Callable[[Rows], Tensor]]
+    confidence: Callable[[Tensor], Tensor]
+
+    @property
+    def n_exits(self) -> int:
+        """Number of exits K."""
+        return len(self.exits)
+
+    def advance(self, carried: Rows, after: int, to: int) -> Rows:
+        """Run the stages behind exit ``after`` up to that of exit ``to``."""
+        for stage in self.stages[after + 1 : to + 1]:
+            if stage is not None:
+                carried = stage(carried)
+        return carried
+
+    def observe(self, k: int, carried: Rows, keep_logits: bool) -> ExitBatch:
+        """Run exit k and read its answers and scores."""
+        output = self.exits[k](carried)
+        logits = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+        if logits.ndim != 2:
+            raise ValueError(
+                f"the model of exit {k} must answer with logits of shape (B, C); got shape {tuple(logits.shape)}."
+            )
+        scores = torch.as_tensor(self.confidence(logits))
+        if scores.shape != logits.shape[:1]:
+            raise ValueError(
+                "confidence must turn an output of B samples into B numbers, one a sample: expected shape "
+                f"{tuple(logits.shape[:1])}, got {tuple(scores.shape)}."
+            )
+        batch = ExitBatch(
+            predictions=logits.argmax(dim=1).cpu().numpy(),
+            scores=scores.detach().cpu().numpy(),
+            logits=logits.detach().cpu().numpy() if keep_logits else None,
+        )
+        if not np.isfinite(batch.scores).all():
+            raise ValueError(
+                f"exit {k} gave a score that is NaN or infinite. Look for NaN or inf in the weights of that model, for "
+                "an overflow in half precision, or for a confidence that is undefined on some outputs."
+            )
+        return batch
+
+
+@dataclass
+class Answers:
+    """One answer a sample, in input order.
+
+    Attributes
+    ----------
+    predictions : class indices (N,)
+    exits : where each sample left (N,)
+    scores : its score there (N,)
+    logits : (N, C) or None
+    """
+
+    predictions: NDArray[Any]
+    exits: NDArray[np.intp]
+    scores: NDArray[Any]
+    logits: NDArray[Any] | None
+
+
+@dataclass
+class _Collected:
+    keep_logits: bool
+    rows: list[tuple[NDArray[Any], int, ExitBatch]] = field(default_factory=list)
+
+    def add(self, samples: NDArray[Any], k: int, batch: ExitBatch, leave: NDArray[np.bool_]) -> None:
+        if leave.any():
+            part = ExitBatch(
+                predictions=batch.predictions[leave],
+                scores=batch.scores[leave],
+                logits=batch.logits[leave] if self.keep_logits and batch.logits is not None else None,
+            )
+            self.rows.append((samples[leave], k, part))
+
+    def in_order(self) -> Answers:
+        samples = np.concatenate([samples for samples, _, _ in self.rows])
+        place = np.argsort(samples, kind="stable")
+        return Answers(
+            predictions=np.concatenate([batch.predictions for _, _, batch in self.rows])[place],
+            exits=np.concatenate([np.full(len(samples), k) for samples, k, _ in self.rows])[place],
+            scores=np.concatenate([batch.scores for _, _, batch in self.rows])[place],
+            logits=np.concatenate([batch.logits for _, _, batch in self.rows])[place] if self.keep_logits else None,
+        )
+
+
+@dataclass
+class _Waiting:
+    """Survivors that wait for an exit's stages to run."""
+
+    parts: list[tuple[NDArray[Any], Rows]] = field(default_factory=list)
+    count: int = 0
+    bytes: int = 0
+
+    def put(self, samples: NDArray[Any], carried: Rows) -> None:
+        self.parts.append((samples, carried))
+        self.count += len(samples)
+        self.bytes += n_bytes(carried)
+
+    def get(self, at_most: int) -> tuple[NDArray[Any], Rows]:
+        """The samples that came first, up to ``at_most``."""
+        chosen: list[tuple[NDArray[Any], Rows]] = []
+        room = at_most
+        while self.parts and room:
+            samples, carried = self.parts.pop(0)
+            self.bytes -= n_bytes(carried)
+            if len(samples) > room:
+                rest = take(carried, slice(room, None))
+                self.parts.insert(0, (samples[room:], rest))
+                self.bytes += n_bytes(rest)
+                samples, carried = samples[:room], take(carried, slice(0, room))
+            chosen.append((samples, carried))
+            room -= len(samples)
+        self.count -= at_most - room
+        return np.concatenate([samples for samples, _ in chosen]), join([carried for _, carried in chosen])
+
+
+def execute(
+    model: StagedModel,
+    batches: Iterable[Rows],
+    accept: Accept,
+    on: NDArray[np.bool_],
+    *,
+    batch_size: int,
+    memory_limit: int = MEMORY_LIMIT,
+    merge: bool = True,
+    needs_logits: bool = False,
+    keep_logits: bool = False,
+) -> Answers:
+    """Answer every sample of ``batches`` at the first exit that accepts it.
+
+    The survivors of successive batches wait until they fill a batch of ``batch_size`` and then go on together, deepest
+    exit first, so that deep stages do not run on a handful of samples; a single batch goes straight through. Exits that
+    are not ``on`` are not run. Answers come in input order and do not depend on how samples are batched.
+
+    Parameters
+    ----------
+    model : StagedModel
+    batches : iterable of rows
+    accept : callable (k, ExitBatch) -> booleans (B,)
+        Asked at every early exit that is on; at the last exit everybody leaves.
+    on : boolean array (K,)
+    batch_size : int
+        What counts as a full batch of survivors.
+    memory_limit : int
+        Bytes that waiting survivors may hold; beyond it the fullest queue runs although its batch is not full.
+    merge : bool
+        False sends the survivors of each batch on at once.
+    needs_logits, keep_logits : bool
+        Whether ``accept`` reads logits, and whether the answers hold them.
+    """
+    running = [*np.flatnonzero(on[:-1]).tolist(), model.n_exits - 1]
+    waiting = {k: _Waiting() for k in running[1:]}
+    following = dict(pairwise(running))
+    preceding = {after: before for before, after in following.items()}
+    collected = _Collected(keep_logits)
+
+    def run(k: int, samples: NDArray[Any], carried: Rows) -> None:
+        carried = model.advance(carried, preceding.get(k, -1), k)
+        batch = model.observe(k, carried, needs_logits or keep_logits)
+        if k not in following:
+            collected.add(samples, k, batch, np.ones(len(samples), dtype=bool))
+            return
+        leave = accept(k, batch)
+        collected.add(samples, k, batch, leave)
+        stay = np.flatnonzero(~leave)
+        if len(stay):
+            onward = carried if len(stay) == len(samples) else take(carried, stay)
+            waiting[following[k]].put(samples[stay], onward)
+
+    def drain(full: int) -> None:
+        """Run, deepest first, every exit for which at least ``full`` samples wait."""
+        while ready := [k for k in reversed(running[1:]) if waiting[k].count >= full]:
+            run(ready[0], *waiting[ready[0]].get(batch_size))
+
+    seen = 0
+    with torch.inference_mode():
+        for x in batches:
+            count = n_rows(x)
+            run(running[0], np.arange(seen, seen + count), x)
+            seen += count
+            drain(batch_size if merge else 1)
+            while sum(queue.bytes for queue in waiting.values()) > memory_limit:
+                fullest = max(waiting, key=lambda k: waiting[k].bytes)
+                run(fullest, *waiting[fullest].get(batch_size))
+        for k in running[1:]:  # shallow first: what survives here can still fill a batch further on
+            while waiting[k].count:
+                run(k, *waiting[k].get(batch_size))
+    if not seen:
+        raise ValueError("X holds no samples; give at least one.")
+    return collected.in_order()
+
+
+def record(
+    model: StagedModel, batches: Iterable[Rows], *, keep_logits: bool = False
+) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
+    """Every exit's answers on every sample: predictions (K, N), scores (K, N) and, where kept, logits (K, N, C)."""
+    kept: list[list[ExitBatch]] = [[] for _ in range(model.n_exits)]
+    with torch.inference_mode():
+        for carried in batches:
+            for k in range(model.n_exits):
+                carried = model.advance(carried, k - 1, k)
+                kept[k].append(model.observe(k, carried, keep_logits))
+    if not kept[0]:
+        raise ValueError("X holds no samples; give at least one.")
+    widths = {batch.logits.shape[1] for row in kept for batch in row if batch.logits is not None}
+    if len(widths) > 1:
+        raise ValueError(f"all exits must answer for the same number of classes; got {sorted(widths)}.")
+    return (
+        np.stack([np.concatenate([batch.predictions for batch in row]) for row in kept]),
+        np.stack([np.concatenate([batch.scores for batch in row]) for row in kept]),
+        np.stack([np.concatenate([batch.logits for batch in row]) for row in kept]) if keep_logits else None,
+    )

@@ -1,0 +1,61 @@
+"""What travels from stage to stage: tensors (or arrays) whose first axis is the samples, alone or nested.
+
+Nesting is by tuples, lists and dicts; every leaf holds the same samples in the same order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Rows = Any
+
+
+def _mapped(rows: Rows, function: Callable[..., Any], *others: Rows) -> Rows:
+    if isinstance(rows, dict):
+        return {key: _mapped(value, function, *(other[key] for other in others)) for key, value in rows.items()}
+    if isinstance(rows, (tuple, list)):
+        return type(rows)(_mapped(*group[:1], function, *group[1:]) for group in zip(rows, *others, strict=True))
+    return function(rows, *others)
+
+
+def _leaves(rows: Rows) -> list[Any]:
+    found: list[Any] = []
+    _mapped(rows, found.append)
+    return found
+
+
+def n_rows(rows: Rows) -> int:
+    """Number of samples."""
+    return int(_leaves(rows)[0].shape[0])
+
+
+def n_bytes(rows: Rows) -> int:
+    """Memory that the samples take."""
+    return sum(int(leaf.nbytes) for leaf in _leaves(rows))
+
+
+def take(rows: Rows, samples: NDArray[Any] | slice) -> Rows:
+    """Some of the samples, in the order of their indices; memory formats are kept."""
+
+    def pick(leaf: Any) -> Any:
+        if isinstance(samples, slice) or isinstance(leaf, np.ndarray):
+            return leaf[samples]
+        return leaf[torch.from_numpy(samples).to(leaf.device)]
+
+    return _mapped(rows, pick)
+
+
+def join(parts: Sequence[Rows]) -> Rows:
+    """The samples of all parts, one after the other."""
+    if len(parts) == 1:
+        return parts[0]
+
+    def concatenate(*leaves: Any) -> Any:
+        return np.concatenate(leaves) if isinstance(leaves[0], np.ndarray) else torch.cat(leaves)
+
+    return _mapped(parts[0], concatenate, *parts[1:])
