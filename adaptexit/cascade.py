@@ -36,7 +36,7 @@ from adaptexit.models import (
     is_scikit,
     restore_model,
 )
-from adaptexit.persistence import save
+from adaptexit.persistence import load, save
 from adaptexit.staging.cost import measure_latency
 from adaptexit.staging.executor import MEMORY_LIMIT, Answers, StagedModel, execute, record
 from adaptexit.trace import ExitTrace
@@ -83,6 +83,9 @@ class CascadeSaver(ClassifierMixin, BaseEstimator):
         For arrays and datasets, and for merged survivors; loaders bring their own.
     memory_limit : int, default=2**30
         Bytes that survivors waiting for a full batch may hold.
+    device : str, optional
+        Where models made from names and factories go ("cuda", "cpu" ...). Modules stay where they are, and data follow
+        them; models may lie on different devices.
     random_state : int, default=0
         Seed of the hold-out split.
     verbose : int, default=0
@@ -124,6 +127,7 @@ class CascadeSaver(ClassifierMixin, BaseEstimator):
         calibration_size: float = 0.25,
         batch_size: int = 128,
         memory_limit: int = MEMORY_LIMIT,
+        device: str | None = None,
         random_state: int = 0,
         verbose: int = 0,
     ) -> None:
@@ -139,6 +143,7 @@ class CascadeSaver(ClassifierMixin, BaseEstimator):
         self.calibration_size = calibration_size
         self.batch_size = batch_size
         self.memory_limit = memory_limit
+        self.device = device
         self.random_state = random_state
         self.verbose = verbose
 
@@ -161,7 +166,9 @@ class CascadeSaver(ClassifierMixin, BaseEstimator):
             X, y = self._validated(X, y, reset=True)
             given = self._given()
             fitted, X, y = self._fit_classifiers(given, X, y)
-            self._models = [build_model(model, preprocess, label) for model, (_, preprocess, label) in fitted]
+            self._models = [
+                build_model(model, preprocess, label, self.device) for model, (_, preprocess, label) in fitted
+            ]
             return self._calibrate(X, y)
 
     def calibrate(self, X: Any, y: Any = None) -> CascadeSaver:
@@ -264,7 +271,10 @@ class CascadeSaver(ClassifierMixin, BaseEstimator):
     def _costs(self, x: Tensor) -> tuple[NDArray[np.float64], str]:
         modules = [not isinstance(model, ScikitModel) for model in self._models]
         if not isinstance(self.cost, str):
-            costs = np.asarray(self.cost, dtype=np.float64)
+            try:
+                costs = np.asarray(self.cost, dtype=np.float64)
+            except (TypeError, ValueError):
+                costs = np.empty(0)
             if costs.shape != (len(self._models),) or not (np.isfinite(costs).all() and (costs > 0).all()):
                 raise ValueError(
                     f"cost must be {len(self._models)} positive numbers, savers first and base last; got {self.cost!r}."
@@ -350,9 +360,13 @@ class CascadeSaver(ClassifierMixin, BaseEstimator):
         point = self._point(budget)
         X, y = split_pair(X, y)
         if is_stream(X):
-            batches = as_batches(X, batch_size=self.batch_size, labels=True, ordered=False)
+            batches = as_batches(X, y, batch_size=self.batch_size, labels=True, ordered=False)
             answers = self._run(batches, self._accept(point), point.on)
             y = batches.labels
+        elif y is None:
+            raise ValueError(
+                "labels are needed: give y, a pair (X, y), or a Dataset or DataLoader of (x, y); got y=None."
+            )
         else:
             answers = self._answer(X, point)
         return float(accuracy_score(y, self.classes_[answers.predictions], sample_weight=sample_weight))
@@ -466,6 +480,14 @@ class CascadeSaver(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         save(self, folder)
 
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], **given: Any) -> CascadeSaver:
+        """Read a cascade that :meth:`save` wrote; as :func:`adaptexit.load`, for this class only."""
+        loaded = load(folder, **given)
+        if not isinstance(loaded, cls):
+            raise ValueError(f"folder must hold a {cls.__name__}; {folder} holds a {type(loaded).__name__}.")
+        return loaded
+
     def _get_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         calibrator, arrays = self.calibrator_.get_state()
         tensors = {f"calibrator.{name}": torch.from_numpy(np.array(array)) for name, array in arrays.items()}
@@ -487,9 +509,11 @@ class CascadeSaver(ClassifierMixin, BaseEstimator):
         def under(prefix: str) -> dict[str, Tensor]:
             return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
 
+        given, described = self._given(), state["models"]
+        if len(given) != len(described):
+            raise ValueError(f"saver must be the {len(described) - 1} that were saved; got {len(given) - 1}.")
         self._models = [
-            restore_model(*given, described, under(f"models.{k}."))
-            for k, (given, described) in enumerate(zip(self._given(), state["models"], strict=True))
+            restore_model(*entry, described[k], under(f"models.{k}."), self.device) for k, entry in enumerate(given)
         ]
         self.calibrator_ = self._fresh_calibrator()
         self.calibrator_.set_state(state["calibrator"], {k: v.numpy() for k, v in under("calibrator.").items()})

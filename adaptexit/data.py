@@ -153,10 +153,14 @@ def _as_array(X: Any) -> Any:
         raise TypeError(
             f"X must be an array or tensor of shape (N, ...), a Dataset or a DataLoader; got {type(X).__name__}."
         )
-    array = np.asanyarray(X)
+    try:
+        array = np.asanyarray(X)
+        came = f"dtype {array.dtype} and shape {array.shape}"
+    except ValueError:
+        array, came = np.array(None), "entries of different shapes"
     if array.dtype.kind not in "fiub" or array.ndim == 0:
         raise TypeError(
-            f"X must be a numeric array of shape (N, ...); got dtype {array.dtype} and shape {array.shape}. "
+            f"X must be a numeric array of shape (N, ...); got {came}. "
             "Images of different sizes go through a Dataset that resizes them."
         )
     return array
@@ -188,5 +192,5 @@ def _check_order(loader: DataLoader[Any]) -> None:
             "X must keep its order, since answers come in input order; got a DataLoader that shuffles. "
             "Build it with shuffle=False."
         )
-    if loader.drop_last:
+    if getattr(loader.batch_sampler, "drop_last", loader.drop_last):
         raise ValueError("X must keep every sample; got a DataLoader with drop_last=True. Build it without.")

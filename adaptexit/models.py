@@ -60,11 +60,13 @@ class TimmPreprocess:
                 f"{low:.3g} to {high:.3g}. If they are normalised already, pass preprocess=None for that model."
             )
         if x.shape[-2:] != self.size:
-            height, width = self.size
-            scale = max(height / x.shape[-2], width / x.shape[-1])
-            resized = [max(round(scale * x.shape[-2]), height), max(round(scale * x.shape[-1]), width)]
+            (height, width), (given_height, given_width) = self.size, x.shape[-2:]
+            if height * given_width >= width * given_height:
+                resized = [height, height * given_width // given_height]
+            else:
+                resized = [width * given_height // given_width, width]
             x = tv.resize(x, resized, interpolation=InterpolationMode(self.interpolation), antialias=True)
-            x = tv.center_crop(x, list(self.size))
+            x = tv.center_crop(x, list(self.size)).clamp(0, 1)  # bicubic overshoots; 8-bit images cannot
         return tv.normalize(x, list(self.mean), list(self.std))
 
 
@@ -124,7 +126,7 @@ class ScikitModel:
 WholeModel = TorchModel | ScikitModel
 
 
-def build_model(given: Any, preprocess: Any, label: str) -> WholeModel:
+def build_model(given: Any, preprocess: Any, label: str, device: str | None = None) -> WholeModel:
     """A model from what was given for the argument ``label``; classifiers must be fitted.
 
     Parameters
@@ -135,9 +137,11 @@ def build_model(given: Any, preprocess: Any, label: str) -> WholeModel:
         "auto": timm's data config for a timm model, nothing for any other.
     label : str
         How errors name the model.
+    device : str, optional
+        Where a module made here goes.
     """
     if isinstance(given, str):
-        module: Any = timm.create_model(given, pretrained=True)
+        module: Any = timm.create_model(given, pretrained=True).to(device)
     elif isinstance(given, nn.Module):
         module = given
     elif is_scikit(given):
@@ -157,6 +161,7 @@ def build_model(given: Any, preprocess: Any, label: str) -> WholeModel:
         module = given()
         if not isinstance(module, nn.Module):
             raise TypeError(f"{label}, called as a factory, must return an nn.Module; got {type(module).__name__}.")
+        module = module.to(device)
     else:
         raise TypeError(
             f"{label} must be a timm model name, a factory of a module, an nn.Module or a scikit-learn classifier "
@@ -200,7 +205,12 @@ def describe_model(model: WholeModel) -> dict[str, Any]:
 
 
 def restore_model(
-    given: Any, preprocess: Any, label: str, described: dict[str, Any], weights: dict[str, Tensor]
+    given: Any,
+    preprocess: Any,
+    label: str,
+    described: dict[str, Any],
+    weights: dict[str, Tensor],
+    device: str | None = None,
 ) -> WholeModel:
     """The model that was described, from what was given for it (again) and the saved weights.
 
@@ -214,12 +224,12 @@ def restore_model(
         )
     theirs = isinstance(given, nn.Module)
     if isinstance(given, str):
-        given = timm.create_model(given, pretrained=False)
+        given = timm.create_model(given, pretrained=False).to(device)
     if known := described["timm_preprocess"]:
         preprocess = TimmPreprocess(
             tuple(known["size"]), tuple(known["mean"]), tuple(known["std"]), known["interpolation"]
         )
-    model = build_model(given, preprocess, label)
+    model = build_model(given, preprocess, label, device)
     if isinstance(model, TorchModel):
         current = model.module.state_dict()
         same = current.keys() == weights.keys()
@@ -235,12 +245,16 @@ def restore_model(
 
 @contextmanager
 def evaluating(models: Iterable[WholeModel]) -> Iterator[None]:
-    """All modules in evaluation mode, and every submodule's own mode given back afterwards."""
+    """All modules in evaluation mode; every submodule's own mode and torch's random state are given back afterwards.
+
+    Loaders draw from that state even where they do not shuffle.
+    """
     training = [m for model in models if model.module is not None for m in model.module.modules() if m.training]
     for module in training:
         module.training = False
     try:
-        yield
+        with torch.random.fork_rng(devices=[]):
+            yield
     finally:
         for module in training:
             module.training = True

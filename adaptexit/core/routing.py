@@ -65,4 +65,4 @@ def midpoint(low: Any, high: Any) -> Floats:
     """Half way between two numbers, and below ``high`` even where no number lies between."""
     with np.errstate(invalid="ignore"):
         middle = low / 2 + high / 2
-    return np.where((low <= middle) & (middle < high), middle, low)
+    return np.asarray(np.where((low <= middle) & (middle < high), middle, low), dtype=np.float64)

@@ -7,23 +7,22 @@ from typing import Any
 
 import torch
 from torch.backends import mha
-from torch.utils.benchmark import Timer
 from torch.utils.flop_counter import FlopCounterMode
 
-from adaptexit.staging.rows import Rows, n_rows
+from adaptexit.staging.rows import Rows, cloned, n_rows
 
 
 def count_macs(function: Callable[[Rows], Any], rows: Rows) -> float:
     """Multiply-accumulates a sample of ``function(rows)``, by torch's FlopCounterMode (it counts two a MAC).
 
-    Counted with gradients enabled and the fused attention path off: inside that path nothing would be counted.
+    Counted outside inference mode and with the fused attention path off: inside that path nothing would be counted.
     Element-wise work, pooling and normalisation are not MACs.
     """
     fused = mha.get_fastpath_enabled()
     mha.set_fastpath_enabled(False)
     try:
-        with torch.inference_mode(False), torch.enable_grad(), FlopCounterMode(display=False) as counter:
-            function(rows)
+        with torch.inference_mode(False), torch.no_grad(), FlopCounterMode(display=False) as counter:
+            function(cloned(rows))  # tensors made in inference mode cannot take part in autograd, copies of them can
     finally:
         mha.set_fastpath_enabled(fused)
     return counter.get_total_flops() / 2 / n_rows(rows)
@@ -31,6 +30,7 @@ def count_macs(function: Callable[[Rows], Any], rows: Rows) -> float:
 
 def measure_latency(function: Callable[[Rows], Any], rows: Rows, *, min_seconds: float = 0.2) -> float:
     """Median seconds a sample of ``function(rows)`` at this batch size, by torch.utils.benchmark (warmed up)."""
+    from torch.utils.benchmark import Timer  # imports torch's compiler tooling, so only where it is used
 
     def call() -> None:
         with torch.inference_mode():

@@ -9,8 +9,8 @@ import numpy as np
 
 from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, not_dominated, reference
 from adaptexit.core.outputs import ExitOutputs
-from adaptexit.core.search.methods import Policies, Search, coord, exact, geometric, shared
-from adaptexit.core.search.problem import Policy, Problem
+from adaptexit.core.search.methods import Policies, Search, coord, exact, geometric, geometric_path, shared
+from adaptexit.core.search.problem import COST_UNIT, Policy, Problem
 from adaptexit.core.search.targets import Target
 
 SEARCHES: dict[str, Search] = {"exact": exact, "coord": coord, "shared": shared, "geometric": geometric}
@@ -34,28 +34,38 @@ class SearchReport:
 
 
 def choose_search(n_exits: int, n_samples: int) -> SearchReport:
-    """What ``search="auto"`` takes for K exits and N calibration samples."""
+    """What ``search="auto"`` takes for K exits and N calibration samples.
+
+    On few samples the rule with the fewest free choices did best on fresh data (benchmarks/README.md).
+    """
     if n_exits <= 2:
         return SearchReport("exact", False, "one early exit: every threshold can be tried")
     if n_exits == 3 and 1000 * n_exits <= n_samples <= MOST_SAMPLES_EXACT:
         return SearchReport("exact", False, f"two early exits, {n_samples} samples: every pair of thresholds is tried")
     if n_samples < 200 * n_exits:
-        return SearchReport("shared", False, f"{n_samples} samples are fewer than 200 an exit")
+        return SearchReport("geometric", False, f"{n_samples} samples are fewer than 200 an exit")
     if n_samples < 1000 * n_exits:
         return SearchReport("coord", True, f"{n_samples} samples are fewer than 1000 an exit")
     return SearchReport("coord", False, f"{n_samples} samples are at least 1000 an exit")
 
 
 def targets_for(problem: Problem, n_points: int, drops: Sequence[float], budgets: Sequence[float]) -> list[Target]:
-    """Budgets from the cheapest policy to the most accurate one in even steps, and the budgets and drops asked for."""
+    """Budgets in even steps along a first estimate of the curve, and the budgets and drops asked for.
+
+    The estimate joins the policies of the geometric rule, the cheapest policy and an accurate one; steps count both
+    cost and accuracy, so that budgets are close where the curve is steep.
+    """
     everybody = np.diag(np.full(problem.n_early, problem.n_samples))
-    cheapest = min(problem.values(everybody)[1].min() / problem.n_samples, 1.0)
     unlimited = Target(budget=1.0).objective(problem.n_samples, problem.full_quality)
-    most_accurate, _ = problem.settle(np.zeros(problem.n_early, dtype=np.int64), unlimited)
-    dearest = problem.value(most_accurate)[1] / problem.n_samples
-    grid = np.union1d(np.linspace(cheapest, max(dearest, cheapest), n_points), [*budgets, 1.0])
+    accurate, _ = problem.settle(np.zeros(problem.n_early, dtype=np.int64), unlimited)
+    quality, cost = problem.values(np.concatenate([everybody, geometric_path(problem), accurate[None]]))
+    curve = not_dominated(quality / problem.n_samples, np.minimum(cost / problem.n_samples, 1.0))
+    steps = sum(np.diff(v[curve], prepend=v[curve[0]]) / max(np.ptp(v[curve]), 1e-12) for v in (quality, cost))
+    length = np.cumsum(np.abs(steps))
+    grid = np.interp(np.linspace(0.0, length[-1], n_points), length, cost[curve] / problem.n_samples)
+    wanted_budgets = np.union1d(np.minimum(grid, 1.0), [*budgets, 1.0])
     wanted_drops = np.union1d(drops, STANDARD_DROPS)
-    return [Target(budget=float(b)) for b in grid] + [Target(max_drop=float(d)) for d in wanted_drops]
+    return [Target(budget=float(b)) for b in wanted_budgets] + [Target(max_drop=float(d)) for d in wanted_drops]
 
 
 def search_thresholds(
@@ -130,4 +140,5 @@ def _frontier(outputs: ExitOutputs, problem: Problem, policies: Policies, target
 def _point(problem: Problem, policy: Policy, params: dict[str, float]) -> OperatingPoint:
     quality, counts, paths = problem.outcome(policy)
     n = problem.n_samples
-    return OperatingPoint(quality / n, float(counts @ paths) / n, counts / n, *problem.thresholds(policy), params)
+    accuracy, cost = quality * problem.quality_unit / n, int(counts @ paths) * COST_UNIT / n
+    return OperatingPoint(accuracy, cost, counts / n, *problem.thresholds(policy), params)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from adaptexit.core.search.problem import Policy, Problem
+from adaptexit.core.search.problem import COST_UNIT, Policy, Problem
 from adaptexit.core.search.targets import Target, Weighted
 
 Policies = NDArray[np.int64]
@@ -64,12 +64,12 @@ def _exact_one(problem: Problem, k: int, targets: Sequence[Target]) -> Policies:
     """The best prefix of exit k for every target, everybody passing it and the others being switched off."""
     n = problem.n_samples
     ends = np.append(0, problem.ends[k])
-    gain = np.append(0.0, np.cumsum((problem.quality[k] - problem.quality[-1])[problem.order[k]]))[ends]
+    gain = np.append(0, np.cumsum((problem.quality[k] - problem.quality[-1])[problem.order[k]]))[ends]
     # Longer prefixes are cheaper: one is worth keeping where it beats every longer one.
-    best_longer = np.append(np.maximum.accumulate(gain[::-1])[::-1][1:], -np.inf)
+    best_longer = np.append(np.maximum.accumulate(gain[::-1])[::-1][1:], gain.min() - 1)
     kept = gain > best_longer
-    quality, ends = problem.full_quality + gain[kept], ends[kept]
-    paths = np.cumsum(problem.stage_costs + problem.exit_costs)
+    quality, ends = problem.full_quality + gain[kept] * problem.quality_unit, ends[kept]
+    paths = np.cumsum(problem.stage_costs + problem.exit_costs) * COST_UNIT
     cost = ends * paths[k] + (n - ends) * paths[-1]
     policies = np.zeros((len(targets), problem.n_early), dtype=np.int64)
     policies[:, k] = [ends[int(np.argmax(_objective(problem, target)(quality, cost)))] for target in targets]
@@ -79,8 +79,8 @@ def _exact_one(problem: Problem, k: int, targets: Sequence[Target]) -> Policies:
 def _exact_two(problem: Problem, targets: Sequence[Target]) -> Policies:
     """The best pair of prefixes for every target, both exits being run by everybody who reaches them."""
     n = problem.n_samples
-    first_q, second_q, last_q = problem.quality
-    paths = np.cumsum(problem.stage_costs + problem.exit_costs)
+    first_q, second_q, last_q = problem.quality * problem.quality_unit
+    paths = np.cumsum(problem.stage_costs + problem.exit_costs) * COST_UNIT
     budgets = np.array([t.budget for t in targets if t.budget is not None]) * n + 1e-9 * n
     floors = np.array([problem.full_quality - t.max_drop * n for t in targets if t.max_drop is not None]) - 1e-9 * n
     best_q, at_budget = np.full(len(budgets), -np.inf), np.zeros((len(budgets), 2), dtype=np.int64)
@@ -111,54 +111,72 @@ def _exact_two(problem: Problem, targets: Sequence[Target]) -> Policies:
 
 
 def coord(problem: Problem, targets: Sequence[Target], n_weights: int = 40) -> Policies:
-    """Exact one-dimensional scans, exit by exit to a fixed point, over cost weights; then repair for every target."""
-    nothing = np.zeros(problem.n_early, dtype=np.int64)
-    weights = _cost_weights(problem, n_weights)
-    found = [nothing]
+    """Exact one-dimensional scans, exit by exit to a fixed point, over cost weights; then repair for every target.
+
+    The published geometric rule's policies are among the starting points of the repair, so no target is served worse
+    than by that rule.
+    """
+    found = [np.zeros((1, problem.n_early), dtype=np.int64)]
     if problem.free or problem.n_early <= MOST_EXHAUSTIVE:
         for exits in _subsets(problem):
-            found += _path(problem.committed(exits), weights)
+            committed = problem.committed(exits)
+            found += [_weighted_path(committed, n_weights)[1], geometric_path(committed)]
     else:
         # Too many subsets: start from all exits run, then let every scan weigh an exit against its own cost.
-        everywhere = _path(problem.committed(problem.allowed), weights)
-        for policy, weight in zip(everywhere, weights, strict=True):
+        committed = problem.committed(problem.allowed)
+        weights, policies = _weighted_path(committed, n_weights)
+        found += [policies, geometric_path(committed)]
+        for weight, policy in zip(weights, policies, strict=True):
             objective = Weighted(weight)
-            dropped, _ = problem.settle(policy, objective)
-            found += [policy, _drop_exits(problem, dropped, objective)]
-    candidates = np.unique(np.stack(found), axis=0)
+            found.append(_drop_exits(problem, problem.settle(policy, objective)[0], objective)[None])
+    candidates = np.unique(np.concatenate(found), axis=0)
     quality, cost = problem.values(candidates)
-    repaired = [_repair(problem, target, candidates, quality, cost) for target in targets]
-    return np.stack(repaired)
+    return np.stack([_repair(problem, target, candidates, quality, cost) for target in targets])
 
 
-def _cost_weights(problem: Problem, n_weights: int) -> list[float]:
-    """Geometric cost weights around the average price of accuracy, from cost alone to accuracy alone."""
-    cheapest = problem.stage_costs[0] + problem.exit_costs[0]
-    price = abs(problem.full_quality - problem.quality[0].sum()) / problem.n_samples / max(1.0 - cheapest, 1e-3)
-    return list(max(price, 1.0 / problem.n_samples) * np.geomspace(30.0, 3e-3, n_weights))
+def _weighted_path(problem: Problem, n_weights: int) -> tuple[list[float], Policies]:
+    """Cost weights in falling order and a policy for each; exits are free or their cost is sunk.
 
-
-def _path(problem: Problem, weights: Sequence[float]) -> list[Policy]:
-    """One policy a weight: the better fixed point from the previous weight's policy and from scratch."""
+    Half of the weights lie on a geometric grid around the average price of accuracy, from cost alone to accuracy alone;
+    the others go where neighbouring policies differ most in accuracy and cost.
+    """
     nothing = np.zeros(problem.n_early, dtype=np.int64)
-    policies, previous = [], nothing
-    for weight in weights:
-        objective = Weighted(weight)
-        settled = [problem.settle(start, objective) for start in (previous, nothing)]
-        previous = max(settled, key=lambda pair: pair[1])[0]
-        policies.append(previous)
-    return policies
+
+    def settled(weight: float, start: Policy) -> Policy:
+        return problem.priced(weight).settle(start, Weighted(0.0))[0]
+
+    cheapest = float(problem.stage_costs[0] + problem.exit_costs[0]) * COST_UNIT
+    loss = abs(problem.full_quality - int(problem.quality[0].sum()) * problem.quality_unit) / problem.n_samples
+    price = loss / max(1.0 - cheapest, 1e-3)
+    grid = max(price, 1.0 / problem.n_samples) * np.geomspace(30.0, 3e-3, max(n_weights // 2, 2))
+    weights: list[float] = []
+    policies: list[Policy] = []
+    values: list[tuple[float, float]] = []
+    for weight in grid:
+        weights.append(float(weight))
+        policies.append(settled(weights[-1], policies[-1] if policies else nothing))
+        values.append(problem.value(policies[-1]))
+    spread = np.maximum(np.ptp(np.array(values), axis=0), 1e-9)
+    while len(weights) < n_weights:
+        gaps = np.abs(np.diff(np.array(values), axis=0) / spread).sum(axis=1)
+        i = int(np.argmax(gaps * (np.diff(np.log(weights)) < -1e-3)))
+        weight = float(np.sqrt(weights[i] * weights[i + 1]))
+        policy = settled(weight, policies[i])
+        weights.insert(i + 1, weight)
+        policies.insert(i + 1, policy)
+        values.insert(i + 1, problem.value(policy))
+    return weights, np.stack(policies)
 
 
 def _drop_exits(problem: Problem, policy: Policy, objective: Weighted) -> Policy:
     """Switch off, one by one, the exit whose loss costs least while the objective rises after the rest adapts."""
-    best = float(objective(*(np.array([v]) for v in problem.value(policy)))[0])
+    best = float(objective(*problem.value(policy)))
     while (policy > 0).any():
         trials = []
         for k in np.flatnonzero(policy > 0):
             without = policy.copy()
             without[k] = 0
-            trials.append((float(objective(*(np.array([v]) for v in problem.value(without)))[0]), without))
+            trials.append((float(objective(*problem.value(without))), without))
         adapted, value = problem.settle(max(trials, key=lambda trial: trial[0])[1], objective)
         if value <= best + 1e-9 * max(1.0, abs(best)):
             break

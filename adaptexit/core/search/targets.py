@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
-
-Floats = NDArray[np.float64]
 
 _PREFER = 1e-9  # settles ties; far below one sample's quality or a cost that matters
 _FAR = 1e6  # per sample: puts whatever breaks the constraint below whatever keeps it
 
 
 class Objective(Protocol):
-    """Number to maximise, for arrays of summed quality and summed relative cost."""
+    """Number to maximise, for summed quality and summed relative cost (numbers or arrays)."""
 
-    def __call__(self, quality: Floats, cost: Floats) -> Floats: ...
+    def __call__(self, quality: Any, cost: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -26,7 +23,7 @@ class Weighted:
 
     weight: float
 
-    def __call__(self, quality: Floats, cost: Floats) -> Floats:
+    def __call__(self, quality: Any, cost: Any) -> Any:
         return quality - self.weight * cost
 
 
@@ -37,7 +34,7 @@ class WithinBudget:
     budget: float
     n_samples: int
 
-    def __call__(self, quality: Floats, cost: Floats) -> Floats:
+    def __call__(self, quality: Any, cost: Any) -> Any:
         excess = cost - self.budget * self.n_samples
         return np.where(excess <= 1e-9 * self.n_samples, quality - _PREFER * cost, -_FAR * self.n_samples - excess)
 
@@ -50,7 +47,7 @@ class WithinDrop:
     n_samples: int
     full_quality: float
 
-    def __call__(self, quality: Floats, cost: Floats) -> Floats:
+    def __call__(self, quality: Any, cost: Any) -> Any:
         missing = self.full_quality - self.max_drop * self.n_samples - quality
         return np.where(missing <= 1e-9 * self.n_samples, _PREFER * quality - cost, -_FAR * self.n_samples - missing)
 

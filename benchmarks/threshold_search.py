@@ -1,0 +1,495 @@
+"""How fast the threshold search is, and what its operating points are worth on data it has not seen.
+
+Measured in one run, on one thread, on a simulated network (``simulate``), so that fresh data never run out:
+
+- **speed**: a frontier of 40 operating points from 50,000 samples, 5 exits and 100 classes, by coordinate search,
+  against the 39 points of MSDNet's published rule, as the per-sample loop over torch tensors in which it is published
+  and vectorised. All start from confidences and predictions; the softmax before them is the same for all. The loop is
+  timed at 3 of its 39 points and multiplied (``--all-points`` runs all 39 once as well). "Evaluation" is one more
+  pass over as many samples, as for a test set. Further the exact search for one early
+  exit on 1,000,000 samples, 10 exits, and exits that cost something.
+- **fresh accuracy**: both frontiers choose by calibration data and are compared on other samples of the same network,
+  on an even grid of budgets and, curve against curve, at the costs of the 39 points; mean and spread over seeds.
+- **small samples**: optimism (accuracy on calibration data minus accuracy on fresh data), accuracy at equal budgets,
+  and what the zero-drop point loses on fresh data, for the searches and for bagging.
+
+Timings: median and quartiles over interleaved repeats, a warm-up round thrown away; processor seconds beside them,
+for machines that do other work. Run it with one thread::
+
+    OMP_NUM_THREADS=1 PYTHONPATH=. python benchmarks/threshold_search.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, evaluate, reference
+from adaptexit.core.outputs import ExitOutputs
+from adaptexit.core.scores import max_proba
+from adaptexit.core.search import SEARCHES, Problem, _bagged, _frontier, search_thresholds, targets_for
+from adaptexit.core.search.methods import geometric_path
+from benchmarks.common import describe_machine, interleaved, mean_and_sd, print_table, timed, write_result
+
+N_POINTS = 40
+N_CLASSES = 100
+EXIT_COST = 0.02  # of the full model, where exits cost something
+MSDNET_POINTS = range(1, 40)
+TIMED_POINTS = (10, 20, 30)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured."""
+
+    samples: int = 50_000
+    samples_exact: int = 1_000_000
+    samples_fresh: int = 200_000
+    repeats: int = 5
+    seeds: int = 5
+    budgets: int = 25
+    small: tuple[int, ...] = (500, 2000, 5000)
+    small_seeds: int = 10
+
+
+QUICK = Sizes(
+    samples=10_000, samples_exact=20_000, samples_fresh=5000, repeats=2, seeds=2, budgets=7, small=(500,), small_seeds=2
+)
+
+
+# -- a network that behaves like MSDNet on CIFAR-100 -------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Network:
+    """Accuracy and cumulative cost (millions of MACs) of every exit."""
+
+    accuracies: tuple[float, ...]
+    cumulative_macs: tuple[float, ...]
+
+
+MSDNET = Network((0.60, 0.665, 0.705, 0.73, 0.75), (6.8, 14.2, 27.3, 41.4, 58.1))
+TWO_EXITS = Network((0.60, 0.75), (6.8, 58.1))
+TEN_EXITS = Network(
+    tuple(np.interp(np.linspace(0, 4, 10), np.arange(5), MSDNET.accuracies)),
+    tuple(np.interp(np.linspace(0, 4, 10), np.arange(5), MSDNET.cumulative_macs)),
+)
+
+EASE_SD = 2.0  # how far samples differ in difficulty
+RIVAL_MEAN, RIVAL_SD = 2.0, 1.2  # pull of the wrong class that a sample resembles
+PERSISTENT = 0.3  # share of the noise variance that all exits see alike
+SHARPNESS = 2.25  # of the logits: overconfident
+
+
+def simulate(network: Network, n_samples: int, seed: int, chunk: int = 50_000) -> ExitOutputs:
+    """Outputs of a network on random samples.
+
+    Every exit adds noise to the evidence for the true class and for one rival class. The sample's difficulty, its
+    rival and part of the noise are the same at all exits, which makes their errors go together; deeper exits see the
+    true class more strongly.
+    """
+    pilot_true, pilot_noise = _persistent_evidence(np.random.default_rng(0), 20_000)
+    rivals = pilot_noise + math.sqrt(1 - PERSISTENT) * np.random.default_rng(1).standard_normal(pilot_noise.shape)
+    strengths = np.quantile(rivals[:, 1:].max(axis=1) - rivals[:, 0] - pilot_true, network.accuracies)
+
+    rng = np.random.default_rng([2, seed])
+    labels = rng.integers(N_CLASSES, size=n_samples)
+    predictions = np.empty((len(strengths), n_samples), dtype=np.int8)
+    confidence = np.empty((len(strengths), n_samples), dtype=np.float32)
+    for start in range(0, n_samples, chunk):
+        samples = slice(start, min(start + chunk, n_samples))
+        ease, persistent = _persistent_evidence(rng, samples.stop - start)
+        for k, strength in enumerate(strengths):
+            logits = persistent + math.sqrt(1 - PERSISTENT) * rng.standard_normal(persistent.shape, dtype=np.float32)
+            logits[:, 0] += strength + ease  # column 0 stands for the true class until classes are named
+            logits *= SHARPNESS
+            predictions[k, samples] = (logits.argmax(axis=1) + labels[samples]) % N_CLASSES
+            confidence[k, samples] = max_proba(logits)
+
+    return ExitOutputs(
+        predictions=predictions, scores=confidence, labels=labels, n_classes=N_CLASSES, costs=network.cumulative_macs
+    )  # fmt: skip
+
+
+def _persistent_evidence(rng: np.random.Generator, n_samples: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Ease of every sample (N,), and the noise that all exits share, a rival class included (N, C)."""
+    ease = EASE_SD * rng.standard_normal(n_samples, dtype=np.float32)
+    noise = math.sqrt(PERSISTENT) * rng.standard_normal((n_samples, N_CLASSES), dtype=np.float32)
+    rival = rng.integers(1, N_CLASSES, size=n_samples)
+    noise[np.arange(n_samples), rival] += RIVAL_MEAN + RIVAL_SD * rng.standard_normal(n_samples, dtype=np.float32)
+    return ease, noise
+
+
+def describe_outputs(outputs: ExitOutputs) -> dict[str, Any]:
+    """How the simulated exits behave: accuracy, confidence, and how their errors go together."""
+    right = outputs.graded
+    return {
+        "accuracy": outputs.accuracies.tolist(),
+        "mean_confidence": outputs.scores.mean(axis=1, dtype=np.float64).tolist(),
+        "error_correlation": np.corrcoef(right).tolist(),
+        "first_right_last_wrong": float(np.mean(right[0] & ~right[-1])),
+    }
+
+
+# -- MSDNet's search, sample by sample ---------------------------------------------------------------------------------
+
+
+class MSDNetLoop:
+    """MSDNet's budgeted search: Python loops over samples that read torch tensors element by element."""
+
+    def __init__(self, outputs: ExitOutputs) -> None:
+        self.confidence = torch.from_numpy(np.array(outputs.scores))
+        self.predictions = torch.from_numpy(outputs.predictions.astype(np.int64))
+        self.labels = torch.from_numpy(outputs.labels.astype(np.int64))
+        self.costs = torch.from_numpy(outputs.stage_costs.cumsum() / outputs.full_cost)
+        self.sort()
+
+    def sort(self) -> None:
+        """Samples of every exit from surest to least sure, once for all points."""
+        self.order = self.confidence.sort(dim=1, descending=True).indices
+
+    def point(self, p: int) -> tuple[float, float]:
+        """Accuracy and mean relative cost of the point with exit rates proportional to (p/20)^k."""
+        return self.evaluate(self.thresholds(p))
+
+    def thresholds(self, p: int) -> torch.Tensor:
+        """For every exit the confidence at which its quota of the samples still there is reached."""
+        n_exits, n_samples = self.confidence.shape
+        shares = torch.tensor(p / 20.0) ** torch.arange(n_exits)
+        shares /= shares.sum()
+        gone = torch.zeros(n_samples)
+        thresholds = torch.full((n_exits,), 1e8)
+        for k in range(n_exits - 1):
+            quota, leaving = math.floor(n_samples * shares[k]), 0
+            for rank in range(n_samples):
+                i = self.order[k][rank]
+                if gone[i] == 0:
+                    leaving += 1
+                    if leaving == quota:
+                        thresholds[k] = self.confidence[k][i]
+                        break
+            gone += (self.confidence[k] >= thresholds[k]).float()
+        thresholds[-1] = -1e8
+        return thresholds
+
+    def evaluate(self, thresholds: torch.Tensor) -> tuple[float, float]:
+        """Accuracy and mean relative cost: every sample looks for its exit, counts are kept per exit."""
+        n_exits, n_samples = self.confidence.shape
+        right, left, right_there = 0, torch.zeros(n_exits), torch.zeros(n_exits)
+        for i in range(n_samples):
+            label = self.labels[i]
+            for k in range(n_exits):
+                if self.confidence[k][i] >= thresholds[k]:
+                    if self.predictions[k][i] == label:
+                        right += 1
+                        right_there[k] += 1
+                    left[k] += 1
+                    break
+        return right / n_samples, float(left.double() @ self.costs) / n_samples
+
+
+def geometric_frontier(outputs: ExitOutputs) -> ParetoFrontier:
+    """All 39 points of MSDNet's rule and the full model: none is dropped that a budget could choose."""
+    problem = Problem.from_outputs(outputs)
+    policies = np.concatenate([geometric_path(problem), np.zeros((1, problem.n_early), dtype=np.int64)])
+    points: list[OperatingPoint] = [evaluate(outputs, *problem.thresholds(policy)) for policy in policies]
+    return ParetoFrontier(sorted(points, key=lambda point: point.cost), *reference(outputs))
+
+
+# -- speed -------------------------------------------------------------------------------------------------------------
+
+
+def measure_speed(sizes: Sizes, all_points: bool) -> dict[str, Any]:
+    """Seconds of every search, ratios to MSDNet's loop, and whether both geometric rules agree."""
+    msdnet = simulate(MSDNET, sizes.samples, seed=0)
+    two = simulate(TWO_EXITS, sizes.samples_exact, seed=0)
+    ten = simulate(TEN_EXITS, sizes.samples, seed=0)
+    loop = MSDNetLoop(msdnet)
+
+    def search(outputs: ExitOutputs, method: str, exit_share: float = 0.0) -> Callable[[], Any]:
+        costly = np.append(np.full(outputs.n_exits - 1, exit_share * outputs.full_cost), 0.0)
+        priced = outputs.with_costs(outputs.stage_costs, costly)
+        return lambda: search_thresholds(priced, method, n_points=N_POINTS)
+
+    functions: dict[str, Callable[[], Any]] = {
+        "coord": search(msdnet, "coord"),
+        "geometric": search(msdnet, "geometric"),
+        "msdnet_sort": loop.sort,
+        **{f"msdnet_point_{p}": partial(loop.point, p) for p in TIMED_POINTS},
+        "msdnet_evaluation": partial(loop.evaluate, loop.thresholds(20)),
+        "coord_evaluation": partial(search_thresholds(msdnet, "coord", n_points=N_POINTS)[0].on, msdnet),
+        "exact_2_exits": search(two, "exact"),
+        "exact_2_exits_costly": search(two, "exact", EXIT_COST),
+        "coord_costly": search(msdnet, "coord", EXIT_COST),
+        "coord_10_exits": search(ten, "coord"),
+        "coord_10_exits_costly": search(ten, "coord", EXIT_COST),
+    }
+    timings = interleaved(functions, sizes.repeats)
+
+    whole = {"seconds": _whole_frontier(timings, "median"), "cpu_seconds": _whole_frontier(timings, "cpu_median")}
+    points = {p: loop.point(p) for p in TIMED_POINTS}
+    if all_points:
+        taken = timed(lambda: points.update({p: loop.point(p) for p in MSDNET_POINTS}))
+        for totals, total in zip(whole.values(), taken, strict=True):
+            totals["msdnet_loop_all_points_run"] = total
+    for kind, totals in list(whole.items()):
+        whole[f"ratio_to_coord_{kind}"] = {
+            name: total / totals["coord_and_evaluation" if name.endswith("evaluation") else "coord"]
+            for name, total in totals.items()
+        }
+    problem = Problem.from_outputs(msdnet)
+    ours = {p: evaluate(msdnet, *problem.thresholds(geometric_path(problem)[p - 1])) for p in points}
+    differences = {
+        "accuracy": max(abs(ours[p].accuracy - points[p][0]) for p in points),
+        "cost": max(abs(ours[p].cost - points[p][1]) for p in points),
+        "points": list(points),
+    }
+    return {
+        "network": describe_outputs(msdnet),
+        "timings": timings,
+        "whole_frontier": whole,
+        "largest_difference_of_geometric_rules": differences,
+    }
+
+
+def _whole_frontier(timings: dict[str, dict[str, float]], kind: str) -> dict[str, float]:
+    """Seconds for all points of every search; MSDNet's loop is the median of the points timed, multiplied."""
+    seconds = {name: timing[kind] for name, timing in timings.items()}
+    per_point = float(np.median([seconds[f"msdnet_point_{p}"] for p in TIMED_POINTS]))
+    loop = seconds["msdnet_sort"] + len(MSDNET_POINTS) * per_point
+    return {
+        "coord": seconds["coord"],
+        "coord_and_evaluation": seconds["coord"] + seconds["coord_evaluation"],
+        "geometric_vectorised": seconds["geometric"],
+        "msdnet_loop": loop,
+        "msdnet_loop_and_evaluation": loop + len(MSDNET_POINTS) * seconds["msdnet_evaluation"],
+    }
+
+
+def print_speed(speed: dict[str, Any], sizes: Sizes) -> None:
+    """Tables of seconds and of ratios."""
+    print_table(
+        f"Speed: N={sizes.samples:,} (exact: N={sizes.samples_exact:,}), median of {sizes.repeats}",
+        ("what", "milliseconds", "quartiles", "processor milliseconds"),
+        [
+            (name, f"{1000 * t['median']:.1f}", f"{1000 * t['q1']:.1f} to {1000 * t['q3']:.1f}",
+             f"{1000 * t['cpu_median']:.1f}")
+            for name, t in speed["timings"].items()
+        ],
+    )  # fmt: skip
+    whole = speed["whole_frontier"]
+    print_table(
+        f"Whole frontier, 5 free exits (msdnet_loop: 39 times the median of points {TIMED_POINTS})",
+        ("search", "seconds", "times coord", "processor seconds", "times coord"),
+        [(name, *(kind[name] for kind in (
+            whole["seconds"], whole["ratio_to_coord_seconds"],
+            whole["cpu_seconds"], whole["ratio_to_coord_cpu_seconds"],
+        ))) for name in whole["seconds"]],
+    )  # fmt: skip
+    agree = speed["largest_difference_of_geometric_rules"]
+    print(f"\nBoth geometric rules differ by at most {agree['accuracy']:.1e} in accuracy, {agree['cost']:.1e} in cost.")
+
+
+# -- accuracy on fresh data --------------------------------------------------------------------------------------------
+
+
+def measure_fresh_accuracy(sizes: Sizes) -> dict[str, Any]:
+    """Accuracy of coord minus that of the geometric rule, in points, on an even grid and at the 39 points' costs."""
+    on_grid, at_costs = [], []
+    for seed in range(sizes.seeds):
+        calibration, fresh = (
+            simulate(MSDNET, n, seed=7000 * part + seed) for part, n in ((1, sizes.samples), (2, sizes.samples_fresh))
+        )
+        geometric = geometric_frontier(calibration)
+        coord, _ = search_thresholds(calibration, "coord", n_points=N_POINTS)
+        # Both must have a point to choose: the grid starts at the cheapest of the 39.
+        budgets = np.linspace(max(geometric.cost[0], coord.cost[0]), 1.0, sizes.budgets)
+        on_grid.append(_differences(coord, geometric, fresh, budgets))
+
+        at_costs.append(_curve_differences(coord, geometric, calibration, fresh))
+    return {"even_budgets": _over_seeds(on_grid), "costs_of_the_39_points": _over_seeds(at_costs)}
+
+
+def _curve_differences(
+    coord: ParetoFrontier, geometric: ParetoFrontier, calibration: ExitOutputs, fresh: ExitOutputs
+) -> dict[str, NDArray[np.float64]]:
+    """Coord's curve minus the geometric rule's at the cost that each of its 39 points has on the same data (39,).
+
+    Between two of coord's points the curve is straight: what choosing at random between them gives.
+    """
+    early = [i for i, point in enumerate(geometric.points) if point.on[:-1].any()]
+    differences = {}
+    for name, outputs in (("calibrated", calibration), ("fresh", fresh)):
+        curve, rule = coord.on(outputs), geometric.on(outputs)
+        order = np.argsort(curve.cost, kind="stable")
+        at_cost = np.interp(rule.cost[early], curve.cost[order], curve.accuracy[order])
+        differences[name] = 100 * (at_cost - rule.accuracy[early])
+    return {"budget": geometric.cost[early], **differences, "cost": np.zeros(len(early))}
+
+
+def _differences(
+    coord: ParetoFrontier, geometric: ParetoFrontier, fresh: ExitOutputs, budgets: NDArray[np.float64]
+) -> dict[str, NDArray[np.float64]]:
+    """Coord minus geometric at every budget (B,): accuracy in points where chosen and on fresh data, fresh cost."""
+    calibrated = _chosen(coord, budgets) - _chosen(geometric, budgets)
+    elsewhere = _chosen(coord.on(fresh), budgets) - _chosen(geometric.on(fresh), budgets)
+    return {"budget": budgets, "calibrated": 100 * calibrated[0], "fresh": 100 * elsewhere[0], "cost": elsewhere[1]}
+
+
+def _chosen(frontier: ParetoFrontier, budgets: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Accuracy and cost of the points chosen for each budget, shape (2, B)."""
+    points = [frontier.at(budget=float(budget)) for budget in budgets]
+    return np.array([[point.accuracy for point in points], [point.cost for point in points]])
+
+
+def _over_seeds(runs: list[dict[str, NDArray[np.float64]]]) -> dict[str, Any]:
+    stacked = {name: np.stack([run[name] for run in runs]) for name in runs[0]}  # each (seeds, B)
+    fresh, calibrated = stacked["fresh"], stacked["calibrated"]
+    return {
+        "mean": mean_and_sd(fresh.mean(axis=1)),
+        "worst": mean_and_sd(fresh.min(axis=1)),
+        "worst_of_all": float(fresh.min()),
+        "worst_of_means": float(fresh.mean(axis=0).min()),
+        "mean_calibrated": mean_and_sd(calibrated.mean(axis=1)),
+        "worst_calibrated": float(calibrated.min()),
+        "mean_fresh_cost_difference": float(stacked["cost"].mean()),
+        "by_budget": {
+            "budget": stacked["budget"].mean(axis=0).tolist(),
+            "calibrated": calibrated.mean(axis=0).tolist(),
+            "fresh": fresh.mean(axis=0).tolist(),
+            "fresh_sd": fresh.std(axis=0, ddof=1).tolist(),
+        },
+    }
+
+
+def print_fresh_accuracy(fresh: dict[str, Any], sizes: Sizes) -> None:
+    """Tables of the differences: summary first, then budget by budget."""
+    print_table(
+        f"Fresh accuracy, coord minus geometric, in points: N={sizes.samples:,}, {sizes.seeds} seeds",
+        ("budgets", "mean ± sd", "worst budget ± sd", "worst of the means", "worst of all", "calibrated: mean",
+         "calibrated: worst"),
+        [
+            (name.replace("_", " "), f"{part['mean']['mean']:+.3f} ± {part['mean']['sd']:.3f}",
+             f"{part['worst']['mean']:+.3f} ± {part['worst']['sd']:.3f}", f"{part['worst_of_means']:+.3f}",
+             f"{part['worst_of_all']:+.3f}", f"{part['mean_calibrated']['mean']:+.3f}",
+             f"{part['worst_calibrated']:+.3f}")
+            for name, part in fresh.items()
+        ],
+    )  # fmt: skip
+    for name, part in fresh.items():
+        print_table(
+            f"The same, budget by budget: {name.replace('_', ' ')}",
+            ("budget", "calibrated", "fresh", "sd over seeds"),
+            [
+                (f"{budget:.3f}", f"{calibrated:+.3f}", f"{mean:+.3f}", f"{sd:.3f}")
+                for budget, calibrated, mean, sd in zip(*part["by_budget"].values(), strict=True)
+            ],
+        )
+
+
+# -- small samples -----------------------------------------------------------------------------------------------------
+
+
+def measure_small_samples(sizes: Sizes) -> list[dict[str, Any]]:
+    """Optimism and fresh accuracy of every way to search, per calibration size."""
+    fresh = simulate(MSDNET, sizes.samples_fresh, seed=3000)
+    budgets = np.linspace(0.2, 1.0, 17)
+    rows = []
+    for n_samples in sizes.small:
+        runs = [_small_sample_run(n_samples, seed, fresh, budgets) for seed in range(sizes.small_seeds)]
+        for way in runs[0]:
+            figures = {name: mean_and_sd([run[way][name] for run in runs]) for name in runs[0][way]}
+            rows.append({"n_samples": n_samples, "search": way, **figures})
+    return rows
+
+
+def _small_sample_run(
+    n_samples: int, seed: int, fresh: ExitOutputs, budgets: NDArray[np.float64]
+) -> dict[str, dict[str, float]]:
+    calibration = simulate(MSDNET, n_samples, seed=4000 + seed)
+    problem = Problem.from_outputs(calibration)
+    targets = targets_for(problem, N_POINTS, drops=(), budgets=budgets)
+    coord = SEARCHES["coord"]
+    proposals = {
+        "coord": coord(problem, targets),
+        "coord, bagged": _bagged(calibration, problem, coord, targets, seed),
+        "shared": SEARCHES["shared"](problem, targets),
+    }
+    frontiers = {way: _frontier(calibration, problem, found, targets) for way, found in proposals.items()}
+    frontiers["geometric"] = geometric_frontier(calibration)
+    measured = {}
+    for way, frontier in frontiers.items():
+        elsewhere = frontier.on(fresh)
+        calibrated, met = _chosen(frontier, budgets), _chosen(elsewhere, budgets)
+        zero_drop = elsewhere.at(max_drop=0.0)
+        measured[way] = {
+            "optimism": 100 * float(np.mean(calibrated[0] - met[0])),
+            "fresh_accuracy": 100 * float(np.mean(met[0])),
+            "fresh_cost": float(np.mean(met[1])),
+            "zero_drop_loss": 100 * (elsewhere.full_accuracy - zero_drop.accuracy),
+            "zero_drop_cost": zero_drop.cost,
+        }
+    return measured
+
+
+def print_small_samples(rows: Sequence[dict[str, Any]], sizes: Sizes) -> None:
+    """One row a calibration size and search."""
+    figures = ("optimism", "fresh_accuracy", "fresh_cost", "zero_drop_loss", "zero_drop_cost")
+    print_table(
+        f"Small samples, 5 exits, mean ± sd over {sizes.small_seeds} seeds (accuracies in points, costs relative)",
+        ("N", "search", "optimism", "fresh accuracy at equal budgets", "its cost", "zero drop: loss", "its cost"),
+        [
+            (row["n_samples"], row["search"], *(f"{row[f]['mean']:.3f} ± {row[f]['sd']:.3f}" for f in figures))
+            for row in rows
+        ],
+    )
+
+
+# -- run ---------------------------------------------------------------------------------------------------------------
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description="Speed and fresh accuracy of the threshold search.")
+    parser.add_argument("--all-points", action="store_true", help="run MSDNet's loop at all of its 39 points (minutes)")
+    parser.add_argument("--quick", action="store_true", help="small sizes, to try the script; writes no result")
+    arguments = parser.parse_args()
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        parser.error("set OMP_NUM_THREADS=1: every figure is for one thread.")
+    torch.set_num_threads(1)
+    sizes = QUICK if arguments.quick else Sizes()
+
+    machine = describe_machine()
+    print(
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} thread, Python {machine['python']}, "
+        f"{', '.join(f'{name} {version}' for name, version in machine['versions'].items())}, {machine['date']}"
+    )
+    speed = measure_speed(sizes, arguments.all_points)
+    print_speed(speed, sizes)
+    fresh = measure_fresh_accuracy(sizes)
+    print_fresh_accuracy(fresh, sizes)
+    small = measure_small_samples(sizes)
+    print_small_samples(small, sizes)
+    if not arguments.quick:
+        payload = {
+            "sizes": vars(sizes),
+            "n_points": N_POINTS,
+            "exit_cost": EXIT_COST,
+            "speed": speed,
+            "fresh_accuracy": fresh,
+            "small_samples": small,
+        }
+        print(f"\nWritten: {write_result('threshold_search', payload).name}")
+
+
+if __name__ == "__main__":
+    main()
