@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, ClassifierMixin, clone
-from sklearn.metrics import accuracy_score
-from sklearn.model_selection import train_test_split
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
-from torch import Tensor
-from tqdm import tqdm
+from sklearn.base import clone
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor, nn
 
-from adaptexit.calibrators import ThresholdCalibrator
 from adaptexit.calibrators.base import Calibrator
-from adaptexit.core.frontier import TOLERANCE, OperatingPoint, ParetoFrontier
 from adaptexit.core.outputs import ExitOutputs
-from adaptexit.core.saver import SaverReport, saver_reports
-from adaptexit.core.scores import resolve_score, softmax
-from adaptexit.data import Batches, as_batches, is_stream, split_pair
+from adaptexit.core.saver import JobCurve, SaverReport, job_curve, saver_reports
+from adaptexit.core.scores import resolve_score
+from adaptexit.data import as_batches, is_stream
+from adaptexit.estimator import AdaptiveClassifier, below, unchanged_on_failure
+from adaptexit.labels import hold_out
 from adaptexit.models import (
     ScikitModel,
     build_model,
@@ -36,19 +30,15 @@ from adaptexit.models import (
     is_scikit,
     restore_model,
 )
-from adaptexit.persistence import load, save
 from adaptexit.staging.cost import measure_latency
-from adaptexit.staging.executor import MEMORY_LIMIT, Answers, StagedModel, execute, record
-from adaptexit.trace import ExitTrace
-
-_TABLE_ATTRIBUTES = ("n_features_in_", "feature_names_in_")
+from adaptexit.staging.executor import MEMORY_LIMIT, StagedModel
 
 
 class SaverWarning(UserWarning):
     """A saver does not pay: running it costs more than the work it takes off the models behind it."""
 
 
-class CascadeSaver(ClassifierMixin, BaseEstimator):
+class CascadeSaver(AdaptiveClassifier):
     """A cascade of whole models for one task, as in TinySaver (Wang et al., ECCV 2024).
 
     The saver answers first; samples on which it is not sure enough go on to the next saver and at last to the base. One
@@ -162,7 +152,7 @@ class CascadeSaver(ClassifierMixin, BaseEstimator):
         ValueError, TypeError
             For bad data or parameters; the estimator is then left as it was.
         """
-        with _unchanged_on_failure(self):
+        with unchanged_on_failure(self):
             X, y = self._validated(X, y, reset=True)
             given = self._given()
             fitted, X, y = self._fit_classifiers(given, X, y)
@@ -174,7 +164,7 @@ class CascadeSaver(ClassifierMixin, BaseEstimator):
     def calibrate(self, X: Any, y: Any = None) -> CascadeSaver:
         """Calibrate anew on other data (as for :meth:`fit`); the models stay as they are."""
         check_is_fitted(self)
-        with _unchanged_on_failure(self):
+        with unchanged_on_failure(self):
             X, y = self._validated(X, y, reset=False)
             return self._calibrate(X, y)
 
@@ -203,7 +193,7 @@ class CascadeSaver(ClassifierMixin, BaseEstimator):
                 "first, or give arrays."
             )
         X, y = np.asarray(X), np.asarray(y)
-        held_in, held_out = _hold_out(y, self.calibration_size, self.random_state)
+        held_in, held_out = hold_out(y, self.calibration_size, self.random_state)
         flat = X.reshape(len(X), -1)
         models = [
             clone(entry[0]).fit(flat[held_in], y[held_in]) if new else entry[0]
@@ -214,20 +204,12 @@ class CascadeSaver(ClassifierMixin, BaseEstimator):
     def _calibrate(self, X: Any, y: Any) -> CascadeSaver:
         calibrator = self._fresh_calibrator()
         batches = as_batches(X, y, batch_size=self.batch_size, labels=True, ordered=False)
-        with evaluating(self._models):
+        with evaluating(self._modules()):
             example = batches.first()
             classes = self._known_classes(example)
             costs, unit = self._costs(example)
-            with self._progress(batches, "calibrating") as shown:
-                predictions, scores, logits = record(self._staged(), shown, keep_logits=calibrator.needs_logits)
-        outputs = ExitOutputs(
-            predictions=predictions,
-            scores=scores,
-            labels=_class_indices(batches.labels, classes),
-            n_classes=len(classes),
-            stage_costs=np.zeros(len(costs)),
-            exit_costs=costs,
-            logits=logits,
+        outputs = self._recorded(
+            batches, classes, calibrator.needs_logits, "calibrating", stage_costs=np.zeros(len(costs)), exit_costs=costs
         )
         _check_rising(costs)
         calibrator.fit(outputs)
@@ -238,9 +220,6 @@ class CascadeSaver(ClassifierMixin, BaseEstimator):
         self.classes_, self.outputs_, self.calibrator_ = classes, outputs, calibrator
         self.saver_reports_, self.cost_unit_ = reports, unit
         return self
-
-    def _fresh_calibrator(self) -> Calibrator:
-        return ThresholdCalibrator() if self.calibrator is None else clone(self.calibrator)
 
     def _known_classes(self, x: Tensor) -> NDArray[Any]:
         """Labels in the order of the outputs, on which all models have to agree."""
@@ -298,273 +277,51 @@ class CascadeSaver(ClassifierMixin, BaseEstimator):
                 )
         return np.array(counted), "MACs"
 
-    # -- answering -----------------------------------------------------------------------------------------------------
-
-    def predict(self, X: Any, budget: float | None = None) -> NDArray[Any]:
-        """Labels (N,), every sample leaving as early as the operating point allows.
-
-        Parameters
-        ----------
-        X : array (N, ...), Dataset or DataLoader (not shuffling)
-        budget : float, optional
-            Mean relative cost to keep to: the stored point of best calibrated accuracy within it. Without one the
-            constructor's budget counts, and without that the calibrator's point (no calibrated loss of accuracy).
-
-        Raises
-        ------
-        ValueError
-            For a budget below the cheapest operating point.
-        """
-        answers = self._answer(X, self._point(budget))
-        return self.classes_[answers.predictions]
-
-    def predict_proba(self, X: Any, budget: float | None = None) -> NDArray[Any]:
-        """Class probabilities (N, C) of the model that answered each sample; arguments as for :meth:`predict`."""
-        answers = self._answer(X, self._point(budget), keep_logits=True)
-        return np.asarray(softmax(answers.logits))
-
-    def trace(self, X: Any, budget: float | None = None) -> ExitTrace:
-        """Label, exit, cost and score of every sample; arguments as for :meth:`predict`."""
-        point = self._point(budget)
-        answers = self._answer(X, point)
-        return ExitTrace(
-            labels=self.classes_[answers.predictions],
-            exits=answers.exits,
-            costs=self.outputs_.path_costs(point.on)[answers.exits],
-            scores=answers.scores,
-            full_cost=self.outputs_.full_cost,
-        )
-
-    def predict_anytime(self, X: Any, limit: float) -> NDArray[Any]:
-        """Labels (N,) when nobody may spend more than ``limit`` (relative cost): the largest model within it answers.
-
-        Raises
-        ------
-        ValueError
-            For a limit below the cheapest model.
-        """
-        check_is_fitted(self)
-        alone = self.outputs_.alone_costs() / self.outputs_.full_cost
-        within = np.flatnonzero(alone <= limit + TOLERANCE)
-        if not len(within):
-            raise ValueError(
-                f"limit must be at least {alone.min():.4g}, the relative cost of the cheapest model; got {limit:.4g}."
-            )
-        only = int(within[-1])
-        point_on = np.arange(len(alone)) == only
-        answers = self._run(X, lambda k, batch: np.ones(len(batch.scores), dtype=bool), point_on)
-        return self.classes_[answers.predictions]
-
-    def score(self, X: Any, y: Any = None, sample_weight: Any = None, *, budget: float | None = None) -> float:
-        """Accuracy on (X, y), where X may be a Dataset or DataLoader of (x, y); budget as for :meth:`predict`."""
-        point = self._point(budget)
-        X, y = split_pair(X, y)
-        if is_stream(X):
-            batches = as_batches(X, y, batch_size=self.batch_size, labels=True, ordered=False)
-            answers = self._run(batches, self._accept(point), point.on)
-            y = batches.labels
-        elif y is None:
-            raise ValueError(
-                "labels are needed: give y, a pair (X, y), or a Dataset or DataLoader of (x, y); got y=None."
-            )
-        else:
-            answers = self._answer(X, point)
-        return float(accuracy_score(y, self.classes_[answers.predictions], sample_weight=sample_weight))
-
-    def pareto(self, X: Any = None, y: Any = None) -> ParetoFrontier:
-        """The frontier on the calibration data, or every calibrated point re-evaluated on (X, y).
-
-        Re-evaluated points keep their order, dominated or not, and ``at`` still chooses by the calibration data.
-        """
-        check_is_fitted(self)
-        if X is None:
-            return self.calibrator_.pareto()
-        return self.calibrator_.pareto(self.record(X, y))
-
-    def record(self, X: Any, y: Any = None) -> ExitOutputs:
-        """What every model answers on (X, y), as :class:`ExitOutputs` for calibrators, metrics and pictures."""
-        check_is_fitted(self)
-        X, y = self._validated(X, y, reset=False)
-        batches = as_batches(X, y, batch_size=self.batch_size, labels=True, ordered=False)
-        with evaluating(self._models), self._progress(batches, "recording") as shown:
-            predictions, scores, logits = record(self._staged(), shown, keep_logits=self.calibrator_.needs_logits)
-        return ExitOutputs(
-            predictions=predictions,
-            scores=scores,
-            labels=_class_indices(batches.labels, self.classes_),
-            n_classes=len(self.classes_),
-            stage_costs=self.outputs_.stage_costs,
-            exit_costs=self.outputs_.exit_costs,
-            logits=logits,
-        )
-
-    def point_index(self, budget: float | None = None) -> int:
-        """Index in ``pareto().points`` of the operating point that ``predict`` uses."""
-        point = self._point(budget)
-        return next(i for i, stored in enumerate(self.calibrator_.frontier_.points) if stored is point)
+    # -- what the base class runs --------------------------------------------------------------------------------------
 
     @property
     def exit_names(self) -> list[str]:
         """How pictures and tables name the models, savers first."""
         return [label for _, _, label in self._given()]
 
-    def _point(self, budget: float | None) -> OperatingPoint:
-        check_is_fitted(self)
-        return self.calibrator_.operating_point(self.budget if budget is None else budget)
-
-    def _accept(self, point: OperatingPoint) -> Callable[..., NDArray[np.bool_]]:
-        return lambda k, batch: self.calibrator_.accept(k, batch, point)
-
-    def _answer(self, X: Any, point: OperatingPoint, keep_logits: bool = False) -> Answers:
-        return self._run(X, self._accept(point), point.on, keep_logits=keep_logits)
-
-    def _run(
-        self, X: Any, accept: Callable[..., NDArray[np.bool_]], on: NDArray[np.bool_], keep_logits: bool = False
-    ) -> Answers:
-        given = isinstance(X, Batches)
-        batches = X if given else as_batches(self._validated_inputs(X), batch_size=self.batch_size)
-        with evaluating(self._models), self._progress(batches, "predicting") as shown:
-            return execute(
-                self._staged(),
-                shown,
-                accept,
-                on,
-                batch_size=batches.batch_size,
-                memory_limit=self.memory_limit,
-                needs_logits=self.calibrator_.needs_logits,
-                keep_logits=keep_logits,
-            )
-
     def _staged(self) -> StagedModel:
         confidence = resolve_score(self.confidence, "confidence", torch)
         return StagedModel([None] * len(self._models), self._models, confidence)
 
-    # -- data ----------------------------------------------------------------------------------------------------------
+    def _modules(self) -> list[nn.Module]:
+        return [model.module for model in self._models if model.module is not None]
 
     def _tabular(self, X: Any) -> bool:
         """Whether X is a table for scikit-learn classifiers, validated as scikit-learn does."""
         return all(is_scikit(model) for model, _, _ in self._given()) and not is_stream(X)
 
-    def _validated(self, X: Any, y: Any, *, reset: bool) -> tuple[Any, Any]:
-        X, y = split_pair(X, y)
-        if is_stream(X):
-            return X, y
-        if y is None:
-            raise ValueError(
-                "requires y to be passed, but the target y is None: give y, a pair (X, y), or a Dataset or DataLoader "
-                "of (x, y)."
-            )
-        if self._tabular(X):
-            X, y = validate_data(self, X, y, reset=reset)
-            check_classification_targets(y)
-        return X, y
+    # -- reporting and persistence -------------------------------------------------------------------------------------
 
-    def _validated_inputs(self, X: Any) -> Any:
-        if isinstance(X, tuple) and len(X) == 2 and np.ndim(X[1]) == 1 and np.ndim(X[0]) > 1:
-            raise ValueError("X must be inputs alone here; got a pair, which looks like (X, y). Pass X only.")
-        return validate_data(self, X, reset=False) if self._tabular(X) else X
-
-    @contextmanager
-    def _progress(self, batches: Batches, doing: str) -> Iterator[Iterable[Any]]:
-        with tqdm(batches, total=batches.n_batches, desc=doing, disable=self.verbose < 1) as shown:
-            yield shown
-
-    # -- persistence ---------------------------------------------------------------------------------------------------
-
-    def save(self, folder: str | os.PathLike[str]) -> None:
-        """Write the fitted cascade to a folder; :func:`adaptexit.load` reads it.
-
-        Weights of modules are written; scikit-learn classifiers, modules and callables have to be given to ``load``
-        again by their argument's name.
-        """
+    def job_curve(self, saver: int = 0, X: Any = None, y: Any = None) -> JobCurve:
+        """TinySaver's Fig. 3 of one saver against the base, on the calibration data or on (X, y)."""
         check_is_fitted(self)
-        save(self, folder)
-
-    @classmethod
-    def load(cls, folder: str | os.PathLike[str], **given: Any) -> CascadeSaver:
-        """Read a cascade that :meth:`save` wrote; as :func:`adaptexit.load`, for this class only."""
-        loaded = load(folder, **given)
-        if not isinstance(loaded, cls):
-            raise ValueError(f"folder must hold a {cls.__name__}; {folder} holds a {type(loaded).__name__}.")
-        return loaded
+        outputs = self.outputs_ if X is None else self.record(X, y)
+        return job_curve(outputs.scores[saver], outputs.graded[saver], outputs.graded[-1])
 
     def _get_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        calibrator, arrays = self.calibrator_.get_state()
-        tensors = {f"calibrator.{name}": torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+        state, tensors = super()._get_state()
         for k, model in enumerate(self._models):
             if model.module is not None:
                 tensors |= {f"models.{k}.{key}": value for key, value in model.module.state_dict().items()}
-        state = {
-            "calibrator": calibrator,
-            "models": [describe_model(model) for model in self._models],
-            "classes": self.classes_,
-            "classes_dtype": self.classes_.dtype.str,
-            "cost_unit": self.cost_unit_,
-            "saver_reports": [dataclasses.asdict(report) for report in self.saver_reports_],
-            "table": {name: getattr(self, name) for name in _TABLE_ATTRIBUTES if hasattr(self, name)},
-        }
+        state["models"] = [describe_model(model) for model in self._models]
+        state["saver_reports"] = [dataclasses.asdict(report) for report in self.saver_reports_]
         return state, tensors
 
     def _set_state(self, state: dict[str, Any], tensors: dict[str, Tensor], outputs: ExitOutputs) -> None:
-        def under(prefix: str) -> dict[str, Tensor]:
-            return {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-
         given, described = self._given(), state["models"]
         if len(given) != len(described):
             raise ValueError(f"saver must be the {len(described) - 1} that were saved; got {len(given) - 1}.")
         self._models = [
-            restore_model(*entry, described[k], under(f"models.{k}."), self.device) for k, entry in enumerate(given)
+            restore_model(*entry, described[k], below(f"models.{k}.", tensors), self.device)
+            for k, entry in enumerate(given)
         ]
-        self.calibrator_ = self._fresh_calibrator()
-        self.calibrator_.set_state(state["calibrator"], {k: v.numpy() for k, v in under("calibrator.").items()})
-        self.classes_ = np.array(state["classes"], dtype=state["classes_dtype"])
-        self.cost_unit_, self.outputs_ = state["cost_unit"], outputs
         self.saver_reports_ = [SaverReport(**report) for report in state["saver_reports"]]
-        for name, value in state["table"].items():
-            setattr(self, name, np.array(value, dtype=object) if isinstance(value, list) else value)
-
-    def __sklearn_is_fitted__(self) -> bool:
-        return hasattr(self, "calibrator_")
-
-
-def _hold_out(y: NDArray[Any], size: float, random_state: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
-    """Indices to fit on and to calibrate on: stratified where classes allow it, every class fitted on."""
-    if not 0 < size < 1:
-        raise ValueError(f"calibration_size must lie between 0 and 1; got {size!r}.")
-    if len(y) < 2:
-        raise ValueError(f"at least 2 samples are needed to fit and to calibrate; got {len(y)} sample.")
-    _, codes, counts = np.unique(y, return_inverse=True, return_counts=True)
-    lone = np.flatnonzero(counts[codes] == 1)
-    rest = np.flatnonzero(counts[codes] > 1)
-    n_classes = int(np.count_nonzero(counts > 1))
-    n_out = min(max(round(size * len(y)), n_classes), len(rest) - n_classes)
-    if n_out < 1:
-        raise ValueError(
-            "calibration needs samples besides one of each class to fit on; got "
-            f"{len(y)} samples of {len(counts)} classes."
-        )
-    held_in, held_out = train_test_split(rest, test_size=n_out, stratify=codes[rest], random_state=random_state)
-    return np.sort(np.concatenate([held_in, lone])), np.sort(held_out)
-
-
-def _class_indices(labels: NDArray[Any], classes: NDArray[Any]) -> NDArray[np.intp]:
-    """Labels as positions in ``classes``."""
-    if labels.ndim != 1:
-        raise ValueError(f"y must be one label a sample; got shape {labels.shape}.")
-    order = np.argsort(classes)
-    place = np.minimum(np.searchsorted(classes, labels, sorter=order), len(classes) - 1)
-    found = order[place]
-    unknown = classes[found] != labels
-    if unknown.any():
-        raise ValueError(
-            f"y must hold labels among the {len(classes)} classes {_shortened(classes)}; got "
-            f"{_shortened(np.unique(labels[unknown]))}. Give the labels in the order of the outputs as classes=."
-        )
-    return found
-
-
-def _shortened(values: NDArray[Any]) -> str:
-    return str(values.tolist()) if len(values) <= 6 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"
+        super()._set_state(state, tensors, outputs)
 
 
 def _check_rising(costs: NDArray[np.float64]) -> None:
@@ -586,15 +343,3 @@ def _warn_of_savers(reports: list[SaverReport], labels: list[str]) -> None:
                 SaverWarning,
                 stacklevel=4,
             )
-
-
-@contextmanager
-def _unchanged_on_failure(estimator: Any) -> Iterator[None]:
-    """Give the estimator back as it was when the block fails."""
-    before = estimator.__dict__.copy()
-    try:
-        yield
-    except BaseException:
-        estimator.__dict__.clear()
-        estimator.__dict__.update(before)
-        raise

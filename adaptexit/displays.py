@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-if TYPE_CHECKING:
-    from adaptexit.core.frontier import ParetoFrontier
-    from adaptexit.core.outputs import ExitOutputs
+Frontier = Any  # adaptexit.core.frontier.ParetoFrontier; this module imports nothing of the package
+Curve = Any  # adaptexit.core.saver.JobCurve
 
 
 def _axes(ax: Any) -> Any:
@@ -65,7 +64,7 @@ class ParetoDisplay:
     @classmethod
     def from_frontier(
         cls,
-        frontier: ParetoFrontier,
+        frontier: Frontier,
         *,
         budget: float | None = None,
         exit_names: Sequence[str] | None = None,
@@ -147,13 +146,8 @@ class JobRatioDisplay:
         self.base_name = base_name
 
     @classmethod
-    def from_outputs(
-        cls, outputs: ExitOutputs, *, saver: int = 0, saver_name: str = "saver", base_name: str = "base"
-    ) -> JobRatioDisplay:
-        """From recorded outputs: exit ``saver`` against the full model."""
-        from adaptexit.core.saver import job_curve
-
-        curve = job_curve(outputs.scores[saver], outputs.graded[saver], outputs.graded[-1])
+    def from_curve(cls, curve: Curve, *, saver_name: str = "saver", base_name: str = "base") -> JobRatioDisplay:
+        """From :func:`adaptexit.core.saver.job_curve`."""
         return cls(
             exit_ratio=curve.exit_ratio,
             saver_accuracy=curve.saver_accuracy,
@@ -166,9 +160,8 @@ class JobRatioDisplay:
     @classmethod
     def from_estimator(cls, estimator: Any, X: Any = None, y: Any = None, *, saver: int = 0) -> JobRatioDisplay:
         """From a fitted cascade, on its calibration data or on (X, y)."""
-        outputs = estimator.outputs_ if X is None else estimator.record(X, y)
         names = estimator.exit_names
-        return cls.from_outputs(outputs, saver=saver, saver_name=names[saver], base_name=names[-1])
+        return cls.from_curve(estimator.job_curve(saver, X, y), saver_name=names[saver], base_name=names[-1])
 
     def plot(self, ax: Any = None, **kwargs: Any) -> JobRatioDisplay:
         """Draw on ``ax`` (a new figure unless given); ``kwargs`` go to both curves. Returns self."""

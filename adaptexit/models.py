@@ -233,6 +233,12 @@ def restore_model(
     if isinstance(model, TorchModel):
         current = model.module.state_dict()
         same = current.keys() == weights.keys()
+        for key, weight in weights.items():
+            if key in current and current[key].dtype != weight.dtype:
+                raise ValueError(
+                    f"the saved weights do not fit {label}: {key} is {weight.dtype}, the module's "
+                    f"{current[key].dtype}. Convert the module first."
+                )
         if not same or any(not torch.equal(current[key].cpu(), weight) for key, weight in weights.items()):
             if theirs:
                 model.module = copy.deepcopy(model.module)
@@ -244,17 +250,17 @@ def restore_model(
 
 
 @contextmanager
-def evaluating(models: Iterable[WholeModel]) -> Iterator[None]:
+def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
     """All modules in evaluation mode; every submodule's own mode and torch's random state are given back afterwards.
 
     Loaders draw from that state even where they do not shuffle.
     """
-    training = [m for model in models if model.module is not None for m in model.module.modules() if m.training]
-    for module in training:
-        module.training = False
+    training = [part for module in modules for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
     try:
         with torch.random.fork_rng(devices=[]):
             yield
     finally:
-        for module in training:
-            module.training = True
+        for part in training:
+            part.training = True

@@ -63,7 +63,7 @@ def interleaved(functions: dict[str, Callable[[], Any]], repeats: int, warmup: i
     Returns
     -------
     dict
-        For each name ``median``, ``q1``, ``q3``, ``seconds`` (wall-clock, of all rounds), ``cpu_median`` (this process's
+        For each name ``median``, ``q1``, ``q3``, ``seconds`` (wall-clock, all of them), ``cpu_median`` (this process's
         processor seconds: well below ``median`` where other work held the cores), ``n`` and ``warmup``.
     """
     names = list(functions)

@@ -71,9 +71,7 @@ def main() -> None:
     ParetoDisplay.from_frontier(tested, exit_names=names, budget=0.4, name="cascade (test)").plot(axes[0])
     axes[0].set_title("CIFAR-10: accuracy against cost, budget 0.4")
     last = len(savers) - 1
-    JobRatioDisplay.from_outputs(cascade.outputs_, saver=last, saver_name=names[last], base_name="ResNet-56").plot(
-        axes[1]
-    )
+    JobRatioDisplay.from_curve(cascade.job_curve(last), saver_name=names[last], base_name="ResNet-56").plot(axes[1])
     axes[1].set_title("CIFAR-10: who leaves (val)")
     figure.tight_layout()
     figure.savefig(args.out, dpi=120)

@@ -181,7 +181,7 @@ class ParetoFrontier:
 
     def plot(self, ax: Any = None, **kwargs: Any) -> Any:
         """Draw the curve; a shorthand for ``ParetoDisplay.from_frontier(frontier).plot(ax, **kwargs)``."""
-        from adaptexit.displays import ParetoDisplay  # the one arrow that runs up: pictures are optional
+        from adaptexit.displays import ParetoDisplay  # pictures are optional, and know nothing of the package
 
         return ParetoDisplay.from_frontier(self).plot(ax, **kwargs)
 

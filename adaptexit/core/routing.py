@@ -43,11 +43,15 @@ def exit_index(outputs: ExitOutputs, cutoffs: Floats) -> NDArray[np.intp]:
 
 def summarise(outputs: ExitOutputs, exits: NDArray[np.intp], on: NDArray[np.bool_]) -> tuple[float, float, Floats]:
     """Accuracy, mean relative cost and exit rates (K,) when sample i leaves at ``exits[i]``."""
-    counts = np.bincount(exits, minlength=outputs.n_exits)
-    accuracy = float(np.mean(outputs.graded[exits, np.arange(outputs.n_samples)], dtype=np.float64))
+    counts = np.zeros(outputs.n_exits, dtype=np.int64)
+    quality = 0.0
+    for k, graded in enumerate(outputs.graded):
+        here = exits == k
+        counts[k] = np.count_nonzero(here)
+        quality += np.count_nonzero(graded & here) if graded.dtype == bool else float(graded @ here)
     rates = counts / outputs.n_samples
     cost = float(rates @ outputs.path_costs(on)) / outputs.full_cost
-    return accuracy, cost, rates
+    return quality / outputs.n_samples, cost, rates
 
 
 def cutoffs_above(thresholds: NDArray[Any], scores: NDArray[Any]) -> Floats:

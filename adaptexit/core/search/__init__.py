@@ -7,10 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, not_dominated, reference
+from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, evaluate, not_dominated, reference
 from adaptexit.core.outputs import ExitOutputs
+from adaptexit.core.routing import switched_on
 from adaptexit.core.search.methods import Policies, Search, coord, exact, geometric, geometric_path, shared
-from adaptexit.core.search.problem import COST_UNIT, Policy, Problem
+from adaptexit.core.search.problem import Policy, Problem
 from adaptexit.core.search.targets import Target
 
 SEARCHES: dict[str, Search] = {"exact": exact, "coord": coord, "shared": shared, "geometric": geometric}
@@ -130,15 +131,19 @@ def _frontier(outputs: ExitOutputs, problem: Problem, policies: Policies, target
     if not len(plain):
         distinct, params = np.concatenate([distinct, np.zeros_like(distinct[:1])]), [*params, {}]
         plain = np.array([len(distinct) - 1])
-    points = [_point(problem, policy, known) for policy, known in zip(distinct, params, strict=True)]
+    points = [_point(outputs, problem, policy, known) for policy, known in zip(distinct, params, strict=True)]
     kept = not_dominated([p.accuracy for p in points], [p.cost for p in points])
     kept = np.union1d(kept, plain)
     ordered: list[OperatingPoint] = sorted((points[i] for i in kept), key=lambda p: (p.cost, p.accuracy))
     return ParetoFrontier(ordered, *reference(outputs))
 
 
-def _point(problem: Problem, policy: Policy, params: dict[str, float]) -> OperatingPoint:
-    quality, counts, paths = problem.outcome(policy)
-    n = problem.n_samples
-    accuracy, cost = quality * problem.quality_unit / n, int(counts @ paths) * COST_UNIT / n
-    return OperatingPoint(accuracy, cost, counts / n, *problem.thresholds(policy), params)
+def _point(outputs: ExitOutputs, problem: Problem, policy: Policy, params: dict[str, float]) -> OperatingPoint:
+    """What :func:`evaluate` gives, from the counts that are there already where these are exact."""
+    thresholds, cutoffs = problem.thresholds(policy)
+    if problem.quality_unit != 1.0:
+        return evaluate(outputs, thresholds, cutoffs, params)
+    quality, counts, _ = problem.outcome(policy)
+    rates = counts / problem.n_samples
+    cost = float(rates @ outputs.path_costs(switched_on(thresholds))) / outputs.full_cost
+    return OperatingPoint(quality / problem.n_samples, cost, rates, thresholds, cutoffs, params)

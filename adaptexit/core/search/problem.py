@@ -157,10 +157,10 @@ class Problem:
         for k in np.flatnonzero(policy > 0):
             leaves = staying & (self.rank[k] < policy[k])
             counts[k] = np.count_nonzero(leaves)
-            quality += int(self.quality[k][leaves].sum())
+            quality += int(self.quality[k] @ leaves)
             staying &= ~leaves
         counts[-1] = self.n_samples - counts.sum()
-        quality += int(self.quality[-1][staying].sum())
+        quality += int(self.quality[-1] @ staying)
         return quality, counts, np.cumsum(self.stage_costs + np.where(self._paid(policy), self.exit_costs, 0))
 
     def _totals(self, policy: Policy) -> tuple[int, int]:

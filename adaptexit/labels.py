@@ -1,0 +1,49 @@
+"""Labels, classes and what is held out of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from sklearn.model_selection import train_test_split
+
+
+def hold_out(y: NDArray[Any], size: float, random_state: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
+    """Indices to fit on and to calibrate on: stratified where classes allow it, every class fitted on."""
+    if not 0 < size < 1:
+        raise ValueError(f"calibration_size must lie between 0 and 1; got {size!r}.")
+    if len(y) < 2:
+        raise ValueError(f"at least 2 samples are needed to fit and to calibrate; got {len(y)} sample.")
+    _, codes, counts = np.unique(y, return_inverse=True, return_counts=True)
+    lone = np.flatnonzero(counts[codes] == 1)
+    rest = np.flatnonzero(counts[codes] > 1)
+    n_classes = int(np.count_nonzero(counts > 1))
+    n_out = min(max(round(size * len(y)), n_classes), len(rest) - n_classes)
+    if n_out < 1:
+        raise ValueError(
+            "calibration needs samples besides one of each class to fit on; got "
+            f"{len(y)} samples of {len(counts)} classes."
+        )
+    held_in, held_out = train_test_split(rest, test_size=n_out, stratify=codes[rest], random_state=random_state)
+    return np.sort(np.concatenate([held_in, lone])), np.sort(held_out)
+
+
+def class_indices(labels: NDArray[Any], classes: NDArray[Any]) -> NDArray[np.intp]:
+    """Labels as positions in ``classes``."""
+    if labels.ndim != 1:
+        raise ValueError(f"y must be one label a sample; got shape {labels.shape}.")
+    order = np.argsort(classes)
+    place = np.minimum(np.searchsorted(classes, labels, sorter=order), len(classes) - 1)
+    found = order[place]
+    unknown = classes[found] != labels
+    if unknown.any():
+        raise ValueError(
+            f"y must hold labels among the {len(classes)} classes {_shortened(classes)}; got "
+            f"{_shortened(np.unique(labels[unknown]))}. Give the labels in the order of the outputs as classes=."
+        )
+    return found
+
+
+def _shortened(values: NDArray[Any]) -> str:
+    return str(values.tolist()) if len(values) <= 6 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"

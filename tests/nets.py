@@ -1,0 +1,153 @@
+"""Networks and data that several tests share."""
+
+from functools import cache, partial
+
+import numpy as np
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from adaptexit import CascadeSaver
+
+N_CLASSES = 3
+
+
+class Columns(nn.Module):
+    """Answers with ``N_CLASSES`` columns of its input: logits are known exactly and do not depend on batching."""
+
+    def __init__(self, k):
+        super().__init__()
+        self.columns = slice(k * N_CLASSES, (k + 1) * N_CLASSES)
+
+    def forward(self, x):
+        return x[:, self.columns]
+
+
+def column_data(n, n_models=2, seed=0):
+    """Inputs for ``Columns`` 0 ... n_models - 1, each more accurate than the one before, and labels."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, N_CLASSES, n)
+    signal = np.linspace(2.0, 4.0, n_models)[:, None, None] * np.eye(N_CLASSES)[y]
+    logits = rng.normal(size=(n_models, n, N_CLASSES)) * np.array([0.5, 1.0, 3.0])[rng.integers(0, 3, n)][:, None]
+    return (logits + signal).transpose(1, 0, 2).reshape(n, -1), y
+
+
+class Recording(nn.Module):
+    """Another module, with the size of every batch it is called on."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.sizes = []
+
+    def forward(self, x):
+        self.sizes.append(len(x))
+        return self.inner(x)
+
+
+class Constant(nn.Module):
+    """The same answer to everything, after ``width`` MACs a class and feature."""
+
+    def __init__(self, n_features, n_classes, answer, width=1):
+        super().__init__()
+        self.work = nn.ModuleList(nn.Linear(n_features, n_classes) for _ in range(width))
+        self.answer = F.one_hot(torch.tensor(answer), n_classes).float()
+
+    def forward(self, x):
+        x = x.flatten(1)
+        return self.answer + 0.0 * sum(layer(x) for layer in self.work)
+
+
+def small_net():
+    """About 1 k MACs on a digit."""
+    return nn.Sequential(nn.Conv2d(1, 4, 3, stride=2, padding=1), nn.ReLU(), nn.Flatten(), nn.Linear(64, 10))
+
+
+def middle_net():
+    """About 6 k MACs on a digit."""
+    return nn.Sequential(nn.Conv2d(1, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(128, 10))
+
+
+def large_net():
+    """About 90 k MACs on a digit, with batch normalisation and dropout."""
+    return nn.Sequential(
+        nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2),
+        nn.Conv2d(32, 32, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Dropout(0.3), nn.Linear(128, 10),
+    )  # fmt: skip
+
+
+@cache
+def digits():
+    """Images (N, 1, 8, 8) in [0, 1] and labels: 600 to train, 600 to calibrate, 597 to test."""
+    X, y = load_digits(return_X_y=True)
+    X = (X / 16).astype(np.float32).reshape(-1, 1, 8, 8)
+    order = np.random.default_rng(0).permutation(len(y))
+    return [(X[part], y[part]) for part in (order[:600], order[600:1200], order[1200:])]
+
+
+@cache
+def _weights(factory, epochs):
+    X, y = (torch.from_numpy(array) for array in digits()[0])
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = factory().train()
+        optimizer = torch.optim.AdamW(net.parameters(), 3e-3)
+        for _ in range(epochs):
+            for batch in torch.randperm(len(X)).split(50):
+                optimizer.zero_grad()
+                F.cross_entropy(net(X[batch]), y[batch]).backward()
+                optimizer.step()
+    return net.state_dict()
+
+
+def trained(factory, epochs):
+    """A new module with weights that were trained once."""
+    with torch.random.fork_rng(devices=[]):
+        net = factory()
+    net.load_state_dict(_weights(factory, epochs))
+    return net.eval()
+
+
+small_trained = partial(trained, small_net, 8)
+middle_trained = partial(trained, middle_net, 8)
+large_trained = partial(trained, large_net, 8)
+
+
+def naive_cascade(models, x, thresholds, confidence):
+    """Class and exit of every sample, one at a time: a model after the other until one is sure enough."""
+    answers = []
+    with torch.inference_mode():
+        for i in range(len(x)):
+            for k, model in enumerate(models):
+                logits = model(x[i : i + 1])
+                if k == len(models) - 1 or float(confidence(logits)[0]) > thresholds[k]:
+                    answers.append((int(logits.argmax()), k))
+                    break
+    predictions, exits = zip(*answers, strict=True)
+    return list(predictions), list(exits)
+
+
+def column_cascade(n_models=2, **params):
+    """An unfitted cascade for ``column_data``, ten times dearer from model to model."""
+    savers = [Columns(k) for k in range(n_models - 1)]
+    params = {"cost": [10.0**k for k in range(n_models)]} | params
+    return CascadeSaver(Columns(n_models - 1), savers[0] if n_models == 2 else savers, **params)
+
+
+def loader_of(X, y, batch_size=50, **options):
+    """A DataLoader of arrays."""
+    dataset = TensorDataset(torch.from_numpy(X), torch.from_numpy(y))
+    return DataLoader(dataset, batch_size=batch_size, **options)
+
+
+def assert_same_learning(one, other):
+    """Two fitted cascades are bit-equal in what they learned and in what they answer."""
+    for first, second in zip(one.pareto().points, other.pareto().points, strict=True):
+        assert first.thresholds.tobytes() == second.thresholds.tobytes()
+        assert first.cutoffs.tobytes() == second.cutoffs.tobytes()
+        assert (first.accuracy, first.cost) == (second.accuracy, second.cost)
+    assert one.outputs_.scores.tobytes() == other.outputs_.scores.tobytes()
+    assert one.outputs_.predictions.tobytes() == other.outputs_.predictions.tobytes()
+    assert one.calibrator_.thresholds_.tobytes() == other.calibrator_.thresholds_.tobytes()

@@ -1,0 +1,346 @@
+import itertools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+
+from adaptexit.core.routing import exit_index
+from adaptexit.core.search import SEARCHES, search_thresholds, targets_for
+from adaptexit.core.search.methods import coord, exact, geometric, geometric_path, shared_path
+from adaptexit.core.search.problem import Problem
+from adaptexit.core.search.targets import Target, Weighted, WithinBudget, WithinDrop
+from tests import reference
+from tests.properties.strategies import exit_outputs, increasing_maps, permutations_of, policies_for
+
+weights = st.floats(1e-3, 30)
+budgets = st.floats(0, 1.2)
+drops = st.floats(0, 1)
+small = exit_outputs(min_exits=2, max_exits=3, max_samples=6)
+two_exits = exit_outputs(min_exits=2, max_exits=2, max_samples=10)
+exact_sums = exit_outputs(min_exits=2, max_exits=3, max_samples=10, unit=1.0)
+
+
+def at_least(value, target):
+    return value >= target - 1e-7 * max(1.0, abs(target))
+
+
+def of(objective, pair):
+    quality, cost = pair
+    return float(objective(np.array([quality]), np.array([cost]))[0])
+
+
+def every_policy(problem):
+    return np.array(list(itertools.product(*[[0, *ends] for ends in problem.ends])), dtype=np.int64)
+
+
+def all_tie_ends(problem, policies):
+    return all(end in {0, *ends} for policy in policies for end, ends in zip(policy, problem.ends, strict=True))
+
+
+def tried_budgets(outcomes, more):
+    """Budgets that a policy meets exactly, and others."""
+    costs = sorted({cost for _, cost in outcomes})
+    return [*costs[:: max(1, len(costs) // 8)], *more]
+
+
+# -- the problem -------------------------------------------------------------------------------------------------------
+
+
+@given(st.data())
+def test_value_of_a_policy_equals_its_thresholds_walked(data):
+    outputs = data.draw(exit_outputs(min_exits=2))
+    problem = Problem.from_outputs(outputs)
+    policy = data.draw(policies_for(problem))
+    quality, cost = problem.value(policy)
+    thresholds, _ = problem.thresholds(policy)
+    n = outputs.n_samples
+    assert (quality / n, cost / n) == pytest.approx(reference.outcome(outputs, thresholds), abs=1e-9)
+
+
+@given(st.data())
+def test_committing_to_the_exits_that_are_on_changes_no_value(data):
+    problem = Problem.from_outputs(data.draw(exit_outputs(min_exits=2)))
+    policy = data.draw(policies_for(problem))
+    assert problem.committed(policy > 0).value(policy) == pytest.approx(problem.value(policy), abs=1e-9)
+
+
+@given(st.data())
+def test_committing_to_more_exits_is_never_cheaper(data):
+    problem = Problem.from_outputs(data.draw(exit_outputs(min_exits=2)))
+    policy = data.draw(policies_for(problem))
+    more = (policy > 0) | np.array(data.draw(st.lists(st.booleans(), min_size=len(policy), max_size=len(policy))))
+    assert problem.committed(more).value(policy)[1] >= problem.value(policy)[1] - 1e-9
+
+
+@given(st.data(), weights)
+def test_a_price_on_cost_makes_quality_less_weighted_cost(data, weight):
+    problem = Problem.from_outputs(data.draw(exit_outputs(min_exits=2, free=True)))
+    policy = data.draw(policies_for(problem))
+    quality, cost = problem.priced(weight).value(policy)
+    assert quality == pytest.approx(of(Weighted(weight), problem.value(policy)), abs=1e-6 * problem.n_samples)
+    assert cost == 0
+
+
+@given(st.data())
+def test_snapping_finds_the_nearest_tie_end(data):
+    problem = Problem.from_outputs(data.draw(exit_outputs(min_exits=2)))
+    wanted = np.array([data.draw(st.floats(0, problem.n_samples)) for _ in range(problem.n_early)])
+    for position, end, ends in zip(wanted, problem.snap(wanted), problem.ends, strict=True):
+        distance = 0 if position == 0 else min(abs(ends - position))
+        assert abs(end - position) == pytest.approx(distance)
+        assert (end == 0) == (position == 0)
+
+
+# -- sweeps ------------------------------------------------------------------------------------------------------------
+
+
+def check_sweep(problem, policy, objective):
+    swept, _ = problem.sweep(policy, objective)
+    assert at_least(of(objective, problem.value(swept)), of(objective, problem.value(policy)))
+    assert all_tie_ends(problem, [swept])
+
+
+@given(st.data(), weights)
+def test_a_sweep_never_lowers_quality_minus_weighted_cost(data, weight):
+    problem = Problem.from_outputs(data.draw(exit_outputs(min_exits=2)))
+    check_sweep(problem, data.draw(policies_for(problem)), Weighted(weight))
+
+
+@given(st.data(), budgets)
+def test_a_sweep_never_lowers_what_a_budget_asks_for(data, budget):
+    problem = Problem.from_outputs(data.draw(exit_outputs(min_exits=2)))
+    check_sweep(problem, data.draw(policies_for(problem)), WithinBudget(budget, problem.n_samples))
+
+
+@given(st.data(), drops)
+def test_a_sweep_never_lowers_what_a_drop_asks_for(data, drop):
+    problem = Problem.from_outputs(data.draw(exit_outputs(min_exits=2)))
+    objective = WithinDrop(drop, problem.n_samples, problem.full_quality)
+    check_sweep(problem, data.draw(policies_for(problem)), objective)
+
+
+@given(st.data(), weights)
+def test_sums_handed_from_sweep_to_sweep_stay_those_of_the_policy(data, weight):
+    problem = Problem.from_outputs(data.draw(exit_outputs(min_exits=2)))
+    once, totals = problem.sweep(data.draw(policies_for(problem)), Weighted(weight))
+    handed, handed_totals = problem.sweep(once, Weighted(weight), totals)
+    counted, counted_totals = problem.sweep(once, Weighted(weight))
+    assert handed.tolist() == counted.tolist()
+    assert handed_totals == pytest.approx(counted_totals, rel=1e-9)
+
+
+@given(st.data(), weights)
+def test_a_sweep_sets_the_last_early_exit_to_its_best(data, weight):
+    problem = Problem.from_outputs(data.draw(exit_outputs(min_exits=2)))
+    policy = data.draw(policies_for(problem))
+    swept, _ = problem.sweep(policy, Weighted(weight))
+    for end in [0, *problem.ends[-1]]:
+        other = policy.copy()
+        other[-1] = end
+        found = np.append(policy[:-1], swept[-1])
+        assert at_least(of(Weighted(weight), problem.value(found)), of(Weighted(weight), problem.value(other)))
+
+
+@given(st.data(), weights)
+def test_no_single_exit_can_improve_a_settled_policy(data, weight):
+    problem = Problem.from_outputs(data.draw(exit_outputs(min_exits=2, max_samples=7)))
+    settled, value = problem.settle(data.draw(policies_for(problem)), Weighted(weight))
+    assert value == pytest.approx(of(Weighted(weight), problem.value(settled)), abs=1e-8)
+    for k, ends in enumerate(problem.ends):
+        for end in [0, *ends]:
+            other = settled.copy()
+            other[k] = end
+            assert at_least(value, of(Weighted(weight), problem.value(other)))
+
+
+# -- optima ------------------------------------------------------------------------------------------------------------
+
+
+@given(small, st.lists(budgets, max_size=4))
+def test_exact_search_is_the_best_of_all_thresholds_for_every_budget(outputs, more):
+    outcomes = reference.every_outcome(outputs)
+    tried = tried_budgets(outcomes, more)
+    frontier, _ = search_thresholds(outputs, "exact", n_points=3, budgets=tried)
+    for budget in tried:
+        best = reference.best_accuracy(outcomes, budget)
+        if best is None:
+            with pytest.raises(ValueError, match="cheapest operating point"):
+                frontier.at(budget=budget)
+        else:
+            assert frontier.at(budget=budget).accuracy == pytest.approx(best, abs=1e-9)
+
+
+@given(small, st.lists(drops, max_size=4))
+def test_exact_search_is_the_cheapest_of_all_thresholds_for_every_drop(outputs, more):
+    outcomes = reference.every_outcome(outputs)
+    tried = [*(j / outputs.n_samples for j in range(outputs.n_samples)), *more]
+    frontier, _ = search_thresholds(outputs, "exact", n_points=3, drops=tried)
+    for drop in tried:
+        least = reference.least_cost(outcomes, outputs.full_accuracy - drop)
+        assert frontier.at(max_drop=drop).cost == pytest.approx(least, abs=1e-9)
+
+
+@given(small)
+def test_the_cheapest_point_is_the_cheapest_of_all_thresholds(outputs):
+    frontier, _ = search_thresholds(outputs, "exact", n_points=1)
+    assert frontier.cost.min() == pytest.approx(min(cost for _, cost in reference.every_outcome(outputs)), abs=1e-9)
+
+
+@given(two_exits, weights)
+def test_with_two_exits_settling_finds_the_optimum_of_a_cost_weight(outputs, weight):
+    problem, n = Problem.from_outputs(outputs), outputs.n_samples
+    _, value = problem.settle(np.zeros(1, dtype=np.int64), Weighted(weight))
+    best = max(accuracy - weight * cost for accuracy, cost in reference.every_outcome(outputs))
+    assert value / n == pytest.approx(best, abs=1e-7 * (1 + weight))
+
+
+@given(two_exits, st.lists(budgets, max_size=4))
+def test_with_two_exits_coord_finds_the_optimum_of_every_budget(outputs, more):
+    outcomes = reference.every_outcome(outputs)
+    tried = [b for b in tried_budgets(outcomes, more) if reference.best_accuracy(outcomes, b) is not None]
+    problem = Problem.from_outputs(outputs)
+    quality, cost = problem.values(coord(problem, [Target(budget=b) for b in tried]))
+    assert (cost / outputs.n_samples <= np.array(tried) + 1e-8).all()
+    best = [reference.best_accuracy(outcomes, budget) for budget in tried]
+    assert quality / outputs.n_samples == pytest.approx(best, abs=1e-8)
+
+
+@given(two_exits, st.lists(drops, min_size=1, max_size=4))
+def test_with_two_exits_coord_finds_the_optimum_of_every_drop(outputs, tried):
+    outcomes = reference.every_outcome(outputs)
+    problem = Problem.from_outputs(outputs)
+    quality, cost = problem.values(coord(problem, [Target(max_drop=d) for d in tried]))
+    floors = outputs.full_accuracy - np.array(tried)
+    assert (quality / outputs.n_samples >= floors - 1e-8).all()
+    least = [reference.least_cost(outcomes, floor) for floor in floors]
+    assert cost / outputs.n_samples == pytest.approx(least, abs=1e-7)
+
+
+@given(exit_outputs(min_exits=2, max_exits=4, max_samples=6), st.lists(budgets, min_size=1, max_size=3))
+def test_coord_keeps_every_budget_that_can_be_kept(outputs, tried):
+    problem = Problem.from_outputs(outputs)
+    cheapest = outputs.alone_costs().min() / outputs.full_cost
+    targets = [Target(budget=max(b, cheapest)) for b in tried]
+    _, cost = problem.values(coord(problem, targets))
+    assert (cost / outputs.n_samples <= np.array([t.budget for t in targets]) + 1e-8).all()
+
+
+@given(small, weights, st.floats(1.01, 10))
+def test_cost_of_the_global_optimum_does_not_rise_with_its_weight(outputs, weight, factor):
+    problem = Problem.from_outputs(outputs)
+    quality, cost = problem.values(every_policy(problem))
+    low, high = (cost[np.argmax(Weighted(w)(quality, cost))] for w in (weight, weight * factor))
+    assert high <= low + 1e-9
+
+
+@given(two_exits, weights, st.floats(1.01, 10))
+def test_with_two_exits_settled_cost_does_not_rise_with_the_weight(outputs, weight, factor):
+    problem = Problem.from_outputs(outputs)
+    low, high = (
+        problem.value(problem.settle(np.zeros(1, dtype=np.int64), Weighted(w))[0])[1] for w in (weight, weight * factor)
+    )
+    assert high <= low + 1e-4
+
+
+# -- published and small-sample rules ----------------------------------------------------------------------------------
+
+
+@given(exit_outputs(min_exits=2, max_samples=12), st.integers(1, 39))
+def test_geometric_rule_equals_msdnets_loop(outputs, p):
+    powers = [Fraction(p, 20) ** k for k in range(outputs.n_exits)]
+    shares = [outputs.n_samples * power / sum(powers) for power in powers]
+    assume(p == 20 or all(abs(share - round(share)) > 1e-9 for share in shares))
+    problem = Problem.from_outputs(outputs)
+    thresholds, cutoffs = problem.thresholds(geometric_path(problem)[p - 1])
+    exits = reference.msdnet_rule(outputs.scores.tolist(), [math.floor(share) for share in shares])
+    assert exit_index(outputs, cutoffs).tolist() == exits
+    assert reference.route(outputs, thresholds) == exits
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@given(data=st.data())
+def test_every_search_proposes_tie_ends(search, data):
+    problem = Problem.from_outputs(data.draw(exit_outputs(min_exits=2, max_exits=3 if search == "exact" else 4)))
+    assert all_tie_ends(problem, SEARCHES[search](problem, targets_for(problem, 3, (), ())))
+
+
+@given(exit_outputs(min_exits=2, max_exits=4), st.lists(budgets, max_size=3), st.lists(drops, max_size=3))
+def test_coord_serves_no_target_worse_than_the_geometric_rule(outputs, some_budgets, some_drops):
+    problem = Problem.from_outputs(outputs)
+    targets = targets_for(problem, 3, some_drops, some_budgets)
+    for target, one, other in zip(targets, coord(problem, targets), geometric(problem, targets), strict=True):
+        objective = target.objective(problem.n_samples, problem.full_quality)
+        assert at_least(of(objective, problem.value(one)), of(objective, problem.value(other)))
+
+
+@given(exit_outputs(min_exits=2, graded=False))
+def test_shared_policies_hold_every_level_of_the_isotonic_estimates(outputs):
+    problem = Problem.from_outputs(outputs)
+    estimates = [reference.falling_fit(outputs, k) for k in range(outputs.n_exits - 1)]
+    found = shared_path(problem).tolist()
+    for level in {value for fit in estimates for value in fit} | {-1}:
+        assert [sum(value > level for value in fit) for fit in estimates] in found
+
+
+@given(exit_outputs(min_exits=2))
+def test_shared_policies_put_one_level_on_estimates_that_fall_with_the_score(outputs):
+    problem = Problem.from_outputs(outputs)
+    policies = shared_path(problem)
+    assert (np.diff(policies, axis=0) <= 0).all()
+    assert (policies[0] == problem.n_samples).all()
+    assert (policies[-1] == 0).any()
+
+
+# -- what must not matter ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@given(data=st.data())
+def test_permuting_the_samples_changes_no_policy(search, data):
+    outputs = data.draw(exact_sums)
+    order = data.draw(permutations_of(outputs.n_samples))
+    problem, permuted = Problem.from_outputs(outputs), Problem.from_outputs(outputs.take(order))
+    targets = targets_for(problem, 4, (), ())
+    assert SEARCHES[search](permuted, targets).tolist() == SEARCHES[search](problem, targets).tolist()
+
+
+@given(exact_sums)
+def test_duplicating_the_samples_doubles_the_exact_policies(outputs):
+    twice = outputs.take(np.repeat(np.arange(outputs.n_samples), 2))
+    problem, doubled = Problem.from_outputs(outputs), Problem.from_outputs(twice)
+    targets = targets_for(problem, 4, (), ())
+    assert exact(doubled, targets).tolist() == (2 * exact(problem, targets)).tolist()
+
+
+@given(exact_sums)
+def test_duplicating_the_samples_doubles_the_shared_policies(outputs):
+    twice = outputs.take(np.repeat(np.arange(outputs.n_samples), 2))
+    paths = [shared_path(Problem.from_outputs(o)) for o in (outputs, twice)]
+    assert paths[1].tolist() == (2 * paths[0]).tolist()
+
+
+@pytest.mark.parametrize("search", SEARCHES)
+@given(data=st.data())
+def test_an_increasing_map_of_the_scores_changes_no_exit(search, data):
+    outputs = data.draw(exit_outputs(min_exits=1, max_exits=3))
+    mapped = outputs.with_scores(np.stack([data.draw(increasing_maps())(row) for row in outputs.scores]))
+    before, _ = search_thresholds(outputs, search, n_points=4)
+    after, _ = search_thresholds(mapped, search, n_points=4)
+    assert len(before.points) == len(after.points)
+    for one, other in zip(before.points, after.points, strict=True):
+        assert exit_index(outputs, one.cutoffs).tolist() == exit_index(mapped, other.cutoffs).tolist()
+
+
+@given(st.data())
+def test_an_increasing_map_maps_the_thresholds(data):
+    outputs = data.draw(exit_outputs(min_exits=2, max_exits=3))
+    maps = [data.draw(increasing_maps())(row) for row in outputs.scores]
+    before, _ = search_thresholds(outputs, "exact", n_points=4)
+    after, _ = search_thresholds(outputs.with_scores(np.stack(maps)), "exact", n_points=4)
+    for one, other in zip(before.points, after.points, strict=True):
+        for k, t in enumerate(one.thresholds):
+            expected = maps[k][outputs.scores[k] == t][0] if np.isfinite(t) else t
+            assert other.thresholds[k] == expected

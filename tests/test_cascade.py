@@ -1,0 +1,504 @@
+import copy
+from functools import partial
+
+import numpy as np
+import pytest
+import timm
+import torch
+from sklearn.linear_model import LogisticRegression
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+
+from adaptexit import CascadeSaver, ExitOutputs, ParetoFrontier, SaverWarning, ThresholdCalibrator
+from adaptexit.core.scores import SCORES, max_proba, softmax
+from tests.nets import (
+    Columns,
+    Constant,
+    Recording,
+    column_cascade,
+    column_data,
+    digits,
+    large_trained,
+    loader_of,
+    middle_trained,
+    naive_cascade,
+    small_trained,
+)
+
+TRAIN, VAL, TEST = digits()
+BUDGETS = [None, 0.05, 0.2, 0.5, 1.0]
+confidence = partial(max_proba, xp=torch)
+saver_may_not_pay = pytest.mark.filterwarnings("ignore::adaptexit.SaverWarning")
+
+
+@pytest.fixture(scope="module")
+def cascade():
+    return CascadeSaver(large_trained(), small_trained()).fit(*VAL)
+
+
+@pytest.fixture(scope="module")
+def three():
+    calibrator = ThresholdCalibrator(search="exact")
+    return CascadeSaver(large_trained(), [small_trained(), middle_trained()], calibrator=calibrator).fit(*VAL)
+
+
+# -- answers ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("name", ["cascade", "three"])
+def test_answers_equal_a_hand_written_loop(name, budget, request):
+    fitted = request.getfixturevalue(name)
+    models = [fitted.saver, fitted.base] if name == "cascade" else [*fitted.saver, fitted.base]
+    point = fitted.calibrator_.operating_point(budget)
+    X = TEST[0][:200]
+    labels, exits = naive_cascade(models, torch.from_numpy(X), point.cutoffs, confidence)
+    trace = fitted.trace(X, budget=budget)
+    assert fitted.predict(X, budget=budget).tolist() == trace.labels.tolist() == labels
+    assert trace.exits.tolist() == exits
+    logits = np.stack([models[k](torch.from_numpy(X)).detach().numpy() for k in range(len(models))])
+    logits = logits[exits, np.arange(len(X))]
+    np.testing.assert_allclose(trace.scores, max_proba(logits), rtol=1e-5)
+    np.testing.assert_allclose(fitted.predict_proba(X, budget=budget), softmax(logits), atol=1e-5)
+
+
+def test_the_cascade_uses_both_models(cascade):
+    exits = cascade.trace(TEST[0]).exits
+    assert 0.2 < exits.mean() < 0.8
+
+
+def test_answers_on_known_logits_are_exact():
+    X, y = column_data(400)
+    fitted = column_cascade().fit(X, y)
+    point = fitted.calibrator_.operating_point(0.4)
+    scores = max_proba(X.reshape(-1, 2, 3))
+    leaves = scores[:, 0] > point.cutoffs[0]
+    assert 0.5 < leaves.mean() < 1
+    expected = np.where(leaves, X[:, :3].argmax(axis=1), X[:, 3:].argmax(axis=1))
+    trace = fitted.trace(X, budget=0.4)
+    assert trace.labels.tolist() == expected.tolist()
+    assert trace.exits.tolist() == (~leaves).astype(int).tolist()
+    assert trace.costs.tolist() == np.where(leaves, 1.0, 11.0).tolist()
+    assert trace.full_cost == 10.0
+    assert trace.relative_costs.tolist() == (trace.costs / 10).tolist()
+
+
+@pytest.mark.parametrize("budget", [None, 0.1, 0.5])
+def test_an_answer_does_not_depend_on_the_batch(three, budget):
+    X = TEST[0][:120]
+    whole = three.trace(X, budget=budget)
+    order = np.random.default_rng(0).permutation(len(X))
+    shuffled = three.trace(X[order], budget=budget)
+    alone = [three.trace(X[i : i + 1], budget=budget) for i in range(len(X))]
+    assert shuffled.labels.tolist() == whole.labels[order].tolist()
+    assert shuffled.exits.tolist() == whole.exits[order].tolist()
+    assert [int(trace.labels[0]) for trace in alone] == whole.labels.tolist()
+    assert [int(trace.exits[0]) for trace in alone] == whole.exits.tolist()
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 64, 1000])
+@pytest.mark.parametrize("memory_limit", [0, 2000, 1 << 30])
+def test_batch_size_and_memory_limit_do_not_change_answers(three, batch_size, memory_limit):
+    X = TEST[0][:150]
+    expected = three.trace(X)
+    other = copy.copy(three).set_params(batch_size=batch_size, memory_limit=memory_limit)
+    assert other.trace(X).labels.tolist() == expected.labels.tolist()
+    assert other.trace(X).exits.tolist() == expected.exits.tolist()
+
+
+def test_survivors_of_a_loader_fill_the_bases_batches():
+    base = Recording(large_trained())
+    fitted = CascadeSaver(base, small_trained()).fit(*VAL)
+    base.sizes.clear()
+    exits = fitted.trace(loader_of(*TEST, batch_size=32)).exits
+    survivors = int(exits.sum())
+    assert base.sizes == [32] * (survivors // 32) + [survivors % 32]
+
+
+def test_at_a_budget_of_the_saver_the_base_is_not_called():
+    base = Recording(large_trained())
+    fitted = CascadeSaver(base, small_trained()).fit(*VAL)
+    base.sizes.clear()
+    fitted.predict(TEST[0], budget=fitted.pareto().cost[0])
+    assert base.sizes == []
+
+
+@saver_may_not_pay
+def test_a_saver_that_is_off_is_neither_called_nor_paid():
+    X, y = column_data(300, 3)
+    savers = [Recording(Columns(0)), Recording(Columns(1))]
+    fitted = CascadeSaver(Columns(2), savers, cost=[5.0, 6.0, 100.0]).fit(X, y)
+    point = next(p for p in fitted.pareto().points if not p.on[0] and p.on[1])
+    for saver in savers:
+        saver.sizes.clear()
+    trace = fitted.trace(X, budget=point.cost)
+    assert savers[0].sizes == []
+    assert sum(savers[1].sizes) == 300
+    assert set(zip(trace.exits.tolist(), trace.costs.tolist(), strict=True)) == {(1, 6.0), (2, 106.0)}
+    assert trace.relative_costs.mean() == pytest.approx(point.cost)
+
+
+# -- budgets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["cascade", "three"])
+@pytest.mark.parametrize("budget", [0.02, 0.05, 0.1, 0.3, 0.7, 1.0, 3.0])
+def test_a_budget_is_kept_on_the_calibration_data(name, budget, request):
+    fitted = request.getfixturevalue(name)
+    trace = fitted.trace(VAL[0], budget=budget)
+    point = fitted.pareto().at(budget=budget)
+    assert trace.relative_costs.mean() <= budget + 1e-9
+    assert trace.relative_costs.mean() == pytest.approx(point.cost, abs=1e-12)
+    assert fitted.score(*VAL, budget=budget) == pytest.approx(point.accuracy, abs=1e-12)
+    assert not any(p.cost <= budget and p.accuracy > point.accuracy for p in fitted.pareto().points)
+
+
+@pytest.mark.parametrize("name", ["cascade", "three"])
+def test_without_a_budget_calibrated_accuracy_does_not_drop(name, request):
+    fitted = request.getfixturevalue(name)
+    full = np.mean(fitted.predict_anytime(VAL[0], 1.0) == VAL[1])
+    assert fitted.score(*VAL) >= full
+    assert fitted.trace(VAL[0]).relative_costs.mean() < 1
+
+
+def test_the_calls_budget_goes_before_the_constructors(cascade):
+    bounded = CascadeSaver(large_trained(), small_trained(), budget=0.1).fit(*VAL)
+    assert bounded.predict(TEST[0]).tolist() == cascade.predict(TEST[0], budget=0.1).tolist()
+    assert bounded.predict(TEST[0], budget=0.6).tolist() == cascade.predict(TEST[0], budget=0.6).tolist()
+    assert bounded.predict(TEST[0]).tolist() != cascade.predict(TEST[0]).tolist()
+    assert bounded.score(*TEST) == cascade.score(*TEST, budget=0.1)
+
+
+def test_the_constructors_budget_goes_before_the_calibrators(cascade):
+    calibrator = ThresholdCalibrator(budget=0.6)
+    by_calibrator = CascadeSaver(large_trained(), small_trained(), calibrator=calibrator).fit(*VAL)
+    both = CascadeSaver(large_trained(), small_trained(), calibrator=calibrator, budget=0.1).fit(*VAL)
+    assert by_calibrator.predict(TEST[0]).tolist() == cascade.predict(TEST[0], budget=0.6).tolist()
+    assert both.predict(TEST[0]).tolist() == cascade.predict(TEST[0], budget=0.1).tolist()
+    assert not hasattr(calibrator, "frontier_")
+
+
+def test_a_drop_that_the_calibrator_allows():
+    fitted = CascadeSaver(large_trained(), small_trained(), calibrator=ThresholdCalibrator(max_drop=0.02)).fit(*VAL)
+    full = fitted.pareto().full_accuracy
+    assert full - 0.02 - 1e-9 <= fitted.score(*VAL) < full
+    cheaper = [p for p in fitted.pareto().points if p.cost < fitted.trace(VAL[0]).relative_costs.mean() - 1e-9]
+    assert cheaper
+    assert all(p.accuracy < full - 0.02 for p in cheaper)
+
+
+def test_a_budget_that_is_too_low_names_the_cheapest(cascade):
+    cheapest = f"{cascade.pareto().cost.min():.4g}"
+    for call in (cascade.predict, cascade.predict_proba, cascade.trace):
+        with pytest.raises(ValueError, match=f"budget must be at least {cheapest}.*got 0.001"):
+            call(TEST[0], budget=0.001)
+    with pytest.raises(ValueError, match=f"at least {cheapest}"):
+        cascade.score(*TEST, budget=0.001)
+    with pytest.raises(ValueError, match=f"at least {cheapest}"):
+        CascadeSaver(large_trained(), small_trained(), budget=0.001).fit(*VAL)
+
+
+# -- anytime ----------------------------------------------------------------------------------------------------------
+
+
+def test_anytime_takes_the_largest_model_within_the_limit(three):
+    alone = three.outputs_.exit_costs / three.outputs_.exit_costs[-1]
+    models = [*three.saver, three.base]
+    expected = [model(torch.from_numpy(TEST[0])).argmax(dim=1).tolist() for model in models]
+    assert expected[0] != expected[1] != expected[2]
+    for limit, k in [(alone[0], 0), (alone[1] * 0.99, 0), (alone[1], 1), (0.99, 1), (1.0, 2), (50.0, 2)]:
+        assert three.predict_anytime(TEST[0], limit).tolist() == expected[k]
+
+
+@pytest.mark.parametrize("limit", [0.001, 0.0, -1.0, float("nan")])
+def test_a_limit_below_the_cheapest_model(three, limit):
+    cheapest = three.outputs_.exit_costs[0] / three.outputs_.exit_costs[-1]
+    with pytest.raises(ValueError, match=f"limit must be at least {cheapest:.4g}.*cheapest exit; got {limit:.4g}"):
+        three.predict_anytime(TEST[0], limit)
+
+
+# -- curves and records -----------------------------------------------------------------------------------------------
+
+
+def test_the_frontier_on_the_calibration_data(three):
+    frontier = three.pareto()
+    assert isinstance(frontier, ParetoFrontier)
+    assert frontier is three.calibrator_.frontier_
+    assert (np.diff(frontier.cost) > 0).all()
+    assert frontier.cost[0] == pytest.approx(three.outputs_.exit_costs[0] / three.outputs_.exit_costs[-1])
+    assert frontier.n_samples == len(VAL[1])
+
+
+@pytest.mark.parametrize("data", [TEST, loader_of(*TEST), loader_of(*TEST, shuffle=True), (TEST, None)])
+def test_the_frontier_on_other_data_is_what_predict_gives_there(cascade, data):
+    frontier = cascade.pareto(data) if isinstance(data, DataLoader) else cascade.pareto(*data)
+    assert len(frontier.points) == len(cascade.pareto().points)
+    for budget in (0.05, 0.2, 0.6, 1.0):
+        point = frontier.at(budget=budget)
+        assert point.accuracy == pytest.approx(cascade.score(*TEST, budget=budget))
+        assert point.cost == pytest.approx(cascade.trace(TEST[0], budget=budget).relative_costs.mean())
+
+
+def test_record_holds_what_every_model_answers(three):
+    outputs = three.record(*TEST)
+    models = [*three.saver, three.base]
+    logits = torch.stack([model(torch.from_numpy(TEST[0])) for model in models]).detach().numpy()
+    assert isinstance(outputs, ExitOutputs)
+    assert outputs.predictions.tolist() == logits.argmax(axis=2).tolist()
+    assert outputs.labels.tolist() == TEST[1].tolist()
+    assert outputs.logits is None
+    np.testing.assert_allclose(outputs.scores, max_proba(logits), rtol=1e-5)
+    assert outputs.exit_costs.tolist() == three.outputs_.exit_costs.tolist()
+
+
+def test_the_point_in_use(cascade):
+    points = cascade.pareto().points
+    assert points[cascade.point_index()] is cascade.calibrator_.point_
+    assert points[cascade.point_index(0.2)] is cascade.pareto().at(budget=0.2)
+
+
+def test_exit_names(cascade, three):
+    assert cascade.exit_names == ["saver", "base"]
+    assert three.exit_names == ["saver[0]", "saver[1]", "base"]
+
+
+def test_reports_of_the_savers(cascade):
+    (report,) = cascade.saver_reports_
+    saver_right, base_right = cascade.outputs_.graded
+    order = np.argsort(-cascade.outputs_.scores[0], kind="stable")
+    balance = np.cumsum(saver_right[order].astype(int) - base_right[order])
+    ratio = (np.flatnonzero(balance >= 0)[-1] + 1) / len(order)
+    small, large = cascade.outputs_.exit_costs
+    assert report.job_ratio == pytest.approx(ratio)
+    assert report.delta_cost == pytest.approx(small / large - ratio)
+    assert report.pays
+
+
+# -- data -------------------------------------------------------------------------------------------------------------
+
+SOURCES = {
+    "tensors": lambda X, y: (torch.from_numpy(X), torch.from_numpy(y)),
+    "lists": lambda X, y: (X.tolist(), y.tolist()),
+    "pair": lambda X, y: ((X, y), None),
+    "dataset": lambda X, y: (loader_of(X, y).dataset, None),
+    "loader": lambda X, y: (loader_of(X, y), None),
+    "double": lambda X, y: (X.astype(np.float64), y),
+}
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_every_source_gives_the_same_cascade(cascade, source):
+    given = SOURCES[source]
+    fitted = CascadeSaver(large_trained(), small_trained()).fit(*given(*VAL))
+    X, y = given(*TEST)
+    inputs = X[0] if isinstance(X, tuple) else X
+    expected = cascade.trace(TEST[0])
+    np.testing.assert_allclose(fitted.outputs_.scores, cascade.outputs_.scores, rtol=1e-5)
+    assert fitted.trace(inputs).labels.tolist() == expected.labels.tolist()
+    assert fitted.trace(inputs).exits.tolist() == expected.exits.tolist()
+    assert fitted.score(X, y) == cascade.score(*TEST)
+    assert fitted.calibrate(X, y).outputs_.n_samples == len(TEST[1])
+
+
+def test_a_shuffling_loader_serves_to_fit_and_to_score_but_not_to_predict(cascade):
+    shuffled = loader_of(*VAL, shuffle=True, generator=torch.Generator().manual_seed(0))
+    fitted = CascadeSaver(large_trained(), small_trained()).fit(shuffled)
+    assert fitted.outputs_.labels.tolist() != VAL[1].tolist()
+    assert fitted.pareto().accuracy.tolist() == pytest.approx(cascade.pareto().accuracy.tolist())
+    assert fitted.score(shuffled) == cascade.score(*VAL)
+    for call in (fitted.predict, fitted.predict_proba, fitted.trace, partial(fitted.predict_anytime, limit=1.0)):
+        with pytest.raises(ValueError, match="X must keep its order"):
+            call(shuffled)
+
+
+def test_scores_weigh_samples(cascade):
+    right = cascade.predict(TEST[0]) == TEST[1]
+    assert 0 < right.mean() < 1
+    assert cascade.score(*TEST) == right.mean()
+    assert cascade.score(*TEST, sample_weight=right.astype(float)) == 1.0
+    assert cascade.score(loader_of(*TEST), sample_weight=(~right).astype(float)) == 0.0
+
+
+# -- preprocessing ----------------------------------------------------------------------------------------------------
+
+
+@saver_may_not_pay
+def test_each_model_has_its_own_preprocessing_and_input_size():
+    def enlarged(x):
+        return F.interpolate(x, size=(16, 16), mode="nearest")
+
+    def negative(x):
+        return 1.0 - 2.0 * x
+
+    base = nn.Sequential(nn.MaxPool2d(2), large_trained())
+    savers = [nn.Sequential(nn.Flatten(1), nn.Unflatten(1, (1, 8, 8)), small_trained()), middle_trained()]
+    fitted = CascadeSaver(
+        base, savers, base_preprocess=enlarged, saver_preprocess=[negative, None], cost=[1.0, 2.0, 30.0]
+    )
+    fitted.fit(*VAL)
+    x = torch.from_numpy(TEST[0])
+    expected = [savers[0](negative(x)), savers[1](x), base(enlarged(x))]
+    outputs = fitted.record(*TEST)
+    assert outputs.predictions.tolist() == [logits.argmax(dim=1).tolist() for logits in expected]
+
+
+@saver_may_not_pay
+def test_one_preprocessing_for_all_savers():
+    savers = [Constant(64, 10, 1), middle_trained()]
+    fitted = CascadeSaver(large_trained(), savers, saver_preprocess=lambda x: x.flip(-1), cost=[1, 2, 30]).fit(*VAL)
+    flipped = torch.from_numpy(TEST[0]).flip(-1)
+    assert fitted.record(*TEST).predictions[1].tolist() == middle_trained()(flipped).argmax(dim=1).tolist()
+
+
+@saver_may_not_pay
+def test_timm_models_with_different_data_configs():
+    configs = [
+        {"input_size": (3, 64, 64), "mean": (0.5, 0.4, 0.3), "std": (0.1, 0.2, 0.3)},
+        {"input_size": (3, 96, 96), "interpolation": "bilinear"},
+    ]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        saver, base = (
+            timm.create_model("test_efficientnet", num_classes=4, pretrained_cfg_overlay=config).eval()
+            for config in configs
+        )
+        images = torch.rand(12, 3, 64, 64)
+    fitted = CascadeSaver(base, saver, cost=[1, 10]).fit(images, np.arange(12) % 4)
+    mean, std = (torch.tensor(saver.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
+    expected = saver((images - mean) / std)
+    torch.testing.assert_close(torch.from_numpy(fitted.predict_proba(images, budget=0.1)), expected.softmax(dim=1))
+    seen = []
+    with base.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1:])):
+        fitted.predict_anytime((images * 255).to(torch.uint8), 1.0)
+    assert seen == [(3, 96, 96)]
+
+
+# -- confidence and score ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", SCORES)
+def test_confidence_by_name(name):
+    X, y = column_data(300)
+    fitted = column_cascade(confidence=name).fit(X, y)
+    np.testing.assert_allclose(fitted.outputs_.scores, SCORES[name](X.reshape(300, 2, 3)).T, atol=1e-12)
+    scored = CascadeSaver(Columns(1), Columns(0), calibrator=ThresholdCalibrator(name), cost=[1, 10]).fit(X, y)
+    assert scored.outputs_.logits.shape == (2, 300, 3)
+    for budget in (None, 0.3, 0.8):
+        assert fitted.trace(X, budget).exits.tolist() == scored.trace(X, budget).exits.tolist()
+        offline = scored.calibrator_.exit_index(scored.outputs_, scored.calibrator_.operating_point(budget))
+        assert scored.trace(X, budget).exits.tolist() == offline.tolist()
+
+
+def test_confidence_by_a_callable_on_the_output():
+    X, y = column_data(300)
+    fitted = column_cascade(confidence=lambda logits: logits[:, 0] * 2).fit(X, y)
+    assert fitted.outputs_.scores.tolist() == (X[:, [0, 3]].T * 2).tolist()
+    point = fitted.pareto().at(budget=0.6)
+    leaves = X[:, 0] * 2 > point.cutoffs[0]
+    assert fitted.trace(X, budget=0.6).exits.tolist() == np.where(leaves, 0, 1).tolist()
+
+
+def test_the_score_of_a_calibrator_is_used_on_other_data_too():
+    X, y = column_data(300)
+    fitted = column_cascade(calibrator=ThresholdCalibrator("entropy")).fit(X, y)
+    other, labels = column_data(200, seed=1)
+    assert fitted.pareto(other, labels).at(budget=0.5).accuracy == fitted.score(other, labels, budget=0.5)
+
+
+# -- classes ----------------------------------------------------------------------------------------------------------
+
+
+def test_classes_are_all_outputs_even_where_validation_data_lack_some(cascade):
+    few = VAL[1] < 7
+    fitted = CascadeSaver(large_trained(), small_trained()).fit(VAL[0][few], VAL[1][few])
+    assert fitted.classes_.tolist() == list(range(10))
+    assert set(fitted.predict(TEST[0]).tolist()) == set(range(10))
+    assert fitted.predict_proba(TEST[0]).shape == (len(TEST[1]), 10)
+
+
+def test_labels_by_name():
+    names = np.array(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
+    numbered = CascadeSaver(large_trained(), small_trained()).fit(*VAL)
+    for classes in (names, names.tolist()):
+        named = CascadeSaver(large_trained(), small_trained(), classes=classes).fit(VAL[0], names[VAL[1]])
+        assert named.classes_.tolist() == names.tolist()
+        assert named.predict(TEST[0]).tolist() == names[numbered.predict(TEST[0])].tolist()
+        assert named.predict_anytime(TEST[0], 1.0).tolist() == names[numbered.predict_anytime(TEST[0], 1.0)].tolist()
+        assert named.score(TEST[0], names[TEST[1]]) == numbered.score(*TEST)
+        assert named.trace(TEST[0]).labels.tolist() == named.predict(TEST[0]).tolist()
+
+
+def test_labels_of_a_dataset_by_name():
+    X, y = column_data(300)
+    pairs = [(torch.from_numpy(x), "cab"[label]) for x, label in zip(X, y, strict=True)]
+    fitted = column_cascade(classes=["c", "a", "b"]).fit(DataLoader(pairs, batch_size=16))
+    assert fitted.outputs_.labels.tolist() == y.tolist()
+    assert fitted.score(DataLoader(pairs, batch_size=16)) == column_cascade().fit(X, y).score(X, y)
+
+
+# -- savers that pay and that do not ----------------------------------------------------------------------------------
+
+
+def test_a_saver_that_does_not_pay_warns_where_fit_was_called():
+    with pytest.warns(SaverWarning, match=r"saver does not pay.*ΔC >= 0; it could take 0.0% of the samples") as caught:
+        fitted = CascadeSaver(large_trained(), Constant(64, 10, answer=3)).fit(*VAL)
+    assert [warning.filename for warning in caught] == [__file__]
+    assert not fitted.saver_reports_[0].pays
+    with pytest.warns(SaverWarning) as caught:
+        fitted.calibrate(*TEST)
+    assert [warning.filename for warning in caught] == [__file__]
+
+
+def test_a_saver_as_dear_as_the_base_warns():
+    with pytest.warns(SaverWarning, match="saver does not pay"):
+        CascadeSaver(large_trained(), large_trained()).fit(*VAL)
+
+
+def test_of_several_savers_only_the_one_that_does_not_pay_is_named():
+    with pytest.warns(SaverWarning) as caught:
+        CascadeSaver(large_trained(), [Constant(64, 10, answer=3), small_trained()]).fit(*VAL)
+    assert [str(warning.message)[:22] for warning in caught] == ["saver[0] does not pay:"]
+    assert caught[0].filename == __file__
+
+
+def test_savers_from_large_to_small_warn():
+    with pytest.warns(SaverWarning) as caught:
+        CascadeSaver(large_trained(), [middle_trained(), small_trained()]).fit(*VAL)
+    messages = [str(warning.message) for warning in caught]
+    assert any("from small to large, base last" in message for message in messages)
+    assert {warning.filename for warning in caught} == {__file__}
+
+
+# -- costs ------------------------------------------------------------------------------------------------------------
+
+
+def test_macs_are_counted_for_modules(cascade):
+    small, large = cascade.outputs_.exit_costs
+    assert cascade.cost_unit_ == "MACs"
+    assert small == 4 * 9 * 16 + 64 * 10
+    assert large == 32 * 9 * 64 + 32 * 32 * 9 * 16 + 128 * 10
+    assert cascade.trace(TEST[0]).full_cost == large
+    assert cascade.outputs_.stage_costs.tolist() == [0, 0]
+
+
+def test_latency_is_measured():
+    fitted = CascadeSaver(large_trained(), small_trained(), cost="latency", batch_size=64).fit(*VAL)
+    assert fitted.cost_unit_ == "seconds"
+    small, large = fitted.outputs_.exit_costs
+    assert 0 < small < large < 0.1
+
+
+def test_latency_is_measured_where_a_classifier_is_among_the_models():
+    saver = LogisticRegression(max_iter=500).fit(TRAIN[0].reshape(600, -1), TRAIN[1])
+    fitted = CascadeSaver(large_trained(), saver, batch_size=600).fit(*VAL)
+    assert fitted.cost_unit_ == "seconds"
+    assert (fitted.outputs_.exit_costs > 0).all()
+
+
+@pytest.mark.parametrize("cost", [[2, 30], (2.0, 30.0), np.array([2, 30])])
+def test_given_costs(cost):
+    fitted = CascadeSaver(large_trained(), small_trained(), cost=cost).fit(*VAL)
+    assert fitted.cost_unit_ == "given"
+    assert fitted.outputs_.exit_costs.tolist() == [2, 30]
+    assert fitted.pareto().cost.min() == pytest.approx(2 / 30)

@@ -1,0 +1,325 @@
+import numpy as np
+import pytest
+
+from adaptexit.core.outputs import ExitOutputs
+from adaptexit.core.search import (
+    MOST_SAMPLES_EXACT,
+    SEARCHES,
+    SearchReport,
+    _bagged,
+    choose_search,
+    search_thresholds,
+    targets_for,
+)
+from adaptexit.core.search.methods import coord, exact, geometric_path
+from adaptexit.core.search.problem import Problem
+from adaptexit.core.search.targets import Target, Weighted, WithinBudget, WithinDrop
+
+
+def random_outputs(n_exits, n_samples, seed=0, exit_costs=None, stage_costs=None, scores=None):
+    """Exits that are righter the deeper they are, and righter where they are surer."""
+    rng = np.random.default_rng(seed)
+    ease = rng.random(n_samples)
+    skill = np.linspace(0.5, 0.9, n_exits)[:, None]
+    noisy = ease + 0.2 * rng.normal(size=(n_exits, n_samples))
+    return ExitOutputs(
+        scores=noisy if scores is None else scores,
+        quality=rng.random((n_exits, n_samples)) < np.clip(skill + 0.5 * (ease - 0.5), 0, 1),
+        stage_costs=np.ones(n_exits) if stage_costs is None else stage_costs,
+        exit_costs=np.zeros(n_exits) if exit_costs is None else exit_costs,
+    )
+
+
+# -- what is chosen ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("n_exits", "n_samples", "search", "bagged"),
+    [
+        (1, 10, "exact", False),
+        (2, 10, "exact", False),
+        (2, 10**6, "exact", False),
+        (3, 599, "geometric", False),
+        (3, 600, "coord", True),
+        (3, 2999, "coord", True),
+        (3, 3000, "exact", False),
+        (3, MOST_SAMPLES_EXACT, "exact", False),
+        (3, MOST_SAMPLES_EXACT + 1, "coord", False),
+        (5, 999, "geometric", False),
+        (5, 1000, "coord", True),
+        (5, 4999, "coord", True),
+        (5, 5000, "coord", False),
+    ],
+)
+def test_auto_chooses_by_exits_and_samples(n_exits, n_samples, search, bagged):
+    report = choose_search(n_exits, n_samples)
+    assert (report.search, report.bagged) == (search, bagged)
+
+
+def test_auto_says_why():
+    assert "599 samples are fewer than 200 an exit" in choose_search(3, 599).reason
+    assert "1000 samples are fewer than 1000 an exit" in choose_search(5, 1000).reason
+    assert "5000 samples are at least 1000 an exit" in choose_search(5, 5000).reason
+    assert "one early exit" in choose_search(2, 7).reason
+
+
+def test_auto_takes_what_it_reports():
+    outputs = random_outputs(3, 100)
+    by_auto, report = search_thresholds(outputs, n_points=5)
+    assert report == choose_search(3, 100)
+    frontiers = {name: search_thresholds(outputs, name, n_points=5)[0] for name in SEARCHES}
+    same = [name for name, other in frontiers.items() if other.cost.tolist() == by_auto.cost.tolist()]
+    assert same == [report.search]
+
+
+@pytest.mark.parametrize(("search", "bagged"), [("coord", True), ("shared", False), ("geometric", False)])
+def test_a_search_asked_for_is_taken_and_bagged_where_samples_are_few(search, bagged):
+    _, report = search_thresholds(random_outputs(4, 50), search, n_points=2)
+    assert report == SearchReport(search, bagged, "asked for")
+
+
+def test_coord_is_not_bagged_where_samples_are_many():
+    _, report = search_thresholds(random_outputs(2, 2000), "coord", n_points=2)
+    assert report == SearchReport("coord", False, "asked for")
+
+
+def test_exact_refuses_more_than_three_exits():
+    with pytest.raises(ValueError, match=r"search='exact' needs at most 3 exits; got 4\. Use 'coord'"):
+        search_thresholds(random_outputs(4, 50), "exact")
+
+
+# -- targets -----------------------------------------------------------------------------------------------------------
+
+
+def test_targets_span_the_cheapest_policy_to_the_full_model_and_hold_what_was_asked_for():
+    targets = targets_for(Problem.from_outputs(random_outputs(4, 50)), 7, drops=[0.02], budgets=[0.37])
+    budgets = [t.budget for t in targets if t.budget is not None]
+    drops = [t.max_drop for t in targets if t.max_drop is not None]
+    assert budgets[0] == 0.25
+    assert 0.37 in budgets
+    assert budgets[-1] == 1.0
+    assert len(budgets) >= 8
+    assert drops == [0.0, 0.001, 0.005, 0.01, 0.02]
+
+
+def test_objectives_put_whatever_breaks_the_constraint_below_whatever_keeps_it():
+    quality, cost = np.array([9.0, 5.0, 5.0]), np.array([6.0, 5.0, 4.0])
+    within_budget = WithinBudget(0.5, 10)(quality, cost)
+    assert np.argsort(within_budget).tolist() == [0, 1, 2]
+    within_drop = WithinDrop(0.1, 10, full_quality=10.0)(quality, cost)
+    assert within_drop[0] > within_drop[1] == within_drop[2]
+    assert Weighted(2.0)(quality, cost).tolist() == [-3.0, -5.0, -3.0]
+
+
+def test_a_target_is_one_objective_whatever_the_size_of_the_data():
+    assert Target(budget=0.5).objective(10, 8.0) == WithinBudget(0.5, 10)
+    assert Target(max_drop=0.1).objective(10, 8.0) == WithinDrop(0.1, 10, 8.0)
+    assert Target(budget=0.5).described() == {"budget": 0.5}
+    assert Target(max_drop=0.0).described() == {"max_drop": 0.0}
+
+
+def test_more_points_never_make_the_frontier_worse():
+    outputs = random_outputs(3, 80)
+    few, _ = search_thresholds(outputs, "exact", n_points=3)
+    many, _ = search_thresholds(outputs, "exact", n_points=60)
+    assert len(many.points) > len(few.points)
+    for point in few.points:
+        assert many.at(budget=point.cost).accuracy >= point.accuracy
+
+
+def test_a_budget_asked_for_gets_its_own_point():
+    outputs = random_outputs(3, 80)
+    without, _ = search_thresholds(outputs, "exact", n_points=2)
+    asked, _ = search_thresholds(outputs, "exact", n_points=2, budgets=[0.55])
+    assert asked.at(budget=0.55).accuracy > without.at(budget=0.55).accuracy
+
+
+# -- bagging -----------------------------------------------------------------------------------------------------------
+
+
+def test_bagging_is_set_by_its_seed():
+    outputs = random_outputs(3, 700)
+
+    def thresholds(seed):
+        frontier, report = search_thresholds(outputs, n_points=6, random_state=seed)
+        assert report.bagged
+        return [point.thresholds.tolist() for point in frontier.points]
+
+    assert thresholds(0) == thresholds(0)
+    assert thresholds(0) != thresholds(1)
+
+
+def test_bagging_leaves_the_global_random_state_alone():
+    before = np.random.get_state()[1].tolist()  # noqa: NPY002
+    search_thresholds(random_outputs(3, 60), "coord", n_points=2)
+    assert np.random.get_state()[1].tolist() == before  # noqa: NPY002
+
+
+def test_bagging_averages_positions_of_the_exits_that_most_samples_switch_on():
+    outputs = random_outputs(3, 8, exit_costs=[1.0, 1.0, 0.0])
+    runs = iter([[8, 2]] * 6 + [[4, 0]] * 4)
+    policies = _bagged(outputs, Problem.from_outputs(outputs), lambda *_: np.array([next(runs)]), [], 0)
+    assert policies.tolist() == [[6, 2]]
+    runs = iter([[0, 2]] * 5 + [[4, 4]] * 5)
+    policies = _bagged(outputs, Problem.from_outputs(outputs), lambda *_: np.array([next(runs)]), [], 0)
+    assert policies.tolist() == [[0, 3]]
+
+
+def test_bagging_free_exits_averages_over_all_bootstrap_samples():
+    outputs = random_outputs(3, 8)
+    runs = iter([[8, 2]] * 5 + [[4, 0]] * 5)
+    policies = _bagged(outputs, Problem.from_outputs(outputs), lambda *_: np.array([next(runs)]), [], 0)
+    assert policies.tolist() == [[6, 1]]
+
+
+# -- small and flat cases ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("search", ["auto", *SEARCHES])
+def test_one_exit_is_the_plain_model(search):
+    outputs = random_outputs(1, 20)
+    frontier, _ = search_thresholds(outputs, search)
+    assert len(frontier.points) == 1
+    assert frontier.points[0].thresholds.tolist() == [-np.inf]
+    assert (frontier.points[0].accuracy, frontier.points[0].cost) == (outputs.full_accuracy, 1.0)
+
+
+@pytest.mark.parametrize("search", ["auto", *SEARCHES])
+def test_one_sample_is_enough(search):
+    outputs = random_outputs(3, 1)
+    frontier, _ = search_thresholds(outputs, search, n_points=5)
+    assert all(sorted(point.exit_rates) == [0.0, 0.0, 1.0] for point in frontier.points)
+    assert frontier.cost.max() <= 1.0 + 1e-12
+
+
+@pytest.mark.parametrize("search", ["auto", *SEARCHES])
+def test_constant_scores_send_everybody_the_same_way(search):
+    outputs = random_outputs(3, 40, scores=np.full((3, 40), 0.7))
+    frontier, _ = search_thresholds(outputs, search, n_points=10)
+    assert all(sorted(point.exit_rates) == [0.0, 0.0, 1.0] for point in frontier.points)
+    assert frontier.cost.min() == pytest.approx(1 / 3)
+    assert frontier.at(budget=1 / 3).exit_rates.tolist() == [1.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("search", ["auto", *SEARCHES])
+def test_equal_scores_leave_together(search):
+    scores = np.repeat([[3.0, 2.0, 1.0]], 20, axis=1).repeat(3, axis=0)
+    outputs = random_outputs(3, 60, scores=scores)
+    frontier, _ = search_thresholds(outputs, search, n_points=30)
+    assert {round(rate * 3, 9) for point in frontier.points for rate in point.exit_rates} <= {0, 1, 2, 3}
+    assert len(frontier.points) > 2
+
+
+def test_qualities_on_a_large_scale_are_reported_without_rounding():
+    rng = np.random.default_rng(0)
+    quality = np.repeat(1e6 * rng.random((1, 30)), 3, axis=0)
+    quality[:2] -= 5 * (rng.random((2, 30)) < 0.3)
+    outputs = ExitOutputs(scores=rng.random((3, 30)), quality=quality, costs=[1, 2, 3])
+    frontier, _ = search_thresholds(outputs, "exact", n_points=5)
+    assert frontier.accuracy.tolist() == frontier.on(outputs).accuracy.tolist()
+    assert frontier.at(max_drop=0.0).accuracy >= outputs.full_accuracy
+
+
+# -- exits that cost something -----------------------------------------------------------------------------------------
+
+
+def with_useless_exits(n_samples=200):
+    """Six exits of which two are always wrong and dear, and the others are good where they are sure."""
+    rng = np.random.default_rng(3)
+    scores = rng.random((6, n_samples))
+    quality = np.ones((6, n_samples))
+    for k in (0, 2, 4):
+        quality[k] = scores[k] > 0.4
+    quality[[1, 3]] = 0
+    return ExitOutputs(
+        scores=scores, quality=quality, stage_costs=np.ones(6), exit_costs=[0.1, 2.0, 0.1, 2.0, 0.1, 1.0]
+    )
+
+
+@pytest.mark.parametrize("search", ["auto", "coord", "shared", "geometric"])
+def test_exits_that_do_not_earn_their_cost_are_switched_off(search):
+    frontier, _ = search_thresholds(with_useless_exits(), search, n_points=6)
+    lossless = frontier.at(max_drop=0.0)
+    assert not lossless.on[[1, 3]].any()
+    assert lossless.on[0]
+    assert lossless.cost < 0.6
+
+
+def test_nobody_ever_runs_an_exit_that_is_always_wrong():
+    frontier, _ = search_thresholds(with_useless_exits(), "coord", n_points=6)
+    for point in frontier.points:
+        reached = 1 - np.append(0.0, np.cumsum(point.exit_rates)[:-1])
+        assert not (point.on & (reached > 1e-9))[[1, 3]].any()
+
+
+def test_a_middle_exit_is_kept_when_it_is_cheap_and_dropped_when_it_is_dear():
+    rng = np.random.default_rng(0)
+    scores = rng.random((3, 60))
+    quality = np.ones((3, 60))
+    quality[0], quality[1] = scores[0] > 0.7, scores[1] > 0.2
+    answers = {"scores": scores, "quality": quality, "stage_costs": np.zeros(3)}
+    cheap, _ = search_thresholds(ExitOutputs(**answers, exit_costs=[1.0, 2.0, 20.0]), "exact")
+    dear, _ = search_thresholds(ExitOutputs(**answers, exit_costs=[1.0, 19.0, 20.0]), "exact")
+    assert cheap.at(max_drop=0.0).on[1]
+    assert dear.at(max_drop=0.0).on.tolist() == [True, False, True]
+
+
+def test_when_no_exit_pays_only_the_plain_full_model_keeps_its_accuracy():
+    outputs = ExitOutputs(
+        scores=np.arange(10.0).reshape(2, 5), quality=[[0] * 5, [1] * 5], stage_costs=[0, 0], exit_costs=[5, 10]
+    )
+    frontier, _ = search_thresholds(outputs)
+    assert frontier.at(max_drop=0.0).on.tolist() == [False, True]
+    assert frontier.at(max_drop=0.0).cost == 1.0
+    assert frontier.at(budget=1.5).cost == 1.0
+
+
+def test_exits_dearer_than_the_full_model_are_never_on():
+    outputs = random_outputs(3, 50, exit_costs=[9.0, 9.0, 0.0])
+    for search in SEARCHES:
+        frontier, _ = search_thresholds(outputs, search, n_points=5)
+        assert [point.on.tolist() for point in frontier.points] == [[False, False, True]]
+
+
+# -- published rule ----------------------------------------------------------------------------------------------------
+
+
+def problem_of(scores):
+    scores = np.array(scores, dtype=float)
+    return Problem.from_outputs(
+        ExitOutputs(scores=scores, quality=np.ones_like(scores), costs=np.arange(1, len(scores) + 1))
+    )
+
+
+def test_geometric_takes_quotas_among_those_left():
+    # p = 20: thirds; at the second exit samples 0 and 1 have left, so the surest two others are 5 and 2
+    problem = problem_of([[6, 5, 4, 3, 2, 1], [6, 5, 3, 1, 2, 4], [0] * 6])
+    assert geometric_path(problem)[19].tolist() == [2, 4]
+    assert problem.outcome(np.array([2, 4]))[1].tolist() == [2, 2, 2]
+
+
+def test_geometric_lets_all_leave_where_fewer_are_left_than_the_quota():
+    # five of six tie at the first exit and leave together: one is left for the second exit's quota of two
+    problem = problem_of([[2, 2, 2, 2, 2, 1], [1, 2, 3, 4, 5, 6], [0] * 6])
+    policy = geometric_path(problem)[19]
+    assert problem.outcome(policy)[1].tolist() == [5, 1, 0]
+
+
+def test_geometric_switches_off_an_exit_without_a_quota():
+    problem = problem_of([[6, 5, 4, 3, 2, 1], [6, 5, 4, 3, 2, 1], [0] * 6])
+    assert geometric_path(problem)[0].tolist() == [5, 0]
+
+
+# -- against each other ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("exit_costs", [None, [0.2, 0.4, 0.5]])
+def test_coord_comes_near_the_exact_optimum_with_three_exits(exit_costs):
+    outputs = random_outputs(3, 300, exit_costs=exit_costs)
+    problem = Problem.from_outputs(outputs)
+    targets = targets_for(problem, 15, (), ())
+    best, near = (problem.values(search(problem, targets)) for search in (exact, coord))
+    budgets = np.array([target.budget is not None for target in targets])
+    assert (near[0] <= best[0] + 1e-9)[budgets].all()
+    assert (near[0] >= best[0] - 0.02 * 300)[budgets].all()
+    assert (near[1] <= best[1] + 0.02 * 300)[~budgets].all()

@@ -1,0 +1,31 @@
+"""scikit-learn's own checks, on cascades of two scikit-learn classifiers."""
+
+import pytest
+from sklearn.ensemble import RandomForestClassifier
+from sklearn.linear_model import LogisticRegression
+from sklearn.naive_bayes import GaussianNB
+from sklearn.tree import DecisionTreeClassifier
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from adaptexit import CascadeSaver
+
+pytestmark = pytest.mark.filterwarnings("ignore::adaptexit.SaverWarning")
+
+STRONG, WEAK = LogisticRegression(C=10.0), LogisticRegression(C=0.01)
+
+
+@parametrize_with_checks(
+    [
+        CascadeSaver(STRONG, WEAK, cost=[1, 10]),
+        CascadeSaver(STRONG, [GaussianNB(), DecisionTreeClassifier(max_depth=3, random_state=0)], cost=[1, 2, 10]),
+    ]
+)
+def test_with_given_costs(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.slow
+@parametrize_with_checks([CascadeSaver(RandomForestClassifier(n_estimators=30, random_state=0), WEAK)])
+def test_with_measured_costs(estimator, check):
+    """A base that is many times dearer, so that the point in use does not hang on the measurement's noise."""
+    check(estimator)
