@@ -23,15 +23,16 @@ from adaptexit.estimator import AdaptiveClassifier, below, unchanged_on_failure
 from adaptexit.labels import hold_out
 from adaptexit.models import (
     ScikitModel,
+    WholeModel,
     build_model,
     describe_model,
-    evaluating,
     is_fitted,
     is_scikit,
     restore_model,
 )
 from adaptexit.staging.cost import measure_latency
 from adaptexit.staging.executor import MEMORY_LIMIT, StagedModel
+from adaptexit.staging.modes import evaluating
 
 
 class SaverWarning(UserWarning):
@@ -224,8 +225,7 @@ class CascadeSaver(AdaptiveClassifier):
     def _known_classes(self, x: Tensor) -> NDArray[Any]:
         """Labels in the order of the outputs, on which all models have to agree."""
         scikit = [model for model in self._models if isinstance(model, ScikitModel)]
-        with torch.inference_mode():
-            widths = {model.label: int(model(x[:1]).shape[-1]) for model in self._models}
+        widths = {model.label: _width(model, x[:1]) for model in self._models}
         if len(set(widths.values())) > 1:
             raise ValueError(f"base and savers must answer for the same number of classes; got {widths}.")
         width = next(iter(widths.values()))
@@ -322,6 +322,20 @@ class CascadeSaver(AdaptiveClassifier):
         ]
         self.saver_reports_ = [SaverReport(**report) for report in state["saver_reports"]]
         super()._set_state(state, tensors, outputs)
+
+
+def _width(model: WholeModel, x: Tensor) -> int:
+    """Number of classes that a model answers for; it has to leave its input alone."""
+    with torch.inference_mode():
+        before = x.clone()
+        width = int(model(x).shape[-1])
+        if not torch.equal(x, before):
+            x.copy_(before)
+            raise ValueError(
+                f"{model.label} must leave its input as it is; it, or its preprocessing, writes into it, which spoils "
+                "it for the models behind. Let it work on a copy."
+            )
+    return width
 
 
 def _check_rising(costs: NDArray[np.float64]) -> None:

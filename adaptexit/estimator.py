@@ -24,9 +24,9 @@ from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import softmax
 from adaptexit.data import Batches, as_batches, is_stream, split_pair
 from adaptexit.labels import class_indices
-from adaptexit.models import evaluating
 from adaptexit.persistence import load, save
 from adaptexit.staging.executor import Answers, StagedModel, execute, record
+from adaptexit.staging.modes import evaluating
 from adaptexit.trace import ExitTrace
 
 _TABLE_ATTRIBUTES = ("n_features_in_", "feature_names_in_")

@@ -26,7 +26,9 @@ def hold_out(y: NDArray[Any], size: float, random_state: int) -> tuple[NDArray[n
             f"{len(y)} samples of {len(counts)} classes."
         )
     held_in, held_out = train_test_split(rest, test_size=n_out, stratify=codes[rest], random_state=random_state)
-    return np.sort(np.concatenate([held_in, lone])), np.sort(held_out)
+    outside, first = np.unique(codes[held_out], return_index=True)
+    moved = held_out[first[~np.isin(outside, codes[held_in])]]  # classes of which stratifying held out every sample
+    return np.sort(np.concatenate([held_in, lone, moved])), np.setdiff1d(held_out, moved)
 
 
 def class_indices(labels: NDArray[Any], classes: NDArray[Any]) -> NDArray[np.intp]:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -247,20 +246,3 @@ def restore_model(
             except RuntimeError as error:
                 raise ValueError(f"the saved weights do not fit {label}: {error}") from error
     return model
-
-
-@contextmanager
-def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """All modules in evaluation mode; every submodule's own mode and torch's random state are given back afterwards.
-
-    Loaders draw from that state even where they do not shuffle.
-    """
-    training = [part for module in modules for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        for part in training:
-            part.training = True

@@ -221,6 +221,20 @@ def test_preprocessing_for_another_number_of_savers():
         column_cascade(3, saver_preprocess=[None, None, None]).fit(*column_data(50, 3))
 
 
+@pytest.mark.parametrize("what", ["base", "saver", "saver_preprocess"])
+def test_models_that_write_into_their_input(what):
+    x = VAL[0].copy()
+    spoiling = {
+        "base": nn.Sequential(nn.Threshold(0.5, 1.0, inplace=True), large_trained()),
+        "saver": nn.Sequential(nn.Threshold(0.5, 1.0, inplace=True), small_trained()),
+        "saver_preprocess": lambda images: images.sub_(0.5),
+    }
+    params = {"base": large_trained(), "saver": small_trained()} | {what: spoiling[what]}
+    with pytest.raises(ValueError, match=rf"{what.partition('_')[0]} must leave its input as it is.*work on a copy"):
+        CascadeSaver(**params).fit(x, VAL[1])
+    assert x.tolist() == VAL[0].tolist()
+
+
 def test_logits_that_are_not_finite():
     base = large_trained()
     with torch.no_grad():

@@ -97,6 +97,13 @@ def test_the_split_follows_random_state(iris):
     assert one.outputs_.scores.tolist() != other.outputs_.scores.tolist()
 
 
+def test_a_class_of_one_sample_is_fitted_on(iris):
+    X, y = iris[0][:101], iris[1][:101]
+    fitted = iris_cascade().fit(X, y)
+    assert fitted.classes_.tolist() == ["setosa", "versicolor", "virginica"]
+    assert np.bincount(fitted.outputs_.labels, minlength=3)[2] == 0
+
+
 def test_fitted_classifiers_are_used_as_they_are(iris):
     X, y = iris
     base, saver = LogisticRegression(max_iter=1000).fit(X, y), DecisionTreeClassifier(max_depth=2).fit(X, y)

@@ -185,13 +185,23 @@ def test_a_tight_memory_limit_makes_partial_batches():
     assert len(sizes[0]) > len(sizes[1 << 30])
 
 
-def test_deep_exits_go_first():
-    events = waiting_over_time(batched(samples(203, 3), [8]), [0.9, 1.0, -np.inf], batch_size=8)
+@pytest.mark.parametrize("given", [8, 60])
+def test_deep_exits_go_first(given):
+    events = waiting_over_time(batched(samples(203, 3), [given]), [0.9, 1.0, -np.inf], batch_size=8)
     last_new = max(i for i, (k, _) in enumerate(events) if k == 0)
     streaming = events[:last_new]
     assert {k for k, _ in streaming} == {0, 1, 2}
     assert all(waiting[1] < 8 for k, waiting in streaming if k < 2)
     assert all(waiting[0] < 8 for k, waiting in streaming if k < 1)
+
+
+def test_those_who_waited_longest_go_first():
+    seen = []
+    model = column_model(2)
+    model.exits[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    x = samples(100, 2)
+    answers = run(model, batched(x, [13]), [0.9, -np.inf], batch_size=8)
+    assert torch.equal(torch.cat(seen), x[answers.exits == 1])
 
 
 # -- who is run -------------------------------------------------------------------------------------------------------

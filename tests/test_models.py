@@ -21,10 +21,10 @@ from adaptexit.models import (
     TimmPreprocess,
     TorchModel,
     build_model,
-    evaluating,
     is_fitted,
     is_scikit,
 )
+from adaptexit.staging.modes import evaluating
 
 PREPROCESS = TimmPreprocess((40, 40), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), "bicubic")
 

@@ -34,7 +34,7 @@ def test_qualities_may_be_fractions():
 
 
 def test_sums_that_round_differently_are_still_equal():
-    assert job_ratio([3, 2, 1], [0.1, 0.2, 0.3], [0.3, 0.2, 0.1]) == 1.0
+    assert job_ratio([3, 2, 1], [0.3, 0.2, 0.1], [0.1, 0.2, 0.3]) == 1.0
 
 
 def test_delta_cost_is_the_papers():
@@ -62,6 +62,13 @@ def test_a_drop_that_is_a_whole_number_of_samples_allows_that_many():
     saver[3:6] = 0
     found = required_cost(np.arange(n, 0, -1), saver, np.ones(n), 1.0, 10.0, drops=[0.1, 0.2, 0.3])
     assert found == pytest.approx([1.1 - 0.4, 1.1 - 0.5, 1.1 - 1.0])
+
+
+def test_a_drop_times_the_samples_may_round_down():
+    assert 0.29 * 100 < 29
+    saver = np.ones(100)
+    saver[50:79] = 0
+    assert required_cost(np.arange(100, 0, -1), saver, np.ones(100), 1.0, 10.0, drops=[0.29]) == pytest.approx([0.1])
 
 
 def cascade(qualities, own_costs):

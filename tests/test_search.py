@@ -111,6 +111,13 @@ def test_objectives_put_whatever_breaks_the_constraint_below_whatever_keeps_it()
     assert Weighted(2.0)(quality, cost).tolist() == [-3.0, -5.0, -3.0]
 
 
+def test_objectives_forgive_rounding():
+    cost, quality = np.array([0.1, 0.2, 0.3]).cumsum()[-1:], np.array([8.0])
+    assert cost[0] > 0.6
+    assert WithinBudget(0.6, 1)(quality, cost) > 0
+    assert WithinDrop(0.0, 1, full_quality=cost[0])(np.array([0.6]), np.array([0.5])) > -1
+
+
 def test_a_target_is_one_objective_whatever_the_size_of_the_data():
     assert Target(budget=0.5).objective(10, 8.0) == WithinBudget(0.5, 10)
     assert Target(max_drop=0.1).objective(10, 8.0) == WithinDrop(0.1, 10, 8.0)
@@ -250,6 +257,20 @@ def test_nobody_ever_runs_an_exit_that_is_always_wrong():
     for point in frontier.points:
         reached = 1 - np.append(0.0, np.cumsum(point.exit_rates)[:-1])
         assert not (point.on & (reached > 1e-9))[[1, 3]].any()
+
+
+def test_an_exit_is_dropped_when_another_can_take_over_its_samples():
+    # half the samples leave at exit 0 or, ranked second there, at exit 1: running both is dearer than exit 1 alone
+    easy, middling = np.arange(100) < 50, np.arange(100) < 90
+    scores = np.stack([easy, np.where(easy, 1, 2 * middling), np.zeros(100), np.zeros(100), np.zeros(100)])
+    quality = np.stack([easy, middling, np.zeros(100), np.zeros(100), np.ones(100)])
+    outputs = ExitOutputs(
+        scores=scores.astype(float), quality=quality, stage_costs=np.zeros(5), exit_costs=[6.0, 10.0, 5.0, 5.0, 100.0]
+    )
+    problem = Problem.from_outputs(outputs)
+    (policy,) = coord(problem, [Target(max_drop=0.0)])
+    assert policy.tolist() == [0, 90, 0, 0]
+    assert problem.value(policy)[1] == pytest.approx(20.0)
 
 
 def test_a_middle_exit_is_kept_when_it_is_cheap_and_dropped_when_it_is_dear():

@@ -39,11 +39,6 @@ def n_bytes(rows: Rows) -> int:
     return sum(int(leaf.nbytes) for leaf in _leaves(rows))
 
 
-def cloned(rows: Rows) -> Rows:
-    """A copy of the samples; memory formats are kept."""
-    return _mapped(rows, lambda leaf: leaf.copy() if isinstance(leaf, np.ndarray) else leaf.clone())
-
-
 def take(rows: Rows, samples: NDArray[Any] | slice) -> Rows:
     """Some of the samples, in the order of their indices; memory formats are kept."""
 

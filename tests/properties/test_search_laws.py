@@ -98,8 +98,10 @@ def test_snapping_finds_the_nearest_tie_end(data):
 
 
 def check_sweep(problem, policy, objective):
-    swept, _ = problem.sweep(policy, objective)
+    swept, totals = problem.sweep(policy, objective)
     assert at_least(of(objective, problem.value(swept)), of(objective, problem.value(policy)))
+    quality, counts, paths = problem.outcome(swept)
+    assert totals == pytest.approx((quality, counts @ paths), rel=1e-9)
     assert all_tie_ends(problem, [swept])
 
 
