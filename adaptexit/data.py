@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -39,10 +40,13 @@ class Batches:
     n_batches: int | None
     needs_labels: bool = False
     _labels: list[NDArray[Any]] = field(default_factory=list)
+    _begun: tuple[Any, Iterator[Any]] | None = None
 
     def __iter__(self) -> Iterator[Tensor]:
         self._labels = []
-        for batch in self.source:
+        batches = iter(self.source) if self._begun is None else chain(self._begun[:1], self._begun[1])
+        self._begun = None
+        for batch in batches:
             x, y = _unpack(batch)
             if self.needs_labels:
                 if y is None:
@@ -54,10 +58,15 @@ class Batches:
             yield _checked(x)
 
     def first(self) -> Tensor:
-        """The inputs of the first batch, for looking at; collected labels stay as they are."""
-        for batch in self.source:
-            return _checked(_unpack(batch)[0])
-        raise ValueError("X holds no samples; give at least one.")
+        """The inputs of the first batch, for looking at; nothing is read twice, as some sources are read only once."""
+        if self._begun is None:
+            batches = iter(self.source)
+            for batch in batches:
+                self._begun = batch, batches
+                break
+            else:
+                raise ValueError("X holds no samples; give at least one.")
+        return _checked(_unpack(self._begun[0])[0])
 
     @property
     def labels(self) -> NDArray[Any]:
@@ -142,7 +151,7 @@ class _Slices:
         for start in range(0, len(self.array), self.batch_size):
             x = self.array[start : start + self.batch_size]
             if isinstance(x, np.ndarray):
-                x = torch.from_numpy(x if x.flags.writeable else x.copy())
+                x = torch.from_numpy(x if x.flags.writeable and min(x.strides) >= 0 else x.copy())
             yield x if self.labels is None else (x, self.labels[start : start + self.batch_size])
 
 
@@ -163,7 +172,7 @@ def _as_array(X: Any) -> Any:
             f"X must be a numeric array of shape (N, ...); got {came}. "
             "Images of different sizes go through a Dataset that resizes them."
         )
-    return array
+    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _unpack(batch: Any) -> tuple[Any, Any]:

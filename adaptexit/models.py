@@ -140,7 +140,7 @@ def build_model(given: Any, preprocess: Any, label: str, device: str | None = No
         Where a module made here goes.
     """
     if isinstance(given, str):
-        module: Any = timm.create_model(given, pretrained=True).to(device)
+        module: Any = timm.create_model(given, pretrained=True).to(device).eval()
     elif isinstance(given, nn.Module):
         module = given
     elif is_scikit(given):
@@ -223,7 +223,7 @@ def restore_model(
         )
     theirs = isinstance(given, nn.Module)
     if isinstance(given, str):
-        given = timm.create_model(given, pretrained=False).to(device)
+        given = timm.create_model(given, pretrained=False).to(device).eval()
     if known := described["timm_preprocess"]:
         preprocess = TimmPreprocess(
             tuple(known["size"]), tuple(known["mean"]), tuple(known["std"]), known["interpolation"]

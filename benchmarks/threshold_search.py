@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, evaluate, reference
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import max_proba
-from adaptexit.core.search import SEARCHES, Problem, _bagged, _frontier, search_thresholds, targets_for
+from adaptexit.core.search import SEARCHES, Problem, _bagged, _frontier, _kept_drops, search_thresholds, targets_for
 from adaptexit.core.search.methods import geometric_path
 from benchmarks.common import describe_machine, interleaved, mean_and_sd, print_table, timed, write_result
 
@@ -421,7 +421,7 @@ def _small_sample_run(
     coord = SEARCHES["coord"]
     proposals = {
         "coord": coord(problem, targets),
-        "coord, bagged": _bagged(calibration, problem, coord, targets, seed),
+        "coord, bagged": _kept_drops(problem, targets, _bagged(calibration, problem, coord, targets, seed)),
         "shared": SEARCHES["shared"](problem, targets),
     }
     frontiers = {way: _frontier(calibration, problem, found, targets) for way, found in proposals.items()}

@@ -62,7 +62,9 @@ SOURCES = {
     "tensor that requires grad": lambda folder: (torch.from_numpy(X).requires_grad_(), Y),
     "memory map": lambda folder: (memmap(folder), Y),
     "not writeable": lambda folder: (np.broadcast_to(X, X.shape), Y),
-    "strides": lambda folder: (np.repeat(X, 2, axis=0)[::2], Y[::1]),
+    "strides": lambda folder: (np.repeat(X, 2, axis=0)[::2], np.repeat(Y, 2)[::2]),
+    "negative strides": lambda folder: (X[::-1, ::-1].copy()[::-1, ::-1], Y[::-1].copy()[::-1]),
+    "another byte order": lambda folder: (X.astype(">f4"), Y.astype(">i8")),
     "dataset": lambda folder: (Pairs(), None),
     "tensor dataset": lambda folder: (TensorDataset(torch.from_numpy(X), torch.from_numpy(Y)), None),
     "iterable dataset": lambda folder: (Stream(), None),
@@ -99,9 +101,13 @@ def test_every_source_gives_all_samples_in_order(source, tmp_path):
 def test_the_first_batch_can_be_looked_at(source, tmp_path):
     given, y = SOURCES[source](tmp_path)
     batches = as_batches(given, y, batch_size=3, labels=True)
-    read = list(batches)
-    assert torch.equal(batches.first(), read[0])
-    assert batches.labels.tolist() == Y.tolist()
+    for _ in range(2):
+        first = batches.first()
+        for _ in range(2):
+            read = list(batches)
+            assert torch.equal(read[0], first)
+            assert np.allclose(torch.cat(read).numpy(), X, atol=0)
+            assert batches.labels.tolist() == Y.tolist()
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -130,6 +136,27 @@ def test_number_of_batches():
     assert as_batches(X, batch_size=4).n_batches == 3
     assert as_batches(DataLoader(Pairs(), batch_size=2), batch_size=4).n_batches == 6
     assert as_batches(Stream(), batch_size=4).n_batches is None
+
+
+def test_sources_that_can_be_read_once_lose_nothing_by_a_look():
+    class Once(IterableDataset):
+        left = iter(zip(X, Y, strict=True))
+
+        def __iter__(self):
+            return self.left
+
+    batches = as_batches(Once(), batch_size=4, labels=True)
+    assert torch.equal(batches.first(), batches.first())
+    assert np.array_equal(torch.cat(list(batches)).numpy(), X)
+    assert batches.labels.tolist() == Y.tolist()
+
+
+def test_a_look_reads_nothing_twice():
+    read = []
+    batches = as_batches(Pairs(lambda x, y: (read.append(int(y)), (x, y))[1]), batch_size=4, labels=True)
+    batches.first()
+    list(batches)
+    assert read == Y.tolist()
 
 
 def test_writeable_arrays_are_not_copied_and_read_only_ones_do_not_warn(tmp_path):

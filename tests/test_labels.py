@@ -1,6 +1,6 @@
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from adaptexit.labels import class_indices, hold_out
@@ -30,6 +30,7 @@ def test_labels_that_are_no_class(labels):
     size=st.floats(0.05, 0.95),
     seed=st.integers(0, 3),
 )
+@example(counts=[2, 6], size=0.75, seed=0)
 def test_the_split_is_a_partition_and_every_class_is_fitted_on(counts, size, seed):
     y = np.random.default_rng(seed).permutation(np.repeat(np.arange(len(counts)), counts))
     if max(counts) < 2:

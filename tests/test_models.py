@@ -142,7 +142,7 @@ def saved_timm(tmp_path_factory):
 def test_a_timm_name_loads_pretrained_weights(saved_timm):
     net, name = saved_timm
     model = build_model(name, "auto", "base")
-    model.module.eval()
+    assert not any(module.training for module in model.module.modules())
     x = torch.rand(2, 3, 160, 160)
     with torch.no_grad():
         expected = net(timm_normalised(net, x))

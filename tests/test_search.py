@@ -7,6 +7,7 @@ from adaptexit.core.search import (
     SEARCHES,
     SearchReport,
     _bagged,
+    _kept_drops,
     choose_search,
     search_thresholds,
     targets_for,
@@ -108,6 +109,8 @@ def test_objectives_put_whatever_breaks_the_constraint_below_whatever_keeps_it()
     assert np.argsort(within_budget).tolist() == [0, 1, 2]
     within_drop = WithinDrop(0.1, 10, full_quality=10.0)(quality, cost)
     assert within_drop[0] > within_drop[1] == within_drop[2]
+    assert WithinBudget(0.5, 10)(5.0, 4.0) > WithinBudget(0.5, 10)(5.0, 4.5)
+    assert WithinDrop(0.1, 10, full_quality=5.0)(5.0, 4.0) > WithinDrop(0.1, 10, full_quality=5.0)(4.5, 4.0)
     assert Weighted(2.0)(quality, cost).tolist() == [-3.0, -5.0, -3.0]
 
 
@@ -125,10 +128,10 @@ def test_a_target_is_one_objective_whatever_the_size_of_the_data():
     assert Target(max_drop=0.0).described() == {"max_drop": 0.0}
 
 
-def test_more_points_never_make_the_frontier_worse():
+def test_budgets_asked_for_as_well_never_make_the_frontier_worse():
     outputs = random_outputs(3, 80)
     few, _ = search_thresholds(outputs, "exact", n_points=3)
-    many, _ = search_thresholds(outputs, "exact", n_points=60)
+    many, _ = search_thresholds(outputs, "exact", n_points=60, budgets=few.cost)
     assert len(many.points) > len(few.points)
     for point in few.points:
         assert many.at(budget=point.cost).accuracy >= point.accuracy
@@ -164,18 +167,20 @@ def test_bagging_leaves_the_global_random_state_alone():
 
 def test_bagging_averages_positions_of_the_exits_that_most_samples_switch_on():
     outputs = random_outputs(3, 8, exit_costs=[1.0, 1.0, 0.0])
+    target = [Target(budget=1.0)]
     runs = iter([[8, 2]] * 6 + [[4, 0]] * 4)
-    policies = _bagged(outputs, Problem.from_outputs(outputs), lambda *_: np.array([next(runs)]), [], 0)
+    policies = _bagged(outputs, Problem.from_outputs(outputs), lambda *_: np.array([next(runs)]), target, 0)
     assert policies.tolist() == [[6, 2]]
     runs = iter([[0, 2]] * 5 + [[4, 4]] * 5)
-    policies = _bagged(outputs, Problem.from_outputs(outputs), lambda *_: np.array([next(runs)]), [], 0)
+    policies = _bagged(outputs, Problem.from_outputs(outputs), lambda *_: np.array([next(runs)]), target, 0)
     assert policies.tolist() == [[0, 3]]
 
 
 def test_bagging_free_exits_averages_over_all_bootstrap_samples():
     outputs = random_outputs(3, 8)
+    target = [Target(budget=1.0)]
     runs = iter([[8, 2]] * 5 + [[4, 0]] * 5)
-    policies = _bagged(outputs, Problem.from_outputs(outputs), lambda *_: np.array([next(runs)]), [], 0)
+    policies = _bagged(outputs, Problem.from_outputs(outputs), lambda *_: np.array([next(runs)]), target, 0)
     assert policies.tolist() == [[6, 1]]
 
 
@@ -260,17 +265,23 @@ def test_nobody_ever_runs_an_exit_that_is_always_wrong():
 
 
 def test_an_exit_is_dropped_when_another_can_take_over_its_samples():
-    # half the samples leave at exit 0 or, ranked second there, at exit 1: running both is dearer than exit 1 alone
-    easy, middling = np.arange(100) < 50, np.arange(100) < 90
-    scores = np.stack([easy, np.where(easy, 1, 2 * middling), np.zeros(100), np.zeros(100), np.zeros(100)])
-    quality = np.stack([easy, middling, np.zeros(100), np.zeros(100), np.ones(100)])
+    # Exit 0 serves 30 samples. Exit 1 could serve them too, but ranks one that it gets wrong (90) before them: while
+    # exit 0 is on, exit 1 stops short of it, and only with exit 0 off and one more error it goes on to 91.
+    n = np.arange(100)
+    order = np.concatenate([n[30:90], [90], n[:30], n[91:]])
+    second = np.empty(100)
+    second[order] = -np.searchsorted([60, 61, 91], n, side="right")
+    wrong = np.zeros(100)
     outputs = ExitOutputs(
-        scores=scores.astype(float), quality=quality, stage_costs=np.zeros(5), exit_costs=[6.0, 10.0, 5.0, 5.0, 100.0]
+        scores=np.stack([n < 30, second, wrong, wrong, wrong]),
+        quality=np.stack([n < 30, n < 90, wrong, wrong, wrong + 1]),
+        stage_costs=np.zeros(5),
+        exit_costs=[6.0, 10.0, 5.0, 5.0, 100.0],
     )
     problem = Problem.from_outputs(outputs)
-    (policy,) = coord(problem, [Target(max_drop=0.0)])
-    assert policy.tolist() == [0, 90, 0, 0]
-    assert problem.value(policy)[1] == pytest.approx(20.0)
+    (policy,) = coord(problem, [Target(max_drop=0.01)])
+    assert policy.tolist() == [0, 91, 0, 0]
+    assert problem.value(policy) == pytest.approx((99.0, 19.0))
 
 
 def test_a_middle_exit_is_kept_when_it_is_cheap_and_dropped_when_it_is_dear():
@@ -344,3 +355,28 @@ def test_coord_comes_near_the_exact_optimum_with_three_exits(exit_costs):
     assert (near[0] <= best[0] + 1e-9)[budgets].all()
     assert (near[0] >= best[0] - 0.02 * 300)[budgets].all()
     assert (near[1] <= best[1] + 0.02 * 300)[~budgets].all()
+
+
+def test_an_average_that_loses_accuracy_is_mended_where_none_may_be_lost():
+    # the saver is right on its 6 surest samples only; averaged positions let 8 leave
+    right = np.array([[1] * 6 + [0] * 4, [1] * 10], dtype=bool)
+    outputs = ExitOutputs(
+        scores=np.tile(np.arange(10, 0, -1.0), (2, 1)), quality=right, stage_costs=[0, 0], exit_costs=[1, 10]
+    )
+    problem = Problem.from_outputs(outputs)
+    lossless, half = Target(max_drop=0.0), Target(budget=0.5)
+    mended = _kept_drops(problem, [lossless, half], np.array([[8], [9]]))
+    assert mended.tolist() == [[6], [9]]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_bagged_thresholds_of_three_models_still_save_where_no_accuracy_may_be_lost(seed):
+    rng = np.random.default_rng(seed)
+    ease = rng.random(700)
+    right = (rng.random((3, 700)) < np.array([[0.5], [0.7], [0.8]])) | (ease > 0.4)  # the easy 60% are right anyway
+    outputs = ExitOutputs(scores=np.tile(ease, (3, 1)), quality=right, stage_costs=[0, 0, 0], exit_costs=[1, 4, 12])
+    frontier, report = search_thresholds(outputs)
+    assert report.bagged
+    lossless = frontier.at(max_drop=0.0)
+    assert lossless.accuracy >= outputs.full_accuracy
+    assert lossless.cost < 0.75

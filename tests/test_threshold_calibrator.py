@@ -104,6 +104,14 @@ def test_a_budget_is_kept_and_used_up(outputs):
     assert calibrator.point_ is calibrator.frontier_.at(budget=0.6)
 
 
+def test_what_is_asked_for_is_searched_for_beside_the_grid(outputs):
+    coarse = ThresholdCalibrator(search="exact", n_points=1).fit(outputs).frontier_
+    by_budget = ThresholdCalibrator(search="exact", n_points=1, budget=0.6).fit(outputs)
+    assert by_budget.point_.accuracy > coarse.at(budget=0.6).accuracy
+    by_drop = ThresholdCalibrator(search="exact", n_points=1, max_drop=0.05).fit(outputs)
+    assert by_drop.point_.cost < coarse.at(max_drop=0.05).cost
+
+
 def test_a_drop_is_kept_and_saves_cost(outputs):
     calibrator = ThresholdCalibrator(search="exact", max_drop=0.05).fit(outputs)
     assert calibrator.point_.accuracy >= outputs.full_accuracy - 0.05 - 1e-9

@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import math
 from fractions import Fraction
@@ -132,6 +133,14 @@ def test_sums_handed_from_sweep_to_sweep_stay_those_of_the_policy(data, weight):
     counted, counted_totals = problem.sweep(once, Weighted(weight))
     assert handed.tolist() == counted.tolist()
     assert handed_totals == pytest.approx(counted_totals, rel=1e-9)
+
+
+@given(st.data(), weights)
+def test_those_who_pass_a_chained_exit_that_is_off_pay_for_it_in_every_sum(data, weight):
+    outputs = data.draw(exit_outputs(min_exits=4, chained=True, free=False))
+    ends_only = np.isin(np.arange(outputs.n_exits - 1), [0, outputs.n_exits - 2])
+    problem = dataclasses.replace(Problem.from_outputs(outputs), allowed=ends_only)
+    check_sweep(problem, data.draw(policies_for(problem)) * ends_only, Weighted(weight))
 
 
 @given(st.data(), weights)

@@ -10,7 +10,7 @@ import numpy as np
 from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, evaluate, not_dominated, reference
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.routing import switched_on
-from adaptexit.core.search.methods import Policies, Search, coord, exact, geometric, geometric_path, shared
+from adaptexit.core.search.methods import Policies, Search, coord, exact, geometric, geometric_path, pick, shared
 from adaptexit.core.search.problem import Policy, Problem
 from adaptexit.core.search.targets import Target
 
@@ -20,6 +20,8 @@ STANDARD_DROPS = (0.0, 0.001, 0.005, 0.01)
 """Allowed drops of accuracy that every frontier has a point for: the columns of TinySaver's Table 1."""
 
 N_BAGS = 10
+
+_SHARES = np.linspace(0.05, 0.95, 19)
 
 MOST_SAMPLES_EXACT = 5000
 """Samples up to which ``auto`` pays the O(N^2) of the exact search with two early exits."""
@@ -59,7 +61,9 @@ def targets_for(problem: Problem, n_points: int, drops: Sequence[float], budgets
     everybody = np.diag(np.full(problem.n_early, problem.n_samples))
     unlimited = Target(budget=1.0).objective(problem.n_samples, problem.full_quality)
     accurate, _ = problem.settle(np.zeros(problem.n_early, dtype=np.int64), unlimited)
-    quality, cost = problem.values(np.concatenate([everybody, geometric_path(problem), accurate[None]]))
+    quality, cost = problem.values(
+        np.concatenate([everybody, geometric_path(problem, range(1, 40, 3)), accurate[None]])
+    )
     curve = not_dominated(quality / problem.n_samples, np.minimum(cost / problem.n_samples, 1.0))
     steps = sum(np.diff(v[curve], prepend=v[curve[0]]) / max(np.ptp(v[curve]), 1e-12) for v in (quality, cost))
     length = np.cumsum(np.abs(steps))
@@ -102,7 +106,7 @@ def search_thresholds(
         targets = targets_for(problem, n_points, drops, budgets)
         method = SEARCHES[report.search]
         if report.bagged:
-            policies = _bagged(outputs, problem, method, targets, random_state)
+            policies = _kept_drops(problem, targets, _bagged(outputs, problem, method, targets, random_state))
         else:
             policies = method(problem, targets)
     return _frontier(outputs, problem, policies, targets), report
@@ -121,6 +125,20 @@ def _bagged(
     mean = runs.sum(axis=0) / np.maximum(on, 1)
     averaged = np.where(2 * on > N_BAGS, mean, 0.0) if not problem.free else runs.mean(axis=0)
     return np.stack([problem.snap(policy) for policy in averaged])
+
+
+def _kept_drops(problem: Problem, targets: Sequence[Target], policies: Policies) -> Policies:
+    """Averaged policies (T, K-1), mended where they were to keep the accuracy.
+
+    An average of policies that lose nothing may lose a sample. Then fewer samples leave, in proportion, or another
+    target's policy serves, whichever is cheaper.
+    """
+    mended = policies.copy()
+    for i, target in enumerate(targets):
+        if target.max_drop is not None:
+            fewer = [problem.snap(np.maximum(share * policies[i], policies[i] > 0)) for share in _SHARES]
+            mended[i] = pick(problem, [target], np.concatenate([policies, fewer]))[0]
+    return mended
 
 
 def _frontier(outputs: ExitOutputs, problem: Problem, policies: Policies, targets: Sequence[Target]) -> ParetoFrontier:

@@ -110,7 +110,7 @@ def _exact_two(problem: Problem, targets: Sequence[Target]) -> Policies:
 # -- coordinate search -------------------------------------------------------------------------------------------------
 
 
-def coord(problem: Problem, targets: Sequence[Target], n_weights: int = 40) -> Policies:
+def coord(problem: Problem, targets: Sequence[Target], n_weights: int = 24) -> Policies:
     """Exact one-dimensional scans, exit by exit to a fixed point, over cost weights; then repair for every target.
 
     The published geometric rule's policies are among the starting points of the repair, so no target is served worse
@@ -209,11 +209,11 @@ def geometric(problem: Problem, targets: Sequence[Target]) -> Policies:
     return _by_subsets(problem, targets, geometric_path)
 
 
-def geometric_path(problem: Problem) -> Policies:
-    """The 39 policies of MSDNet's rule, shape (39, K-1), on the exits allowed."""
+def geometric_path(problem: Problem, points: Sequence[int] = range(1, 40)) -> Policies:
+    """The policies of MSDNet's rule for the p of ``points``, shape (P, K-1), on the exits allowed."""
     exits = np.flatnonzero(problem.allowed)
-    policies = np.zeros((39, problem.n_early), dtype=np.int64)
-    for row, p in enumerate(range(1, 40)):
+    policies = np.zeros((len(points), problem.n_early), dtype=np.int64)
+    for row, p in enumerate(points):
         shares = (p / 20.0) ** np.arange(len(exits) + 1)
         quotas = np.floor(problem.n_samples * shares / shares.sum()).astype(np.int64)
         alive = np.ones(problem.n_samples, dtype=bool)
