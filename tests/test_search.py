@@ -12,7 +12,7 @@ from adaptexit.core.search import (
     search_thresholds,
     targets_for,
 )
-from adaptexit.core.search.methods import coord, exact, geometric_path
+from adaptexit.core.search.methods import _drop_exits, coord, exact, geometric_path
 from adaptexit.core.search.problem import Problem
 from adaptexit.core.search.targets import Target, Weighted, WithinBudget, WithinDrop
 
@@ -278,10 +278,13 @@ def test_an_exit_is_dropped_when_another_can_take_over_its_samples():
         stage_costs=np.zeros(5),
         exit_costs=[6.0, 10.0, 5.0, 5.0, 100.0],
     )
-    problem = Problem.from_outputs(outputs)
-    (policy,) = coord(problem, [Target(max_drop=0.01)])
+    problem, objective = Problem.from_outputs(outputs), Weighted(0.8)
+    settled, _ = problem.settle(np.array([30, 60, 0, 0]), objective)
+    assert settled.tolist() == [30, 60, 0, 0]
+    policy = _drop_exits(problem, settled, objective)
     assert policy.tolist() == [0, 91, 0, 0]
     assert problem.value(policy) == pytest.approx((99.0, 19.0))
+    assert coord(problem, [Target(max_drop=0.01)]).tolist() == [policy.tolist()]
 
 
 def test_a_middle_exit_is_kept_when_it_is_cheap_and_dropped_when_it_is_dear():
