@@ -60,8 +60,8 @@ class CascadeSaver(AdaptiveClassifier):
     budget : float, optional
         Mean relative cost (1 = the base alone) to keep to when ``predict`` gets none.
     cost : {"auto", "macs", "latency"} or sequence of K floats, default="auto"
-        Cost of each model a sample, savers first, base last. MACs are counted for modules; latency is measured at
-        ``batch_size`` and so differs a little from fit to fit; numbers are taken as given. "auto" counts MACs where
+        Cost of each model a sample, savers first, base last. MACs are counted for modules; latency is measured on
+        the first batch and so differs a little from fit to fit; numbers are taken as given. "auto" counts MACs where
         all models are modules and measures otherwise.
     base_preprocess, saver_preprocess : "auto", None or callable, default="auto"
         From a batch of inputs to what the model takes; for several savers one for all or a list. "auto" is timm's data
@@ -101,6 +101,10 @@ class CascadeSaver(AdaptiveClassifier):
     -----
     Calibrate on data that the models were not trained on: on its training data a model is too sure. A budget is kept on
     the calibration data, and elsewhere as far as the data are like those.
+
+    scikit-learn's ``clone`` (and so ``GridSearchCV``) forgets what classifiers have learned and copies modules: wrap a
+    fitted classifier in ``sklearn.frozen.FrozenEstimator`` to keep it. To predict from several threads at once, put
+    modules into evaluation mode first.
     """
 
     def __init__(

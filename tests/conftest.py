@@ -1,10 +1,30 @@
-"""Profiles of the property tests, chosen by HYPOTHESIS_PROFILE: dev (quick, the default), ci, nightly."""
+"""Profiles of the property tests, chosen by HYPOTHESIS_PROFILE, and the cascades that several files ask questions."""
 
 import os
 
+import pytest
 from hypothesis import settings
 
 settings.register_profile("dev", max_examples=40, deadline=None)
-settings.register_profile("ci", max_examples=200, deadline=None, print_blob=True)
+settings.register_profile("ci", max_examples=150, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
+
+
+@pytest.fixture(scope="session")
+def cascade():
+    """A small and a large network on digits, calibrated."""
+    from adaptexit import CascadeSaver
+    from tests.nets import digits, large_trained, small_trained
+
+    return CascadeSaver(large_trained(), small_trained()).fit(*digits()[1])
+
+
+@pytest.fixture(scope="session")
+def three():
+    """Three networks on digits, calibrated."""
+    from adaptexit import CascadeSaver, ThresholdCalibrator
+    from tests.nets import digits, large_trained, middle_trained, small_trained
+
+    calibrator = ThresholdCalibrator(search="exact")
+    return CascadeSaver(large_trained(), [small_trained(), middle_trained()], calibrator=calibrator).fit(*digits()[1])

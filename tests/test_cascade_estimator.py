@@ -38,17 +38,6 @@ confidence = partial(max_proba, xp=torch)
 saver_may_not_pay = pytest.mark.filterwarnings("ignore::adaptexit.SaverWarning")
 
 
-@pytest.fixture(scope="module")
-def cascade():
-    return CascadeSaver(large_trained(), small_trained()).fit(*VAL)
-
-
-@pytest.fixture(scope="module")
-def three():
-    calibrator = ThresholdCalibrator(search="exact")
-    return CascadeSaver(large_trained(), [small_trained(), middle_trained()], calibrator=calibrator).fit(*VAL)
-
-
 # -- scikit-learn classifiers -----------------------------------------------------------------------------------------
 
 
