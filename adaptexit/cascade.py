@@ -304,6 +304,8 @@ class CascadeSaver(AdaptiveClassifier):
     def job_curve(self, saver: int = 0, X: Any = None, y: Any = None) -> JobCurve:
         """TinySaver's Fig. 3 of one saver against the base, on the calibration data or on (X, y)."""
         check_is_fitted(self)
+        if saver not in range(self.outputs_.n_exits - 1):
+            raise ValueError(f"saver must be one of 0 ... {self.outputs_.n_exits - 2}; got {saver!r}.")
         outputs = self.outputs_ if X is None else self.record(X, y)
         return job_curve(outputs.scores[saver], outputs.graded[saver], outputs.graded[-1])
 
@@ -353,7 +355,14 @@ def _check_rising(costs: NDArray[np.float64]) -> None:
 
 def _warn_of_savers(reports: list[SaverReport], labels: list[str]) -> None:
     for report in reports:
-        if not report.pays:
+        if not report.pays and report.delta_cost == 0 and len(reports) > 1:
+            warnings.warn(
+                f"{labels[report.saver]} does not pay beside the other savers: at no loss of accuracy the cascade "
+                "costs the same without it (ΔC = 0). Leave it out, or allow a drop of accuracy.",
+                SaverWarning,
+                stacklevel=4,
+            )
+        elif not report.pays:
             warnings.warn(
                 f"{labels[report.saver]} does not pay: at no loss of accuracy it changes the mean cost by "
                 f"{100 * report.delta_cost:+.1f}% of the base's (ΔC >= 0; it could take {100 * report.job_ratio:.1f}% "

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 from adaptexit.calibrators import ThresholdCalibrator
 from adaptexit.calibrators.base import Calibrator
-from adaptexit.core.frontier import TOLERANCE, OperatingPoint, ParetoFrontier
+from adaptexit.core.frontier import TOLERANCE, OperatingPoint, ParetoFrontier, checked_number
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import softmax
 from adaptexit.data import Batches, as_batches, is_stream, split_pair
@@ -120,6 +120,7 @@ class AdaptiveClassifier(ClassifierMixin, BaseEstimator):
             For a limit below the cheapest exit.
         """
         check_is_fitted(self)
+        limit = checked_number("limit", limit, "a finite relative cost (0.4 is 40% of the full model)")
         alone = self.outputs_.alone_costs() / self.outputs_.full_cost
         within = np.flatnonzero(alone <= limit + TOLERANCE)
         if not len(within):

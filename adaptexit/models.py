@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -89,7 +90,11 @@ class TorchModel:
             )
         if self.dtype is not None and x.is_floating_point() and x.dtype != self.dtype:
             x = x.to(self.dtype)
-        output = self.module(x)
+        try:
+            output = self.module(x)
+        except Exception as error:
+            error.add_note(f"This is {self.label}, run on inputs of shape {tuple(x.shape)} and {x.dtype}.")
+            raise
         if not isinstance(output, Tensor):
             raise TypeError(
                 f"{self.label} must return a tensor of logits (B, C); got {type(output).__name__}. Wrap the module so "
@@ -140,7 +145,7 @@ def build_model(given: Any, preprocess: Any, label: str, device: str | None = No
         Where a module made here goes.
     """
     if isinstance(given, str):
-        module: Any = timm.create_model(given, pretrained=True).to(device).eval()
+        module: Any = _timm_model(given, label, pretrained=True).to(device)
     elif isinstance(given, nn.Module):
         module = given
     elif is_scikit(given):
@@ -167,6 +172,17 @@ def build_model(given: Any, preprocess: Any, label: str, device: str | None = No
             f"with predict_proba; got {given!r}."
         )
     return TorchModel(module, _preprocess_of(module, preprocess, label), label)
+
+
+def _timm_model(name: str, label: str, *, pretrained: bool) -> nn.Module:
+    """A timm model by name, in evaluation mode; names with a prefix (``local-dir:`` ...) are timm's to check."""
+    if ":" not in name and not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        raise ValueError(
+            f"{label} must be the name of a timm model; got {name!r}"
+            + (f". Near it are {', '.join(near)}." if near else ". See timm.list_models().")
+        )
+    return timm.create_model(name, pretrained=pretrained).eval()
 
 
 def _preprocess_of(module: nn.Module, preprocess: Any, label: str) -> Callable[[Tensor], Tensor] | None:
@@ -223,7 +239,7 @@ def restore_model(
         )
     theirs = isinstance(given, nn.Module)
     if isinstance(given, str):
-        given = timm.create_model(given, pretrained=False).to(device).eval()
+        given = _timm_model(given, label, pretrained=False).to(device)
     if known := described["timm_preprocess"]:
         preprocess = TimmPreprocess(
             tuple(known["size"]), tuple(known["mean"]), tuple(known["std"]), known["interpolation"]

@@ -10,7 +10,7 @@ ResNet-20 -> 56, ResNet-8 -> 56 and ResNet-8 -> 20 -> 56, thresholds tuned on ``
 
 The networks answer once; everything else is arithmetic on what they answered::
 
-    OMP_NUM_THREADS=2 python -m benchmarks.cascade_cifar10 --data DIR --weights DIR
+    OMP_NUM_THREADS=1 python -m benchmarks.cascade_cifar10 --data DIR --weights DIR
 """
 
 from __future__ import annotations

@@ -118,7 +118,7 @@ def test_a_saver_that_is_off_is_neither_called_nor_paid():
     X, y = column_data(300, 3)
     savers = [Recording(Columns(0)), Recording(Columns(1))]
     fitted = CascadeSaver(Columns(2), savers, cost=[5.0, 6.0, 100.0]).fit(X, y)
-    point = next(p for p in fitted.pareto().points if not p.on[0] and p.on[1])
+    point = next(p for p in fitted.pareto().points if not p.on[0] and 0 < p.exit_rates[1] < 1)
     for saver in savers:
         saver.sizes.clear()
     trace = fitted.trace(X, budget=point.cost)
@@ -200,7 +200,38 @@ def test_anytime_takes_the_largest_model_within_the_limit(three):
         assert three.predict_anytime(TEST[0], limit).tolist() == expected[k]
 
 
-@pytest.mark.parametrize("limit", [0.001, 0.0, -1.0, float("nan")])
+@pytest.mark.parametrize("limit", [float("nan"), float("inf"), None, "0.4", [0.4]])
+def test_a_limit_that_is_no_number(three, limit):
+    with pytest.raises(ValueError, match="limit must be a finite relative cost"):
+        three.predict_anytime(TEST[0], limit)
+
+
+@pytest.mark.parametrize("budget", [float("nan"), "0.3", [0.5]])
+def test_a_budget_that_is_no_number(three, budget):
+    with pytest.raises(ValueError, match="budget must be a finite relative cost"):
+        three.predict(TEST[0], budget=budget)
+
+
+@pytest.mark.parametrize("saver", [-1, 2, 0.5])
+def test_a_job_curve_is_that_of_a_saver(three, saver):
+    with pytest.raises(ValueError, match=r"saver must be one of 0 \.\.\. 1; got"):
+        three.job_curve(saver)
+
+
+@pytest.mark.parametrize("memory_limit", ["1G", -1, 2.5])
+def test_a_memory_limit_that_is_no_number_of_bytes(memory_limit):
+    fitted = CascadeSaver(large_trained(), small_trained(), memory_limit=memory_limit).fit(*VAL)
+    with pytest.raises(ValueError, match="memory_limit must be a number of bytes"):
+        fitted.predict(TEST[0])
+
+
+def test_an_error_inside_a_model_names_it(cascade):
+    with pytest.raises(RuntimeError) as caught:
+        cascade.predict(np.zeros((4, 3), dtype=np.float32))
+    assert any("This is saver, run on inputs of shape (4, 3)" in note for note in caught.value.__notes__)
+
+
+@pytest.mark.parametrize("limit", [0.001, 0.0, -1.0])
 def test_a_limit_below_the_cheapest_model(three, limit):
     cheapest = three.outputs_.exit_costs[0] / three.outputs_.exit_costs[-1]
     with pytest.raises(ValueError, match=f"limit must be at least {cheapest:.4g}.*cheapest exit; got {limit:.4g}"):

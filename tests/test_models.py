@@ -246,7 +246,11 @@ def test_a_factory_of_something_else():
 
 
 def test_a_timm_name_that_does_not_exist():
-    with pytest.raises(RuntimeError, match="Unknown model"):
+    with pytest.raises(
+        ValueError, match=r"base must be the name of a timm model; got 'resnet1888'. Near it are .*resnet18"
+    ):
+        build_model("resnet1888", "auto", "base")
+    with pytest.raises(ValueError, match=r"'no_such_network'. See timm.list_models"):
         build_model("no_such_network", "auto", "base")
 
 

@@ -124,3 +124,18 @@ def test_four_models_are_weighed_against_the_cascade_without_each():
 
 def test_a_model_alone_has_no_savers():
     assert saver_reports(cascade([[1, 0]], [1.0])) == []
+
+
+def test_confidences_of_any_number_type_sort_alike():
+    assert job_ratio(np.uint8([0, 200, 100]), [0, 1, 1], [1, 1, 1]) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("confidence", [[], [1.0, 0.5], [[1.0, 0.5, 0.2]]])
+def test_confidences_and_qualities_have_one_shape(confidence):
+    with pytest.raises(ValueError, match="must have one shape"):
+        job_ratio(confidence, [1, 0, 1], [1, 1, 1])
+
+
+def test_confidences_are_finite():
+    with pytest.raises(ValueError, match="confidence must be finite"):
+        job_ratio([1.0, np.nan, 0.5], [1, 0, 1], [1, 1, 1])

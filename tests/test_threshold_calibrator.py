@@ -218,3 +218,31 @@ def test_a_fitted_calibrator_survives_pickling(outputs, score):
     same_points(again, calibrator)
     assert again.exit_index(outputs).tolist() == calibrator.exit_index(outputs).tolist()
     assert again.search_report_ == calibrator.search_report_
+
+
+def test_outputs_with_another_number_of_exits_are_refused(outputs):
+    calibrator = ThresholdCalibrator().fit(outputs)
+    for ask in (calibrator.exit_index, calibrator.pareto):
+        with pytest.raises(ValueError, match="exits that were calibrated; got"):
+            ask(outputs.drop_exit(0))
+        with pytest.raises(TypeError, match="outputs must be ExitOutputs; got ndarray"):
+            ask(np.zeros(3))
+    with pytest.raises(TypeError, match="outputs must be ExitOutputs; got ndarray"):
+        ThresholdCalibrator().fit(np.zeros(3))
+
+
+@pytest.mark.parametrize("params", [{"budget": "a"}, {"max_drop": "a"}, {"max_drop": -0.1}, {"budget": float("nan")}])
+def test_targets_that_are_no_numbers(outputs, params):
+    with pytest.raises(ValueError, match=f"{next(iter(params))} must be a"):
+        ThresholdCalibrator(**params).fit(outputs)
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.uint8])
+def test_scores_do_not_depend_on_how_logits_are_stored(dtype):
+    rng = np.random.default_rng(0)
+    stored = rng.integers(0, 9, size=(2, 50, 7)).astype(dtype)
+    labels = rng.integers(7, size=50)
+    narrow, wide = (ExitOutputs.from_logits(x, labels, costs=[1, 2]) for x in (stored, stored.astype(np.float64)))
+    assert narrow.scores == pytest.approx(wide.scores, abs=1e-6)
+    by_name = ThresholdCalibrator(score="entropy")
+    assert by_name.rescored(narrow).scores == pytest.approx(by_name.rescored(wide).scores, abs=1e-6)

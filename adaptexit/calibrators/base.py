@@ -82,9 +82,21 @@ class Calibrator(BaseEstimator):
     def exit_index(self, outputs: ExitOutputs, point: OperatingPoint | None = None) -> NDArray[np.intp]:
         """The exit of every sample, shape (N,), on recorded outputs."""
         check_is_fitted(self)
+        check_outputs(outputs, len(self.point_.cutoffs))
         return exit_index(self.rescored(outputs), (self.point_ if point is None else point).cutoffs)
 
     def pareto(self, outputs: ExitOutputs | None = None) -> ParetoFrontier:
         """The calibrated frontier, or every point of it re-evaluated on other outputs, in the same order."""
         check_is_fitted(self)
-        return self.frontier_ if outputs is None else self.frontier_.on(self.rescored(outputs))
+        if outputs is None:
+            return self.frontier_
+        check_outputs(outputs, len(self.point_.cutoffs))
+        return self.frontier_.on(self.rescored(outputs))
+
+
+def check_outputs(outputs: Any, n_exits: int | None = None) -> None:
+    """Refuse what is no :class:`ExitOutputs`, or has another number of exits than was calibrated."""
+    if not isinstance(outputs, ExitOutputs):
+        raise TypeError(f"outputs must be ExitOutputs; got {type(outputs).__name__}. Estimators make them by record.")
+    if n_exits is not None and outputs.n_exits != n_exits:
+        raise ValueError(f"outputs must have the {n_exits} exits that were calibrated; got {outputs.n_exits}.")

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptexit.calibrators.base import Calibrator
+from adaptexit.calibrators.base import Calibrator, check_outputs
+from adaptexit.core.frontier import checked_number
 from adaptexit.core.outputs import ExitBatch, ExitOutputs
-from adaptexit.core.scores import resolve_score
+from adaptexit.core.scores import resolve_score, widened
 from adaptexit.core.search import SEARCHES, SearchReport, search_thresholds
 
 
@@ -50,6 +51,8 @@ class ThresholdCalibrator(Calibrator):
     Notes
     -----
     Accuracy on the calibration data is optimistic: thresholds were chosen on it. Report accuracy on other data.
+    Stored points lie on a grid: a budget between two of them is served by the cheaper one. Give ``budget`` here to have
+    the thresholds searched for exactly that budget.
     """
 
     search_report_: SearchReport
@@ -85,18 +88,22 @@ class ThresholdCalibrator(Calibrator):
             For a parameter outside what is allowed, outputs without the logits that the score needs, or a budget
             below the cheapest operating point.
         """
+        check_outputs(outputs)
         if self.search != "auto" and self.search not in SEARCHES:
             raise ValueError(f"search must be one of {['auto', *SEARCHES]}; got {self.search!r}.")
         if self.budget is not None and self.max_drop is not None:
             raise ValueError(f"give budget or max_drop, not both; got budget={self.budget}, max_drop={self.max_drop}.")
         if not (isinstance(self.n_points, (int, np.integer)) and self.n_points >= 1):
             raise ValueError(f"n_points must be a positive integer; got {self.n_points!r}.")
+        asked_budget = None if self.budget is None else checked_number("budget", self.budget, "a finite relative cost")
+        share = "a share of accuracy, at least 0 (0.01 is one point)"
+        asked_drop = None if self.max_drop is None else checked_number("max_drop", self.max_drop, share, least=0.0)
         frontier, report = search_thresholds(
             self.rescored(outputs),
             self.search,
             n_points=self.n_points,
-            drops=() if self.max_drop is None else (self.max_drop,),
-            budgets=() if self.budget is None else (self.budget,),
+            drops=() if asked_drop is None else (asked_drop,),
+            budgets=() if asked_budget is None else (asked_budget,),
             random_state=self.random_state,
         )
         if self.budget is not None:
@@ -126,11 +133,13 @@ class ThresholdCalibrator(Calibrator):
                 f"score={self.score!r} needs logits, but the outputs have none. Record them (keep_logits=True), "
                 "or use score='recorded'."
             )
-        return outputs.with_scores(np.stack([np.asarray(formula(exit_logits)) for exit_logits in outputs.logits]))
+        return outputs.with_scores(
+            np.stack([np.asarray(formula(widened(exit_logits))) for exit_logits in outputs.logits])
+        )
 
     def rescored_batch(self, batch: ExitBatch) -> ExitBatch:
         if not self.needs_logits:
             return batch
         if batch.logits is None:
             raise ValueError(f"score={self.score!r} needs logits, but the batch has none.")
-        return dataclasses.replace(batch, scores=np.asarray(self._formula()(batch.logits)))
+        return dataclasses.replace(batch, scores=np.asarray(self._formula()(widened(batch.logits))))

@@ -57,7 +57,8 @@ class OperatingPoint:
 class ParetoFrontier:
     """Operating points in rising cost, with the full model they are compared to.
 
-    On calibration data these are the points that no other beats in both accuracy and cost. Evaluated on other data
+    On calibration data these are the points that no other beats in both accuracy and cost, and the plain full model in
+    any case. Evaluated on other data
     (:meth:`on`) every point is kept in its order, dominated or not, and :meth:`at` still chooses by what was
     calibrated: a test curve never chooses for itself.
 
@@ -96,8 +97,7 @@ class ParetoFrontier:
             raise ValueError(f"give exactly one of budget and max_drop; got budget={budget!r}, max_drop={max_drop!r}.")
         calibrated = self.chosen_on or self
         if budget is not None:
-            if not np.isfinite(budget):
-                raise ValueError(f"budget must be a finite relative cost; got {budget!r}.")
+            budget = checked_number("budget", budget, "a finite relative cost (0.4 is 40% of the full model)")
             within = calibrated.cost <= budget + TOLERANCE
             if not within.any():
                 raise ValueError(
@@ -106,8 +106,9 @@ class ParetoFrontier:
                 )
             return _best(np.where(within, calibrated.accuracy, -np.inf), -calibrated.cost)
         assert max_drop is not None
-        if not (np.isfinite(max_drop) and max_drop >= 0):
-            raise ValueError(f"max_drop must be a share of accuracy, at least 0 (0.01 is one point); got {max_drop!r}.")
+        max_drop = checked_number(
+            "max_drop", max_drop, "a share of accuracy, at least 0 (0.01 is one point)", least=0.0
+        )
         good = calibrated.accuracy >= calibrated.full_accuracy - max_drop - TOLERANCE
         return _best(np.where(good, -calibrated.cost, -np.inf), calibrated.accuracy)
 
@@ -190,6 +191,17 @@ class ParetoFrontier:
             f"ParetoFrontier({len(self.points)} points, relative cost {self.cost.min():.3f} to {self.cost.max():.3f}, "
             f"accuracy {self.accuracy.min():.4f} to {self.accuracy.max():.4f}, full model {self.full_accuracy:.4f})"
         )
+
+
+def checked_number(name: str, value: Any, meaning: str, least: float = -np.inf) -> float:
+    """A finite number, not below ``least``, as a float; ``meaning`` says in the error what it has to be."""
+    try:
+        number = float("nan") if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not np.isfinite(number) or number < least:
+        raise ValueError(f"{name} must be {meaning}; got {value!r}.")
+    return number
 
 
 def _best(first: Floats, second: Floats) -> int:

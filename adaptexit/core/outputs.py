@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adaptexit.core.folders import written_whole
-from adaptexit.core.scores import resolve_score
+from adaptexit.core.scores import resolve_score, widened
 
 FORMAT_VERSION = 1
 _ARRAYS = ("predictions", "scores", "labels", "stage_costs", "exit_costs", "logits", "quality")
@@ -161,7 +161,7 @@ class ExitOutputs:
         formula = resolve_score(score, "score")
         return cls(
             predictions=np.stack([exit_logits.argmax(axis=1) for exit_logits in array]),
-            scores=np.stack([np.asarray(formula(exit_logits)) for exit_logits in array]),
+            scores=np.stack([np.asarray(formula(widened(exit_logits))) for exit_logits in array]),
             labels=np.asanyarray(labels),
             n_classes=array.shape[2],
             stage_costs=stage_costs,  # type: ignore[arg-type]

@@ -86,6 +86,14 @@ def _sorted_sums(
 ) -> tuple[NDArray[np.intp], Floats, Floats, NDArray[Any]]:
     """Prefix lengths at tie ends, summed qualities of those prefixes, and the confidences in falling order."""
     scores = np.asarray(confidence)
+    scores = scores if scores.dtype.kind == "f" else scores.astype(np.float64)
+    shapes = [np.shape(values) for values in (confidence, saver_quality, base_quality)]
+    if scores.ndim != 1 or len(set(shapes)) > 1 or not scores.size:
+        raise ValueError(
+            f"confidence, saver_quality and base_quality must have one shape (N,) with N >= 1; got {shapes}."
+        )
+    if not np.isfinite(scores).all():
+        raise ValueError("confidence must be finite; it contains NaN or infinity.")
     order = np.argsort(-scores, kind="stable")
     falling = scores[order]
     ends = np.append(np.flatnonzero(np.diff(falling)) + 1, len(falling))

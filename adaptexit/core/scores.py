@@ -15,6 +15,14 @@ import numpy as np
 Array = Any  # an array of the namespace ``xp``
 
 
+def widened(logits: Array) -> Array:
+    """NumPy logits in single precision at least, so that scores do not depend on how logits were stored."""
+    array = np.asanyarray(logits)
+    if array.dtype == np.float16:
+        return array.astype(np.float32)
+    return array if array.dtype.kind == "f" else array.astype(np.float64)
+
+
 def softmax(logits: Array, xp: Any = np) -> Array:
     """Class probabilities, shape of ``logits``."""
     shifted = xp.exp(logits - xp.amax(logits, axis=-1, keepdims=True))
@@ -55,7 +63,7 @@ def resolve_score(score: str | Callable[[Array], Array], argument: str, xp: Any 
     """The function from logits to scores behind a name or a callable; ``argument`` names it in the error."""
     if callable(score):
         return score
-    if score in SCORES:
+    if isinstance(score, str) and score in SCORES:
         formula = SCORES[score]
         return lambda logits: formula(logits, xp)
     raise ValueError(

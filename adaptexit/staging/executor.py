@@ -62,7 +62,8 @@ class StagedModel:
         logits = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
         if logits.ndim != 2:
             raise ValueError(
-                f"the model of exit {k} must answer with logits of shape (B, C); got shape {tuple(logits.shape)}."
+                f"the model of exit {k} must answer with logits of shape (B, C); got shape {tuple(logits.shape)}. "
+                "If the model is fine, look whether X has an axis for the samples."
             )
         scores = torch.as_tensor(self.confidence(logits))
         if scores.shape != logits.shape[:1]:
@@ -191,6 +192,8 @@ def execute(
     needs_logits, keep_logits : bool
         Whether ``accept`` reads logits, and whether the answers hold them.
     """
+    if not isinstance(memory_limit, (int, np.integer)) or memory_limit < 0:
+        raise ValueError(f"memory_limit must be a number of bytes; got {memory_limit!r}.")
     running = [*np.flatnonzero(on[:-1]).tolist(), model.n_exits - 1]
     waiting = {k: _Waiting() for k in running[1:]}
     following = dict(pairwise(running))

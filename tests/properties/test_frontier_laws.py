@@ -134,3 +134,11 @@ def test_not_dominated_equals_comparing_every_pair(pairs):
     ]  # fmt: skip
     found = not_dominated([a for a, _ in pairs], [float(c) for _, c in pairs])
     assert found.tolist() == sorted(kept, key=lambda i: pairs[i][1])
+
+
+@pytest.mark.parametrize("search", ["auto", *SEARCHES])
+@given(data=st.data())
+def test_the_cheapest_exit_for_everybody_can_be_had(search, data):
+    outputs = data.draw(exit_outputs(min_exits=1, max_exits=3 if search == "exact" else 5))
+    frontier, _ = search_thresholds(outputs, search, n_points=5)
+    assert frontier.cost.min() <= frontier.fixed_cost.min() + 1e-9

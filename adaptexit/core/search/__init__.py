@@ -1,4 +1,4 @@
-"""Choosing thresholds: from recorded outputs to a frontier of operating points (METHODS of the library, section 2)."""
+"""Choosing thresholds: from recorded outputs to a frontier of operating points."""
 
 from __future__ import annotations
 

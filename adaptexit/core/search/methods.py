@@ -16,7 +16,7 @@ Policies = NDArray[np.int64]
 Search = Callable[[Problem, Sequence[Target]], Policies]
 
 MOST_EXHAUSTIVE = 3
-"""Early exits up to which every subset of exits that cost something is tried (METHODS: K <= 4)."""
+"""Early exits up to which every subset of exits that cost something is tried."""
 
 
 def pick(problem: Problem, targets: Sequence[Target], candidates: Policies) -> Policies:
@@ -110,7 +110,7 @@ def _exact_two(problem: Problem, targets: Sequence[Target]) -> Policies:
 # -- coordinate search -------------------------------------------------------------------------------------------------
 
 
-def coord(problem: Problem, targets: Sequence[Target], n_weights: int = 24) -> Policies:
+def coord(problem: Problem, targets: Sequence[Target], n_weights: int = 20) -> Policies:
     """Exact one-dimensional scans, exit by exit to a fixed point, over cost weights; then repair for every target.
 
     The published geometric rule's policies are among the starting points of the repair, so no target is served worse
@@ -251,18 +251,22 @@ def shared_path(problem: Problem, n_levels: int = 200) -> Policies:
 
 
 def _by_subsets(problem: Problem, targets: Sequence[Target], path: Callable[[Problem], Policies]) -> Policies:
-    """A rule applied to every subset of the exits (few), or to fewer and fewer of them (many), picked by target."""
-    nothing = np.zeros((1, problem.n_early), dtype=np.int64)
+    """A rule applied to every subset of the exits (few), or to fewer and fewer of them (many), picked by target.
+
+    That nobody leaves early, and that everybody leaves at one exit, is always among the choices.
+    """
+    everybody = np.diag(np.full(problem.n_early, problem.n_samples, dtype=np.int64))
+    plain = np.concatenate([np.zeros((1, problem.n_early), dtype=np.int64), everybody])
     if problem.free or problem.n_early <= MOST_EXHAUSTIVE:
         paths = [path(problem.committed(exits)) for exits in _subsets(problem)]
-        return pick(problem, targets, np.unique(np.concatenate([nothing, *paths]), axis=0))
-    exits, kept = problem.allowed.copy(), nothing
+        return pick(problem, targets, np.unique(np.concatenate([plain, *paths]), axis=0))
+    exits = problem.allowed.copy()
 
     def merit(candidates: Policies) -> float:
         quality, cost = problem.values(pick(problem, targets, candidates))
         return float(np.sum([_objective(problem, t)(quality[[i]], cost[[i]])[0] for i, t in enumerate(targets)]))
 
-    kept = np.concatenate([nothing, path(problem.committed(exits))])
+    kept = np.concatenate([plain, path(problem.committed(exits))])
     best = merit(kept)
     while np.count_nonzero(exits) > 1:
         trials = []
