@@ -16,6 +16,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from adaptexit import CascadeSaver, JobRatioDisplay, ParetoDisplay
+from adaptexit.core.saver import required_cost
 
 
 def small_net() -> nn.Module:
@@ -86,12 +87,14 @@ def main() -> None:
         f"{len(y_val)} samples to calibrate on, {len(y_test)} to test on (one sample is {100 / len(y_test):.2f} points)"
     )
     print("allowed drop | relative cost (calibrated) | relative cost (test) | test accuracy - large network's (points)")
-    calibrated = cascade.pareto()
-    for drop in (0.01, 0.005, 0.001, 0.0):
-        tuned, tested = calibrated.at(max_drop=drop), frontier.at(max_drop=drop)
+    drops = (0.01, 0.005, 0.001, 0.0)
+    seen = cascade.outputs_
+    required = required_cost(seen.scores[0], seen.graded[0], seen.graded[1], small_macs, large_macs, drops)
+    for drop, cost in zip(drops, required, strict=True):
+        tested = frontier.at(max_drop=drop)
         change = 100 * (tested.accuracy - frontier.full_accuracy)
-        print(f"{100 * drop:10.1f}%  | {tuned.cost:26.3f} | {tested.cost:20.3f} | {change:+.2f}")
-    best = calibrated.at(budget=1.0)
+        print(f"{100 * drop:10.1f}%  | {cost:26.3f} | {tested.cost:20.3f} | {change:+.2f}")
+    best = cascade.pareto().at(budget=1.0)
     print(f"best calibrated accuracy {best.accuracy:.4f} at relative cost {best.cost:.3f}")
 
     from matplotlib import pyplot

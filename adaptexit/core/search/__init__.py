@@ -142,13 +142,16 @@ def _kept_drops(problem: Problem, targets: Sequence[Target], policies: Policies)
 
 
 def _frontier(outputs: ExitOutputs, problem: Problem, policies: Policies, targets: Sequence[Target]) -> ParetoFrontier:
-    """The policies that no other dominates, and the plain full model in any case, as operating points."""
-    distinct, first = np.unique(policies, axis=0, return_index=True)
-    params = [targets[i].described() for i in first]
+    """The policies that no other dominates, as operating points.
+
+    That everybody leaves at the cheapest exit is among the choices, and the plain full model is a point in any case.
+    """
+    everybody = np.diag(np.full(problem.n_early, problem.n_samples))
+    cheapest = everybody[np.argsort(problem.values(everybody)[1], kind="stable")[:1]]
+    offered = np.concatenate([policies, cheapest, np.zeros_like(policies[:1])])
+    distinct, first = np.unique(offered, axis=0, return_index=True)
+    params = [targets[i].described() if i < len(policies) else {} for i in first]
     plain = np.flatnonzero(~distinct.any(axis=1))
-    if not len(plain):
-        distinct, params = np.concatenate([distinct, np.zeros_like(distinct[:1])]), [*params, {}]
-        plain = np.array([len(distinct) - 1])
     points = [_point(outputs, problem, policy, known) for policy, known in zip(distinct, params, strict=True)]
     kept = not_dominated([p.accuracy for p in points], [p.cost for p in points])
     kept = np.union1d(kept, plain)

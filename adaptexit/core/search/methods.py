@@ -110,7 +110,7 @@ def _exact_two(problem: Problem, targets: Sequence[Target]) -> Policies:
 # -- coordinate search -------------------------------------------------------------------------------------------------
 
 
-def coord(problem: Problem, targets: Sequence[Target], n_weights: int = 20) -> Policies:
+def coord(problem: Problem, targets: Sequence[Target], n_weights: int = 28) -> Policies:
     """Exact one-dimensional scans, exit by exit to a fixed point, over cost weights; then repair for every target.
 
     The published geometric rule's policies are among the starting points of the repair, so no target is served worse
@@ -187,15 +187,17 @@ def _drop_exits(problem: Problem, policy: Policy, objective: Weighted) -> Policy
 def _repair(
     problem: Problem, target: Target, candidates: Policies, quality: NDArray[np.float64], cost: NDArray[np.float64]
 ) -> Policy:
-    """The candidates nearest the target from either side, each scanned to a fixed point under it; the better."""
+    """The nearest candidate beyond the target, scanned to a fixed point under it; else the best that keeps it."""
     objective = _objective(problem, target)
     values = objective(quality, cost)
-    starts = [int(np.argmax(values))]
+    nearest = int(np.argmax(values))
     broken = values <= -1e6 * problem.n_samples
-    if broken.any():
-        starts.append(int(np.argmax(np.where(broken, values, -np.inf))))
-    settled = [problem.settle(candidates[start], objective) for start in starts]
-    return max(settled, key=lambda pair: pair[1])[0]
+    if not broken.any():
+        return problem.settle(candidates[nearest], objective)[0]
+    beyond, value = problem.settle(candidates[int(np.argmax(np.where(broken, values, -np.inf)))], objective)
+    if value > values[nearest]:
+        return beyond
+    return problem.settle(candidates[nearest], objective)[0]
 
 
 # -- published and small-sample rules ----------------------------------------------------------------------------------
@@ -251,22 +253,18 @@ def shared_path(problem: Problem, n_levels: int = 200) -> Policies:
 
 
 def _by_subsets(problem: Problem, targets: Sequence[Target], path: Callable[[Problem], Policies]) -> Policies:
-    """A rule applied to every subset of the exits (few), or to fewer and fewer of them (many), picked by target.
-
-    That nobody leaves early, and that everybody leaves at one exit, is always among the choices.
-    """
-    everybody = np.diag(np.full(problem.n_early, problem.n_samples, dtype=np.int64))
-    plain = np.concatenate([np.zeros((1, problem.n_early), dtype=np.int64), everybody])
+    """A rule applied to every subset of the exits (few), or to fewer and fewer of them (many), picked by target."""
+    nothing = np.zeros((1, problem.n_early), dtype=np.int64)
     if problem.free or problem.n_early <= MOST_EXHAUSTIVE:
         paths = [path(problem.committed(exits)) for exits in _subsets(problem)]
-        return pick(problem, targets, np.unique(np.concatenate([plain, *paths]), axis=0))
+        return pick(problem, targets, np.unique(np.concatenate([nothing, *paths]), axis=0))
     exits = problem.allowed.copy()
 
     def merit(candidates: Policies) -> float:
         quality, cost = problem.values(pick(problem, targets, candidates))
         return float(np.sum([_objective(problem, t)(quality[[i]], cost[[i]])[0] for i, t in enumerate(targets)]))
 
-    kept = np.concatenate([plain, path(problem.committed(exits))])
+    kept = np.concatenate([nothing, path(problem.committed(exits))])
     best = merit(kept)
     while np.count_nonzero(exits) > 1:
         trials = []
