@@ -27,6 +27,8 @@ _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 class Batches:
     """Batches of inputs, checked for NaN and inf; labels met on the way are collected in :attr:`labels`.
 
+    Labels are needed (True), not looked at (False), or collected where there are any (None).
+
     Attributes
     ----------
     batch_size : int
@@ -38,7 +40,7 @@ class Batches:
     source: Any
     batch_size: int
     n_batches: int | None
-    needs_labels: bool = False
+    needs_labels: bool | None = False
     _labels: list[NDArray[Any]] = field(default_factory=list)
     _begun: tuple[Any, Iterator[Any]] | None = None
 
@@ -48,7 +50,7 @@ class Batches:
         self._begun = None
         for batch in batches:
             x, y = _unpack(batch)
-            if self.needs_labels:
+            if self.needs_labels or (self.needs_labels is None and y is not None):
                 if y is None:
                     raise ValueError(
                         "the data loader or dataset must give (x, y) pairs here; it gave x alone. Give y as an "
@@ -73,6 +75,11 @@ class Batches:
         """Labels of all samples, after the batches were run through, shape (N,)."""
         return np.concatenate(self._labels)
 
+    @property
+    def labelled(self) -> bool:
+        """Whether the batches that were run through had labels."""
+        return bool(self._labels)
+
 
 def split_pair(X: Any, y: Any) -> tuple[Any, Any]:
     """(X, y) given as one pair, taken apart where no y is given beside it."""
@@ -84,7 +91,7 @@ def is_stream(X: Any) -> bool:
     return isinstance(X, (DataLoader, Dataset))
 
 
-def as_batches(X: Any, y: Any = None, *, batch_size: int, labels: bool = False, ordered: bool = True) -> Batches:
+def as_batches(X: Any, y: Any = None, *, batch_size: int, labels: bool | None = False, ordered: bool = True) -> Batches:
     """Batches of X, and of y with it where ``labels`` are wanted.
 
     Parameters
@@ -95,8 +102,8 @@ def as_batches(X: Any, y: Any = None, *, batch_size: int, labels: bool = False, 
         Labels, for arrays and tensors only.
     batch_size : int
         For sources without one of their own.
-    labels : bool
-        Whether labels are needed.
+    labels : bool or None
+        Whether labels are needed; None takes them where there are any.
     ordered : bool
         Whether answers go back to the caller in the order of X: a loader that shuffles or drops samples is then an
         error.
@@ -126,7 +133,7 @@ def as_batches(X: Any, y: Any = None, *, batch_size: int, labels: bool = False, 
     if n == 0:
         raise ValueError("X holds no samples; give at least one.")
     targets = None
-    if labels:
+    if labels or (labels is None and y is not None):
         if y is None:
             raise ValueError(
                 "labels are needed: give y, a pair (X, y), or a Dataset or DataLoader of (x, y); got y=None."

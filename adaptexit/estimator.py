@@ -163,17 +163,19 @@ class AdaptiveClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         X, y = self._validated(X, y, reset=False)
         batches = as_batches(X, y, batch_size=self.batch_size, labels=True, ordered=False)
-        costs = {"stage_costs": self.outputs_.stage_costs, "exit_costs": self.outputs_.exit_costs}
-        return self._recorded(batches, self.classes_, self.calibrator_.needs_logits, "recording", **costs)
+        known = self.outputs_
+        described = {"stage_costs": known.stage_costs, "exit_costs": known.exit_costs, "chained": known.chained}
+        return self._recorded(batches, self.classes_, self.calibrator_.needs_logits, "recording", **described)
 
     def _recorded(
-        self, batches: Batches, classes: NDArray[Any], keep_logits: bool, doing: str, **costs: Any
+        self, batches: Batches, classes: NDArray[Any], keep_logits: bool, doing: str, **described: Any
     ) -> ExitOutputs:
+        """What every exit answers; batches without labels are graded by the full model's answers."""
         with evaluating(self._modules()), self._progress(batches, doing) as shown:
             predictions, scores, logits = record(self._staged(), shown, keep_logits=keep_logits)
-        labels = class_indices(batches.labels, classes)
+        labels = class_indices(batches.labels, classes) if batches.labelled else predictions[-1]
         return ExitOutputs(
-            predictions=predictions, scores=scores, labels=labels, n_classes=len(classes), logits=logits, **costs
+            predictions=predictions, scores=scores, labels=labels, n_classes=len(classes), logits=logits, **described
         )
 
     def point_index(self, budget: float | None = None) -> int:

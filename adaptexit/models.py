@@ -79,7 +79,8 @@ class TorchModel:
         self.device = torch.device("cpu") if tensor is None else tensor.device
         self.dtype = None if tensor is None else tensor.dtype
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def prepare(self, x: Tensor) -> Tensor:
+        """Inputs as the module takes them: on its device, preprocessed, in its precision."""
         x = x.to(self.device, non_blocking=True)
         if self.preprocess is not None:
             x = self.preprocess(x)
@@ -90,6 +91,10 @@ class TorchModel:
             )
         if self.dtype is not None and x.is_floating_point() and x.dtype != self.dtype:
             x = x.to(self.dtype)
+        return x
+
+    def __call__(self, x: Tensor) -> Tensor:
+        x = self.prepare(x)
         try:
             output = self.module(x)
         except Exception as error:

@@ -25,6 +25,24 @@ class Accept(Protocol):
     def __call__(self, k: int, batch: ExitBatch, /) -> NDArray[np.bool_]: ...
 
 
+@dataclass(slots=True)
+class ExitAnswer:
+    """What an exit says where it says more than logits.
+
+    Attributes
+    ----------
+    logits : tensor (B, C)
+    scores : tensor (B,) or None
+        How sure it is; the model's confidence of the logits unless given.
+    carried : rows or None
+        What goes on instead of what the exit was given: less, or with what later exits read.
+    """
+
+    logits: Tensor
+    scores: Tensor | None = None
+    carried: Rows = None
+
+
 @dataclass(frozen=True)
 class StagedModel:
     """K stages with an exit after each; the last exit is the full model.
@@ -34,38 +52,56 @@ class StagedModel:
     stages : sequence of K callables or None
         From what was carried so far to what is carried on; None passes it on as it is.
     exits : sequence of K callables
-        From what is carried to the exit's output; run only where the exit is switched on. The output's argmax over
-        its last axis is the answer.
+        From what is carried to logits (B, C), or to an :class:`ExitAnswer`; run only where the exit is switched on. The
+        largest logit is the answer.
     confidence : callable
-        From an exit's output of B samples to their scores, shape (B,).
+        From an exit's logits of B samples to their scores, shape (B,).
+    chained : bool, default=False
+        Exits read what earlier exits left in what is carried: all up to the deepest early one switched on are run.
     """
 
     stages: Sequence[Callable[[Rows], Rows] | None]
-    exits: Sequence[Callable[[Rows], Tensor]]
+    exits: Sequence[Callable[[Rows], Tensor | ExitAnswer]]
     confidence: Callable[[Tensor], Tensor]
+    chained: bool = False
 
     @property
     def n_exits(self) -> int:
         """Number of exits K."""
         return len(self.exits)
 
-    def advance(self, carried: Rows, after: int, to: int) -> Rows:
-        """Run the stages behind exit ``after`` up to that of exit ``to``."""
-        for stage in self.stages[after + 1 : to + 1]:
+    def advance(self, carried: Rows, after: int, to: int, deepest: int = -1) -> Rows:
+        """Run the stages behind exit ``after`` up to that of exit ``to``.
+
+        Of a chained model the exits on the way are run for what they leave, as far as ``deepest``.
+        """
+        for k in range(after + 1, to + 1):
+            stage = self.stages[k]
             if stage is not None:
                 carried = stage(carried)
+            if self.chained and k < to and k < deepest:
+                carried = self.answer(k, carried)[1]
         return carried
 
-    def observe(self, k: int, carried: Rows, keep_logits: bool) -> ExitBatch:
-        """Run exit k and read its answers and scores."""
+    def answer(self, k: int, carried: Rows) -> tuple[ExitAnswer, Rows]:
+        """What exit k answers, and what goes on from it."""
         output = self.exits[k](carried)
-        logits = output.float() if output.dtype in (torch.float16, torch.bfloat16) else output
+        if not isinstance(output, ExitAnswer):
+            return ExitAnswer(output), carried
+        return output, carried if output.carried is None else output.carried
+
+    def observe(self, k: int, carried: Rows, keep_logits: bool) -> tuple[ExitBatch, Rows]:
+        """Run exit k and read its answers and scores; beside them what goes on."""
+        answer, onward = self.answer(k, carried)
+        logits = answer.logits
+        if logits.dtype in (torch.float16, torch.bfloat16):
+            logits = logits.float()
         if logits.ndim != 2:
             raise ValueError(
                 f"the model of exit {k} must answer with logits of shape (B, C); got shape {tuple(logits.shape)}. "
                 "If the model is fine, look whether X has an axis for the samples."
             )
-        scores = torch.as_tensor(self.confidence(logits))
+        scores = torch.as_tensor(self.confidence(logits) if answer.scores is None else answer.scores)
         if scores.shape != logits.shape[:1]:
             raise ValueError(
                 "confidence must turn an output of B samples into B numbers, one a sample: expected shape "
@@ -81,7 +117,7 @@ class StagedModel:
                 f"exit {k} gave a score that is NaN or infinite. Look for NaN or inf in the weights of that model, for "
                 "an overflow in half precision, or for a confidence that is undefined on some outputs."
             )
-        return batch
+        return batch, onward
 
 
 @dataclass
@@ -198,11 +234,12 @@ def execute(
     waiting = {k: _Waiting() for k in running[1:]}
     following = dict(pairwise(running))
     preceding = {after: before for before, after in following.items()}
+    deepest = running[-2] if len(running) > 1 else -1
     collected = _Collected(keep_logits)
 
     def run(k: int, samples: NDArray[Any], carried: Rows) -> None:
-        carried = model.advance(carried, preceding.get(k, -1), k)
-        batch = model.observe(k, carried, needs_logits or keep_logits)
+        carried = model.advance(carried, preceding.get(k, -1), k, deepest)
+        batch, carried = model.observe(k, carried, needs_logits or keep_logits)
         if k not in following:
             collected.add(samples, k, batch, np.ones(len(samples), dtype=bool))
             return
@@ -245,7 +282,8 @@ def record(
         for carried in batches:
             for k in range(model.n_exits):
                 carried = model.advance(carried, k - 1, k)
-                kept[k].append(model.observe(k, carried, keep_logits))
+                batch, carried = model.observe(k, carried, keep_logits)
+                kept[k].append(batch)
     if not kept[0]:
         raise ValueError("X holds no samples; give at least one.")
     widths = {batch.logits.shape[1] for row in kept for batch in row if batch.logits is not None}

@@ -1,6 +1,7 @@
 """What travels from stage to stage: tensors (or arrays) whose first axis is the samples, alone or nested.
 
-Nesting is by tuples, lists and dicts; every leaf holds the same samples in the same order.
+Nesting is by tuples, lists and dicts; every leaf holds the same samples in the same order. A leaf may also be an object
+that knows how: with ``taken``, ``joined``, ``n_rows`` and ``nbytes``. None is an empty nesting.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ Rows = Any
 
 
 def _mapped(rows: Rows, function: Callable[..., Any], *others: Rows) -> Rows:
+    if rows is None:
+        return None
     if isinstance(rows, dict):
         return {key: _mapped(value, function, *(other[key] for other in others)) for key, value in rows.items()}
     if isinstance(rows, (tuple, list)):
@@ -31,7 +34,8 @@ def _leaves(rows: Rows) -> list[Any]:
 
 def n_rows(rows: Rows) -> int:
     """Number of samples."""
-    return int(_leaves(rows)[0].shape[0])
+    leaf = _leaves(rows)[0]
+    return int(leaf.n_rows if hasattr(leaf, "n_rows") else leaf.shape[0])
 
 
 def n_bytes(rows: Rows) -> int:
@@ -43,6 +47,8 @@ def take(rows: Rows, samples: NDArray[Any] | slice) -> Rows:
     """Some of the samples, in the order of their indices; memory formats are kept."""
 
     def pick(leaf: Any) -> Any:
+        if hasattr(leaf, "taken"):
+            return leaf.taken(samples)
         if isinstance(samples, slice) or isinstance(leaf, np.ndarray):
             return leaf[samples]
         return leaf[torch.from_numpy(samples).to(leaf.device)]
@@ -56,6 +62,8 @@ def join(parts: Sequence[Rows]) -> Rows:
         return parts[0]
 
     def concatenate(*leaves: Any) -> Any:
+        if hasattr(leaves[0], "joined"):
+            return leaves[0].joined(leaves[1:])
         return np.concatenate(leaves) if isinstance(leaves[0], np.ndarray) else torch.cat(leaves)
 
     return _mapped(parts[0], concatenate, *parts[1:])

@@ -1,0 +1,255 @@
+"""Values on their way from one stage to the next: which axis holds the samples, and how survivors are picked out.
+
+How a value hangs on the number of samples is read off two runs, of 2 and of 3 samples: a tensor with m rows a sample
+along one axis, an integer that counts them, something that does not change, or a nesting of these.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import reduce
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from adaptexit.staging.rows import Rows, join, n_bytes, take
+
+
+class UnsupportedValueError(TypeError):
+    """A live value that samples cannot be picked out of."""
+
+
+@dataclass(frozen=True)
+class Along:
+    """A tensor with ``per_sample`` rows a sample along axis ``dim``, those of one sample side by side."""
+
+    dim: int
+    per_sample: int
+
+
+@dataclass(frozen=True)
+class Count:
+    """An integer: ``per_sample`` times the number of samples."""
+
+    per_sample: int
+
+
+@dataclass(frozen=True)
+class Static:
+    """The same for any samples."""
+
+
+@dataclass(frozen=True)
+class Nest:
+    """A list, tuple or dict of values, in the order of iteration."""
+
+    parts: tuple[Layout, ...]
+
+
+Layout = Along | Count | Static | Nest
+
+
+def layout_of(two: Any, three: Any) -> Layout:
+    """The layout of a value that is ``two`` for 2 samples and ``three`` for 3 others.
+
+    Raises
+    ------
+    UnsupportedValueError
+        Where none fits.
+    """
+    if type(two) is not type(three):
+        raise UnsupportedValueError(f"it is a {type(two).__name__} for 2 samples and a {type(three).__name__} for 3")
+    if isinstance(two, Tensor):
+        return _tensor_layout(two, three)
+    if isinstance(two, (list, tuple, dict)):
+        if len(two) != len(three) or (isinstance(two, dict) and list(two) != list(three)):
+            raise UnsupportedValueError(f"it is a {type(two).__name__} whose entries change with the samples")
+        return Nest(tuple(layout_of(*pair) for pair in zip(_entries(two), _entries(three), strict=True)))
+    if type(two) is int and two != three and two % 2 == 0 and three * 2 == two * 3:
+        return Count(two // 2)
+    try:
+        same = bool(two == three)
+    except (TypeError, ValueError, RuntimeError):
+        same = False
+    if not same:
+        raise UnsupportedValueError(
+            f"it is a {type(two).__name__} that changes with the samples: {two!r} and {three!r}"
+        )
+    return Static()
+
+
+def _tensor_layout(two: Tensor, three: Tensor) -> Layout:
+    if two.is_sparse or two.is_nested:
+        raise UnsupportedValueError("it is a sparse or nested tensor")
+    shapes = f"{tuple(two.shape)} for 2 samples and {tuple(three.shape)} for 3"
+    if two.shape == three.shape:
+        if not torch.allclose(two, three, equal_nan=True):
+            raise UnsupportedValueError(
+                f"it is a tensor without an axis for the samples that changes with them, {shapes}"
+            )
+        return Static()
+    differing = [d for d, (a, b) in enumerate(zip(two.shape, three.shape, strict=False)) if a != b]
+    if two.ndim != three.ndim or len(differing) != 1:
+        raise UnsupportedValueError(f"it is a tensor with more than one axis that grows with the samples, {shapes}")
+    (dim,) = differing
+    if two.shape[dim] % 2 or two.shape[dim] // 2 * 3 != three.shape[dim]:
+        raise UnsupportedValueError(f"it is a tensor with no whole number of rows a sample, {shapes}")
+    return Along(dim, two.shape[dim] // 2)
+
+
+def _entries(value: Any) -> list[Any]:
+    return list(value.values()) if isinstance(value, dict) else list(value)
+
+
+def _rebuilt(like: Any, entries: list[Any]) -> Any:
+    if isinstance(like, dict):
+        return type(like)(zip(like, entries, strict=True))
+    return type(like)(*entries) if hasattr(like, "_fields") else type(like)(entries)
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """The values that later stages still need, of ``n`` samples.
+
+    Attributes
+    ----------
+    values : tuple
+    layouts : tuple of Layout, one a value
+    n : number of samples
+    """
+
+    values: tuple[Any, ...]
+    layouts: tuple[Layout, ...]
+    n: int
+
+    def taken(self, samples: NDArray[Any] | slice) -> Live:
+        """Those of some samples, in the order of their indices."""
+        if isinstance(samples, slice):
+            samples = np.arange(self.n)[samples] if _needs_indices(self.layouts) else samples
+        n = len(range(self.n)[samples]) if isinstance(samples, slice) else len(samples)
+        pick = _Pick(samples, n)
+        pairs = zip(self.values, self.layouts, strict=True)
+        return Live(tuple(pick(value, layout) for value, layout in pairs), self.layouts, n)
+
+    def joined(self, others: Sequence[Live]) -> Live:
+        """Those of these samples, then those of the others."""
+        parts = [self, *others]
+        columns = zip(*(part.values for part in parts), strict=True)
+        values = tuple(_concatenated(column, layout) for column, layout in zip(columns, self.layouts, strict=True))
+        return Live(values, self.layouts, sum(part.n for part in parts))
+
+    @property
+    def n_rows(self) -> int:
+        """Number of samples."""
+        return self.n
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tensors that grow with the samples."""
+        return sum(_size(value, layout) for value, layout in zip(self.values, self.layouts, strict=True))
+
+
+@dataclass(slots=True)
+class Carried:
+    """What leaves a stage.
+
+    Attributes
+    ----------
+    live : Live
+        What later stages need.
+    feature : any
+        What the exit after this stage reads: the output of the cut module, or of the whole model after the last stage.
+        It is not passed on.
+    state : rows
+        What the heads passed so far leave to later ones; samples first.
+    """
+
+    live: Live
+    feature: Any = None
+    state: Rows = None
+
+    def taken(self, samples: NDArray[Any] | slice) -> Carried:
+        """What goes on of some samples."""
+        return Carried(self.live.taken(samples), None, take(self.state, samples))
+
+    def joined(self, others: Sequence[Carried]) -> Carried:
+        """What goes on of these samples, then of the others."""
+        state = join([self.state, *(other.state for other in others)])
+        return Carried(self.live.joined([other.live for other in others]), None, state)
+
+    @property
+    def n_rows(self) -> int:
+        """Number of samples."""
+        return self.live.n
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of what goes on."""
+        return self.live.nbytes + n_bytes(self.state)
+
+
+class _Pick:
+    """Rows of some samples out of one value after another."""
+
+    def __init__(self, samples: NDArray[Any] | slice, n: int) -> None:
+        self.samples, self.n = samples, n
+        self.indices: dict[tuple[torch.device, int], Tensor] = {}
+
+    def __call__(self, value: Any, layout: Layout) -> Any:
+        if isinstance(layout, Static):
+            return value
+        if isinstance(layout, Count):
+            return layout.per_sample * self.n
+        if isinstance(layout, Nest):
+            entries = zip(_entries(value), layout.parts, strict=True)
+            return _rebuilt(value, [self(entry, part) for entry, part in entries])
+        where = self.samples if isinstance(self.samples, slice) else self._index(value.device, layout.per_sample)
+        return value[(slice(None),) * layout.dim + (where,)]  # unlike index_select this keeps channels_last
+
+    def _index(self, device: torch.device, per_sample: int) -> Tensor:
+        if (device, per_sample) not in self.indices:
+            rows = np.add.outer(np.asarray(self.samples) * per_sample, np.arange(per_sample)).reshape(-1)
+            self.indices[device, per_sample] = torch.from_numpy(rows).to(device)
+        return self.indices[device, per_sample]
+
+
+def _needs_indices(layouts: Sequence[Layout]) -> bool:
+    """Whether a slice of samples is no slice of the rows of some value."""
+    return any(
+        _needs_indices(layout.parts)
+        if isinstance(layout, Nest)
+        else isinstance(layout, Along) and layout.per_sample > 1
+        for layout in layouts
+    )
+
+
+def _concatenated(values: Sequence[Any], layout: Layout) -> Any:
+    if isinstance(layout, Along):
+        return torch.cat(list(values), dim=layout.dim)
+    if isinstance(layout, Count):
+        return sum(values)
+    if isinstance(layout, Nest):
+        columns = zip(*(_entries(value) for value in values), strict=True)
+        return _rebuilt(
+            values[0], [_concatenated(column, part) for column, part in zip(columns, layout.parts, strict=True)]
+        )
+    first = values[0]
+    if not isinstance(first, Tensor) and any(value != first for value in values[1:]):
+        raise ValueError(
+            f"batches can be merged only where their inputs have the same size; a value of one is {first!r}, of others "
+            f"{[value for value in values[1:] if value != first]}. Give inputs of one size, or merge=False."
+        )
+    return first
+
+
+def _size(value: Any, layout: Layout) -> int:
+    if isinstance(layout, Along):
+        return int(value.nbytes)
+    if isinstance(layout, Nest):
+        return reduce(operator.add, map(_size, _entries(value), layout.parts), 0)
+    return 0
