@@ -1,0 +1,515 @@
+"""The backbone runs once over the training data; heads learn from what it left at the cuts.
+
+Features go to memory, and to files once they outgrow it. In a folder of the caller's they stay, and a later run of the
+same model over the same data finds them there. An entry of such a folder is written beside its place and renamed when
+it is complete, so a run that dies half-way leaves nothing that could be taken for a cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any, Self
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor, nn
+
+try:
+    import fcntl
+except ImportError:  # Windows: what killed runs left is then never cleared away, but never trusted either
+    fcntl = None  # type: ignore[assignment]
+
+FORMAT_VERSION = 1
+
+MEMORY_LIMIT = 1 << 31
+"""Bytes of features and logits above which they go to files."""
+
+Visit = Callable[[int, Tensor], None]
+Run = Callable[[Tensor, Visit], Tensor]
+
+
+class FeatureCache:
+    """What heads are trained on: reduced features of N samples at K - 1 cuts, and the full model's logits.
+
+    Parameters
+    ----------
+    features : list of K - 1 arrays (N, ...)
+        In the form that each head's ``reduce`` gives; memory-mapped ones stay on disk.
+    logits : float array (N, C)
+    dtypes : list of K - 1 torch dtypes, optional
+        What :meth:`rows` gives back, where it is not the type that the features are kept in.
+
+    Attributes
+    ----------
+    features, logits : as given; empty once closed
+    n_samples : int
+    n_bytes : int
+        Of features and logits, wherever they lie.
+    """
+
+    def __init__(
+        self, features: list[NDArray[Any]], logits: NDArray[Any], dtypes: Sequence[torch.dtype] | None = None
+    ) -> None:
+        self.features = features
+        self.logits = logits
+        self._dtypes = [None] * len(features) if dtypes is None else list(dtypes)
+
+    @property
+    def n_samples(self) -> int:
+        return len(self.logits)
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(int(array.nbytes) for array in [*self.features, self.logits])
+
+    def rows(self, k: int, indices: ArrayLike) -> Tensor:
+        """Features (B, ...) of the samples ``indices`` (B,) at exit k, on the CPU, in the type that ``reduce`` gave.
+
+        A batch is read from a file in the order in which it lies there, which is what makes random batches fast.
+        """
+        if k >= len(self.features):
+            raise IndexError(f"k must be an early exit, below {len(self.features)}; got {k} (a closed cache has none).")
+        feature, wanted = self.features[k], np.asarray(indices)
+        if isinstance(feature, np.memmap):
+            order = np.argsort(wanted, kind="stable")
+            gathered = np.empty((len(wanted), *feature.shape[1:]), feature.dtype)
+            gathered[order] = np.asarray(feature)[wanted[order]]
+        else:
+            gathered = feature[wanted]
+        return torch.from_numpy(gathered).to(self._dtypes[k])
+
+    def close(self) -> None:
+        """Give memory and temporary files back; what a folder of the caller's holds stays there."""
+        self.features, self.logits = [], self.logits[:0].copy()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"FeatureCache({len(self.features)} early exits, {self.n_samples} samples, {self.n_bytes} bytes)"
+
+
+def collect(
+    batches: Iterable[Tensor],
+    run: Run,
+    reducers: Sequence[Callable[[Tensor], Tensor]],
+    *,
+    half: bool = False,
+    memory_limit: int = MEMORY_LIMIT,
+    folder: str | os.PathLike[str] | None = None,
+    key: str | None = None,
+) -> FeatureCache:
+    """Run a backbone over all batches and keep what the heads need.
+
+    Parameters
+    ----------
+    batches : iterable of tensors (B, ...)
+        Any number of batches of any sizes. Read once where nothing is to be had from ``folder``.
+    run : callable (x, visit) -> logits (B, C)
+        Runs the backbone on a batch and calls ``visit(k, feature)`` right after cut k, once for each of the K - 1 cuts.
+        The feature is reduced and copied inside the call: operations behind the cut may overwrite it.
+    reducers : sequence of K - 1 callables
+        From a feature to what is kept of it, samples first.
+    half : bool
+        Keep features as float16.
+    memory_limit : int
+        Bytes of features and logits that may lie in memory; beyond it all of them move to temporary files without a
+        name, which vanish with the cache or the process, whichever goes first.
+    folder : path, optional
+        Keep the features there, whatever their size, and take them from there where an earlier run with the same key
+        kept them for the same data. It may serve any number of models and data sets; what it holds may be deleted at
+        any time.
+    key : str, optional
+        Of everything beside the data and ``half`` that determines the features: :func:`cache_key`. Needed with
+        ``folder`` only.
+
+    Returns
+    -------
+    FeatureCache
+
+    Raises
+    ------
+    ValueError
+        For NaN or inf in features or logits, features too large for float16, shapes or types that change from batch to
+        batch, cuts that were not visited, no samples, a folder without a key.
+
+    Notes
+    -----
+    Where ``folder`` has an entry for the model, the data are read through and hashed to see whether they are the same,
+    batch by batch, which is cheap beside running the backbone; only if they are not, are they read once more and run.
+    For that ``batches`` must be iterable again (a list, a loader). A plain iterator is not, and is never looked up.
+    """
+    if not isinstance(memory_limit, (int, np.integer)) or memory_limit < 0:
+        raise ValueError(f"memory_limit must be a number of bytes; got {memory_limit!r}.")
+    if (folder is None) != (key is None):
+        given, missing = ("key", "folder") if folder is None else ("folder", "key")
+        raise ValueError(f"folder and key go together; got {given} without {missing}. Give both (see cache_key).")
+    if folder is None or key is None:
+        with _Collecting(reducers, half) as collecting:
+            collecting.run_over(batches, run, memory_limit=memory_limit)
+            return collecting.in_memory_or_temporary()
+    shelf = _Shelf(Path(folder), _model_name(key, half, len(reducers)))
+    n_read = None
+    if shelf.has_entries() and not isinstance(batches, Iterator):
+        inputs, n_read = _inputs_hash(batches)
+        if (found := shelf.find(inputs, check=True)) is not None:
+            return found
+    with shelf.scratch() as scratch:
+        digest = _Digest()
+        with _Collecting(reducers, half) as collecting:
+            collecting.write_to(scratch)
+            collecting.run_over(batches, run, digest=digest)
+            if n_read is not None and n_read != collecting.n_samples:
+                raise ValueError(
+                    f"batches must give the same samples whenever they are read; got {n_read} when they were hashed "
+                    f"and {collecting.n_samples} when they were run. Give a source that can be read again or no folder."
+                )
+            described = collecting.described()
+        inputs = digest.result()
+        shelf.keep(scratch, inputs, described)
+    kept = shelf.find(inputs, check=False)
+    if kept is None:
+        raise OSError(f"the features written to {folder} cannot be read back. Look whether that disk is full or gone.")
+    return kept
+
+
+def cache_key(module: nn.Module, cuts: Sequence[str], reducers: Sequence[str], **settings: object) -> str:
+    """Hash of what determines features beside the data: equal keys mean equal features of equal inputs.
+
+    Parameters
+    ----------
+    module : nn.Module
+        Its structure (classes and ``repr`` of all parts), its parameters and buffers with their types, and its device.
+        The code of ``forward`` and attributes that ``repr`` does not show are not seen: name them in ``settings``.
+    cuts : sequence of K - 1 str
+    reducers : sequence of K - 1 str
+        What is done to the feature at each cut, in words that change when it does.
+    **settings
+        Anything else, by its ``repr``: preprocessing, autocast. One whose ``repr`` differs from run to run only
+        prevents reuse.
+    """
+    digest = _Digest()
+    digest.text(torch.__version__, repr(module), list(cuts), list(reducers), sorted(settings.items()))
+    for name, part in module.named_modules():
+        digest.text(name, type(part).__module__, type(part).__qualname__)
+    for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
+        digest.text(name, tensor.device.type)
+        digest.tensor(tensor)
+    return digest.result()
+
+
+# -- hashing -----------------------------------------------------------------------------------------------------------
+
+
+class _Digest:
+    """A hash fed piece by piece."""
+
+    def __init__(self) -> None:
+        self._hash = hashlib.sha256()
+
+    def text(self, *parts: object) -> None:
+        encoded = repr(parts).encode()
+        self._hash.update(f"{len(encoded)}:".encode() + encoded)
+
+    def tensor(self, tensor: Tensor) -> None:
+        self.text(str(tensor.dtype), tuple(tensor.shape))
+        self._hash.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+    def result(self) -> str:
+        return self._hash.hexdigest()
+
+
+def _inputs_hash(batches: Iterable[Tensor]) -> tuple[str, int]:
+    """Hash and number of all samples, as they are cut into batches: rounding may depend on that."""
+    digest, count = _Digest(), 0
+    with torch.inference_mode():
+        for x in batches:
+            if len(x):
+                digest.tensor(x)
+                count += len(x)
+    return digest.result(), count
+
+
+def _model_name(key: str, half: bool, n_cuts: int) -> str:
+    digest = _Digest()
+    digest.text(FORMAT_VERSION, key, bool(half), n_cuts)
+    return digest.result()
+
+
+# -- collecting --------------------------------------------------------------------------------------------------------
+
+
+class _Column:
+    """One array that grows batch by batch, in memory until it is given a file."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.count = 0
+        self.checksum = 0
+        self.file: IO[bytes] | None = None
+        self.came: torch.dtype | None = None
+        self._array: NDArray[Any] | None = None
+        self._like: NDArray[Any] = np.empty(0)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        return self._like.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.count, *self._like.shape[1:]
+
+    @property
+    def n_bytes(self) -> int:
+        return int(self._like.nbytes) * self.count
+
+    def append(self, rows: NDArray[Any], came: torch.dtype) -> None:
+        if self.came is None:
+            self.came, self._like = came, np.empty_like(rows[:1])
+        elif came != self.came or rows.shape[1:] != self._like.shape[1:]:
+            raise ValueError(
+                f"{_named(self.name)} must be alike in all batches; got {self.came} of shape "
+                f"{self._like.shape[1:]} a sample, then {came} of shape {rows.shape[1:]}. Resize the inputs to one "
+                "size."
+            )
+        if self.file is not None:
+            self._write(rows)
+        else:
+            self._store(rows)
+        self.count += len(rows)
+
+    def move_to(self, file: IO[bytes]) -> None:
+        self.file = file
+        if self._array is not None:
+            self._write(self._array[: self.count])
+            self._array = None
+
+    def whole(self) -> NDArray[Any]:
+        """All rows: the array itself, or its file mapped read-only."""
+        if self.file is not None:
+            self.file.flush()
+            return np.memmap(self.file, self.dtype, mode="r", shape=self.shape)
+        assert self._array is not None
+        array, self._array = self._array, None
+        array.resize(self.shape, refcheck=False)
+        return array
+
+    def _store(self, rows: NDArray[Any]) -> None:
+        if self._array is None:
+            self._array = np.empty_like(rows, order="C")
+        room = len(self._array)
+        if self.count + len(rows) > room:
+            # In place: the operating system moves large arrays without a second copy.
+            self._array.resize((max(self.count + len(rows), room + room // 8), *rows.shape[1:]), refcheck=False)
+        self._array[self.count : self.count + len(rows)] = rows
+
+    def _write(self, rows: NDArray[Any]) -> None:
+        assert self.file is not None
+        content = np.ascontiguousarray(rows).reshape(-1).view(np.uint8).data
+        self.file.write(content)
+        self.checksum = zlib.crc32(content, self.checksum)
+
+
+class _Collecting:
+    """A run over the data, with the columns that it fills: K - 1 of features, one of logits."""
+
+    def __init__(self, reducers: Sequence[Callable[[Tensor], Tensor]], half: bool) -> None:
+        self.reducers, self.half = reducers, half
+        self.columns = [_Column(f"features_{k}") for k in range(len(reducers))] + [_Column("logits")]
+        self.n_samples = 0
+        self._files = ExitStack()
+        self._size = 0
+        self._visited: list[int] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._files.close()
+
+    def run_over(
+        self,
+        batches: Iterable[Tensor],
+        run: Run,
+        *,
+        memory_limit: float = np.inf,
+        digest: _Digest | None = None,
+    ) -> None:
+        """Fill the columns; they go to files without names, which no crash can leave behind, beyond the limit."""
+        with torch.inference_mode():
+            for x in batches:
+                if not len(x):
+                    continue
+                if digest is not None:
+                    digest.tensor(x)
+                self._run_one(x, run)
+                if self.columns[-1].file is None and sum(column.n_bytes for column in self.columns) > memory_limit:
+                    for column in self.columns:
+                        file = tempfile.TemporaryFile(prefix="adaptexit-")  # noqa: SIM115
+                        column.move_to(self._files.enter_context(file))
+        if not self.n_samples:
+            raise ValueError("X holds no samples; give at least one.")
+
+    def write_to(self, folder: Path) -> None:
+        for column in self.columns:
+            file = open(folder / f"{column.name}.bin", "wb")  # noqa: SIM115
+            column.move_to(self._files.enter_context(file))
+
+    def in_memory_or_temporary(self) -> FeatureCache:
+        *features, logits = [column.whole() for column in self.columns]
+        return FeatureCache(features, logits, self._dtypes())
+
+    def described(self) -> list[dict[str, Any]]:
+        """Name, type, shape and checksum of what was written, as JSON holds them."""
+        return [
+            {
+                "name": column.name, "dtype": column.dtype.str, "shape": column.shape, "checksum": column.checksum,
+                "came": str(column.came).removeprefix("torch."),
+            }
+            for column in self.columns
+        ]  # fmt: skip
+
+    def _dtypes(self) -> list[torch.dtype]:
+        return [column.came for column in self.columns[:-1] if column.came is not None]
+
+    def _run_one(self, x: Tensor, run: Run) -> None:
+        self._size, self._visited = len(x), []
+        logits = run(x, self._visit)
+        if sorted(self._visited) != list(range(len(self.reducers))):
+            raise ValueError(
+                f"run must visit each of the cuts 0 ... {len(self.reducers) - 1} once a batch; it visited "
+                f"{self._visited}. Look whether the network reaches every cut on every input."
+            )
+        if logits.ndim != 2 or len(logits) != len(x):
+            raise ValueError(
+                f"the full model must answer {len(x)} samples with logits of shape ({len(x)}, C); got shape "
+                f"{tuple(logits.shape)}."
+            )
+        self._add(self.columns[-1], logits if logits.dtype == torch.float64 else logits.float())
+        self.n_samples += len(x)
+
+    def _visit(self, k: int, feature: Tensor) -> None:
+        self._visited.append(k)
+        if not 0 <= k < len(self.reducers):
+            return  # named with all the others once the batch is through
+        reduced = self.reducers[k](feature)
+        if reduced.ndim < 1 or len(reduced) != self._size:
+            raise ValueError(
+                f"the reduced feature of exit {k} must have one row for each of the {self._size} samples; got shape "
+                f"{tuple(reduced.shape)}. reduce must keep the samples first."
+            )
+        self._add(self.columns[k], reduced, self.half)
+
+    def _add(self, column: _Column, tensor: Tensor, half: bool = False) -> None:
+        kept = tensor
+        if tensor.is_floating_point():
+            if not _all_finite(tensor):
+                raise ValueError(
+                    f"{_named(column.name)} must be finite; got NaN or infinity. Look for NaN or inf in the weights, "
+                    "or for an overflow where the model runs in half precision."
+                )
+            kept = tensor.half() if half else tensor.float() if tensor.dtype == torch.bfloat16 else tensor
+            if half and not _all_finite(kept):
+                raise ValueError(
+                    f"{_named(column.name)} must fit into float16 (at most 65504 in size) with half=True; got "
+                    f"{float(tensor.abs().max()):.6g}. Leave half off."
+                )
+        column.append(kept.detach().cpu().numpy(), tensor.dtype)
+
+
+def _named(column: str) -> str:
+    return "logits of the full model" if column == "logits" else f"features of exit {column.removeprefix('features_')}"
+
+
+def _all_finite(tensor: Tensor) -> bool:
+    # The sum is finite only if every entry is; only where it is not are the entries looked at.
+    return bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+
+
+# -- keeping -----------------------------------------------------------------------------------------------------------
+
+
+class _Shelf:
+    """The entries of one model in a folder: a sub-folder for every data set, each there whole or not at all."""
+
+    def __init__(self, folder: Path, model: str) -> None:
+        if folder.exists() and not folder.is_dir():
+            raise NotADirectoryError(f"folder must be a folder or new; {folder} is a file. Choose another.")
+        self.folder, self.model = folder.absolute(), model
+
+    def has_entries(self) -> bool:
+        return any(self.folder.glob(f"{self.model[:24]}-*/header.json"))
+
+    def find(self, inputs: str, *, check: bool) -> FeatureCache | None:
+        """The entry for these data; None where there is none or, as far as it is checked, a damaged one."""
+        entry = self._entry(inputs)
+        try:
+            header = json.loads((entry / "header.json").read_text())
+            described = header["described"]
+            if header["checksum"] != _checksum(described):
+                return None
+            if (described["model"], described["inputs"]) != (self.model, inputs):
+                return None
+            arrays = [_mapped(entry, column, check) for column in described["columns"]]
+            dtypes = [getattr(torch, column["came"]) for column in described["columns"][:-1]]
+        except (OSError, ValueError, LookupError, TypeError):
+            return None
+        return FeatureCache(arrays[:-1], arrays[-1], dtypes)
+
+    @contextmanager
+    def scratch(self) -> Iterator[Path]:
+        """A folder to write to that is gone when the block ends; those that killed runs left are cleared away."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self.folder / ".lock", "a") as lock:
+            if fcntl is not None:
+                with suppress(OSError):  # raised while another run writes: its scratch folder is then let alone
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    for left in self.folder.glob(".partial-*"):
+                        shutil.rmtree(left, ignore_errors=True)
+                with suppress(OSError):
+                    fcntl.flock(lock, fcntl.LOCK_SH)
+            workshop = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
+            try:
+                (workshop / "new").mkdir()
+                yield workshop / "new"
+            finally:
+                shutil.rmtree(workshop, ignore_errors=True)
+
+    def keep(self, scratch: Path, inputs: str, columns: list[dict[str, Any]]) -> None:
+        """Finish what was written to ``scratch`` and put it in its place, instead of what lies there."""
+        described = {"format": FORMAT_VERSION, "model": self.model, "inputs": inputs, "columns": columns}
+        header = {"described": described, "checksum": _checksum(described)}
+        (scratch / "header.json").write_text(json.dumps(header, indent=2))
+        entry = self._entry(inputs)
+        if entry.exists():
+            os.replace(entry, scratch.parent / "old")
+        os.replace(scratch, entry)
+
+    def _entry(self, inputs: str) -> Path:
+        return self.folder / f"{self.model[:24]}-{inputs[:24]}"
+
+
+def _mapped(entry: Path, column: dict[str, Any], check: bool) -> NDArray[Any]:
+    path = entry / f"{column['name']}.bin"
+    array = np.memmap(path, np.dtype(column["dtype"]), mode="r", shape=tuple(column["shape"]))
+    if path.stat().st_size != array.nbytes:
+        raise ValueError(f"{path} has another size than its header says.")
+    if check and zlib.crc32(array.reshape(-1).view(np.uint8).data) != column["checksum"]:
+        raise ValueError(f"{path} is damaged.")
+    return array
+
+
+def _checksum(described: Any) -> int:
+    return zlib.crc32(json.dumps(described, sort_keys=True).encode())

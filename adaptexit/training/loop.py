@@ -1,0 +1,168 @@
+"""The one training loop: minibatches of row numbers, AdamW on a cosine schedule, a loss that the caller defines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from sklearn.utils import check_random_state
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import CosineAnnealingLR
+from tqdm import tqdm
+
+
+def minimise(
+    loss: Callable[[Tensor], Tensor],
+    modules: Sequence[nn.Module],
+    n_samples: int,
+    *,
+    epochs: int,
+    lr: float,
+    weight_decay: float = 0.0,
+    batch_size: int = 256,
+    parameters: Sequence[nn.Parameter] | None = None,
+    training: bool = True,
+    sample_weight: ArrayLike | None = None,
+    random_state: Any = 0,
+    verbose: int = 0,
+    description: str = "training",
+) -> list[list[float]]:
+    """Train ``parameters`` of ``modules`` in place by AdamW, its learning rate falling to 0 along a half cosine.
+
+    Equal arguments give bit-equal weights on the CPU. Torch's global random state is left as it was, and so is whether
+    a parameter requires gradients; every part of ``modules`` is in evaluation mode afterwards, also after an error.
+
+    Parameters
+    ----------
+    loss : callable, from row numbers (B,) int64 in 0 ... n_samples - 1 to a scalar or to (T,)
+        Mean losses of the batch: one, or T terms whose sum is minimised.
+    modules : sequence of nn.Module
+    n_samples : int
+    epochs, batch_size : int
+        An epoch visits ``n_samples`` rows. A last batch of one row joins the batch before it.
+    lr, weight_decay : float
+        Learning rate at the start, and AdamW's decoupled decay.
+    parameters : sequence of nn.Parameter, optional
+        All of ``modules`` unless given; nothing else gets a gradient.
+    training : bool
+        Whether ``modules`` train in training mode (dropout, batch statistics) or in evaluation mode.
+    sample_weight : array (n_samples,), optional
+        Rows are then drawn with replacement, with probabilities in proportion; otherwise each comes once an epoch.
+    random_state : int, RandomState or None
+    verbose : int
+        From 1 on, a bar over epochs.
+    description : str
+        Of the bar, and of the error.
+
+    Returns
+    -------
+    list of ``epochs`` lists of T floats
+        Mean of each term over the rows of an epoch, as met while training.
+
+    Raises
+    ------
+    FloatingPointError
+        Once a loss is NaN or infinite: names the epoch and the term.
+    """
+    everything = (parameter for module in modules for parameter in module.parameters())
+    trained = list(dict.fromkeys(everything if parameters is None else parameters))
+    if not trained:
+        raise ValueError(f"{description} needs parameters to train; got none. Give modules that have some.")
+    seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
+    order = torch.Generator().manual_seed(seed)
+    probabilities = None if sample_weight is None else _checked_weights(sample_weight, n_samples)
+    optimizer = torch.optim.AdamW(trained, lr, weight_decay=weight_decay)
+    schedule = CosineAnnealingLR(optimizer, epochs * len(_batches(torch.arange(n_samples), batch_size)))
+    history = []
+    with _only(trained, modules), _mode(modules, training), _seeded(seed, trained), torch.enable_grad():
+        for epoch in tqdm(range(epochs), desc=description, disable=verbose < 1):
+            total = torch.zeros(())
+            for rows in _batches(_order(n_samples, probabilities, order), batch_size):
+                terms = loss(rows).reshape(-1)
+                terms.sum().backward(inputs=trained)
+                optimizer.step()
+                optimizer.zero_grad()
+                schedule.step()
+                total = total + terms.detach() * len(rows)
+            history.append((total / n_samples).tolist())
+            if not np.isfinite(history[-1]).all():
+                _raise_diverged(description, epoch, epochs, history[-1], lr)
+    return history
+
+
+def _order(n_samples: int, probabilities: Tensor | None, generator: torch.Generator) -> Tensor:
+    if probabilities is None:
+        return torch.randperm(n_samples, generator=generator)
+    return torch.multinomial(probabilities, n_samples, replacement=True, generator=generator)
+
+
+def _batches(rows: Tensor, batch_size: int) -> list[Tensor]:
+    """Batches of ``batch_size``; a single row left over joins the last of them, as batch norm cannot take it alone."""
+    batches = list(rows.split(batch_size))
+    if len(batches) > 1 and len(batches[-1]) == 1:
+        batches[-2:] = [torch.cat(batches[-2:])]
+    return batches
+
+
+def _checked_weights(sample_weight: ArrayLike, n_samples: int) -> Tensor:
+    weights = np.asarray(sample_weight, dtype=np.float64)
+    if weights.shape != (n_samples,):
+        raise ValueError(f"sample_weight must have shape ({n_samples},), one a row; got shape {weights.shape}.")
+    if not np.isfinite(weights).all() or (weights < 0).any() or not weights.any():
+        raise ValueError(
+            "sample_weight must be finite and not negative, with one above 0; got values from "
+            f"{weights.min()} to {weights.max()}."
+        )
+    return torch.from_numpy(weights / weights.sum())
+
+
+def _raise_diverged(description: str, epoch: int, epochs: int, terms: list[float], lr: float) -> None:
+    bad = int(np.argmin(np.isfinite(terms)))
+    which = f"term {bad} of the loss" if len(terms) > 1 else "the loss"
+    raise FloatingPointError(
+        f"{description}: {which} became {terms[bad]} in epoch {epoch + 1} of {epochs} at lr={lr:g}. Lower lr, or look "
+        "for features of very different sizes."
+    )
+
+
+@contextmanager
+def _only(trained: Sequence[nn.Parameter], modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Gradients for ``trained`` and no other parameter; none is left behind."""
+    chosen = {id(parameter) for parameter in trained}
+    before = {p: p.requires_grad for p in [*trained, *(p for module in modules for p in module.parameters())]}
+    for parameter in before:
+        parameter.requires_grad_(id(parameter) in chosen)
+    try:
+        yield
+    finally:
+        for parameter, required in before.items():
+            parameter.requires_grad_(required)
+        for parameter in trained:
+            parameter.grad = None
+
+
+@contextmanager
+def _mode(modules: Sequence[nn.Module], training: bool) -> Iterator[None]:
+    for module in modules:
+        module.train(training)
+    try:
+        yield
+    finally:
+        for module in modules:
+            module.eval()
+
+
+@contextmanager
+def _seeded(seed: int, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Dropout and the like from ``seed``; the random states of the CPU and of the GPUs in use are given back."""
+    gpus = sorted({p.device.index for p in trained if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=gpus):
+        # torch.manual_seed would seed every GPU, also those whose state is not given back.
+        torch.default_generator.manual_seed(seed)
+        for index in gpus:
+            torch.cuda.default_generators[index].manual_seed(seed)
+        yield
