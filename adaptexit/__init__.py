@@ -14,13 +14,18 @@ if TYPE_CHECKING:
     from adaptexit.core.frontier import OperatingPoint, ParetoFrontier
     from adaptexit.core.outputs import ExitOutputs
     from adaptexit.displays import JobRatioDisplay, ParetoDisplay
+    from adaptexit.multi_exit import CalibrationWarning, MultiExitClassifier
     from adaptexit.persistence import load
+    from adaptexit.training import FrozenRecipe
 
 __version__ = "0.1.0"
 
 _HOMES = {
     "CascadeSaver": "adaptexit.cascade",
     "SaverWarning": "adaptexit.cascade",
+    "MultiExitClassifier": "adaptexit.multi_exit",
+    "CalibrationWarning": "adaptexit.multi_exit",
+    "FrozenRecipe": "adaptexit.training",
     "ThresholdCalibrator": "adaptexit.calibrators",
     "ExitOutputs": "adaptexit.core.outputs",
     "OperatingPoint": "adaptexit.core.frontier",
@@ -31,9 +36,12 @@ _HOMES = {
 }
 
 __all__ = [
+    "CalibrationWarning",
     "CascadeSaver",
     "ExitOutputs",
+    "FrozenRecipe",
     "JobRatioDisplay",
+    "MultiExitClassifier",
     "OperatingPoint",
     "ParetoDisplay",
     "ParetoFrontier",

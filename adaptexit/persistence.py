@@ -19,7 +19,12 @@ from adaptexit.core.outputs import ExitOutputs
 
 FORMAT_VERSION = 1
 
-HOMES = {"CascadeSaver": "adaptexit.cascade", "ThresholdCalibrator": "adaptexit.calibrators"}
+HOMES = {
+    "CascadeSaver": "adaptexit.cascade",
+    "MultiExitClassifier": "adaptexit.multi_exit",
+    "ThresholdCalibrator": "adaptexit.calibrators",
+    "FrozenRecipe": "adaptexit.training",
+}
 """The closed registry: classes that a folder may name, and the module of each."""
 
 

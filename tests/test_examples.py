@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from PIL import Image
 from safetensors.torch import save_file
@@ -72,3 +73,57 @@ def test_cascade_cifar10_on_pictures_of_noise(tmp_path):
         assert f"ResNet-{depth}: {macs} M MACs" in printed
     assert [row[0] for row in rows_of(printed)] == [1.0, 0.5, 0.1, 0.0]
     assert (tmp_path / "curve.png").stat().st_size > 5000
+
+
+@pytest.fixture(scope="module")
+def squares(tmp_path_factory):
+    """An image folder of four classes, told by where a square lies and, for half of the images, hard to see."""
+    folder = tmp_path_factory.mktemp("squares")
+    rng = np.random.default_rng(0)
+    for split, n in (("train", 30), ("val", 15), ("test", 15)):
+        for k in range(4):
+            (folder / split / f"class{k}").mkdir(parents=True)
+            for i in range(n):
+                image = rng.integers(0, 120, (40, 48, 3))
+                image[10 * (k // 2) + 5 :, 12 * (k % 2) + 5 :][:10, :10] += 20 if i % 2 else 130
+                Image.fromarray(image.astype(np.uint8)).save(folder / split / f"class{k}" / f"{i}.png")
+    return folder
+
+
+def checkpoint_of(n_classes, path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = timm.create_model("test_resnet", num_classes=n_classes)
+    save_file(net.state_dict(), path)
+    return path
+
+
+def retrofit(squares, folder, n_classes, *more):
+    checkpoint = checkpoint_of(n_classes, folder / "model.safetensors")
+    given = ("--model", "test_resnet", "--data", squares, "--checkpoint", checkpoint, "--num-classes", n_classes)
+    return run("retrofit.py", *given, "--out", "curve.png", *more, folder=folder)[0]
+
+
+def alone(printed):
+    """Name, accuracy and relative cost of every exit when it answers for everybody."""
+    lines = re.findall(r"^(\S+|full model): accuracy ([\d.]+) \((?:val|test)\) at ([\d.]+)", printed, re.MULTILINE)
+    return [(name, float(accuracy), float(cost)) for name, accuracy, cost in lines]
+
+
+def test_retrofit_with_the_folders_classes(squares, tmp_path):
+    printed = retrofit(squares, tmp_path, 4, "--exits", "layer1", "layer3", "--head", "refined_prototype")
+    exits = alone(printed)
+    assert [name for name, _, _ in exits] == ["layer1", "layer3", "full model"]
+    assert 0 < exits[0][2] < exits[1][2] < exits[2][2] == 1
+    assert "(test)" in printed
+    assert re.search(r"^   1\.0 \| ", printed, re.MULTILINE)
+    with Image.open(tmp_path / "curve.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 5
+
+
+def test_retrofit_of_a_model_with_other_classes(squares, tmp_path):
+    """The heads learn the model's answers: the full model agrees with itself, and the numbers are those of val."""
+    exits = alone(printed := retrofit(squares, tmp_path, 11))
+    assert exits[-1] == ("full model", 1.0, 1.0)
+    assert len(exits) >= 2
+    assert "(test)" not in printed

@@ -1,0 +1,74 @@
+"""Multi-layer perceptrons for tables, with the weights of scikit-learn's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+from sklearn.neural_network import MLPClassifier
+from torch import Tensor, nn
+
+_ACTIVATIONS: dict[str, type[nn.Module]] = {
+    "relu": nn.ReLU, "tanh": nn.Tanh, "logistic": nn.Sigmoid, "identity": nn.Identity,
+}  # fmt: skip
+
+
+class MLP(nn.Module):
+    """Hidden layers of the given widths and a linear output; input (N, widths[0]), output (N, n_classes).
+
+    Parameters
+    ----------
+    widths : sequence of int
+        Number of inputs, then of units of every hidden layer.
+    n_classes : int
+    activation : {"relu", "tanh", "logistic", "identity"}
+
+    Attributes
+    ----------
+    feature_info : list of dict
+        Module and width of each hidden layer, in timm's form.
+    """
+
+    def __init__(self, widths: Sequence[int], n_classes: int, activation: str = "relu") -> None:
+        super().__init__()
+        self.hidden = nn.Sequential(
+            *(nn.Sequential(nn.Linear(*pair), _ACTIVATIONS[activation]()) for pair in pairwise(widths))
+        )
+        self.output = nn.Linear(widths[-1], n_classes)
+        self.feature_info = [{"module": f"hidden.{i}", "num_chs": width} for i, width in enumerate(widths[1:])]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.output(self.hidden(x.to(self.output.weight.dtype)))  # tables may hold integers
+
+
+def describe_mlp(classifier: MLPClassifier) -> dict[str, Any]:
+    """What :class:`MLP` has to be given to take the weights of a fitted classifier, as a JSON value."""
+    return {
+        "widths": [int(weights.shape[0]) for weights in classifier.coefs_],
+        "n_classes": len(classifier.classes_),
+        "activation": classifier.activation,
+    }
+
+
+def mlp_of(classifier: MLPClassifier) -> MLP:
+    """The same function as a fitted single-label MLPClassifier before its softmax, in its precision.
+
+    A classifier of two classes has one output z; here their logits are 0 and z.
+    """
+    with torch.random.fork_rng(devices=[]):
+        made = MLP(**describe_mlp(classifier)).to(torch.from_numpy(classifier.coefs_[0][:0]).dtype)
+    layers = [part for part in made.modules() if isinstance(part, nn.Linear)]
+    weights, biases = list(classifier.coefs_), list(classifier.intercepts_)
+    if weights[-1].shape[1] < made.output.out_features:
+        if made.output.out_features > 2:
+            raise ValueError("backbone must be an MLPClassifier for one label a sample; got one for several labels.")
+        weights[-1] = np.hstack([np.zeros_like(weights[-1]), weights[-1]])
+        biases[-1] = np.hstack([np.zeros_like(biases[-1]), biases[-1]])
+    with torch.no_grad():
+        for layer, weight, bias in zip(layers, weights, biases, strict=True):
+            layer.weight.copy_(torch.from_numpy(weight.T.copy()))
+            layer.bias.copy_(torch.from_numpy(bias.copy()))
+    return made.eval()

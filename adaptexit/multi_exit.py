@@ -1,0 +1,461 @@
+"""A pretrained model with early exits: heads at some of its modules, thresholds, and a budget at predict time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import clone
+from sklearn.neural_network import MLPClassifier
+from sklearn.utils.validation import check_is_fitted
+from torch import Tensor, nn
+
+from adaptexit.backbones.mlp import MLP, describe_mlp, mlp_of
+from adaptexit.calibrators.base import Calibrator
+from adaptexit.core.outputs import ExitOutputs
+from adaptexit.core.scores import resolve_score
+from adaptexit.data import Batches, as_batches, is_stream, split_pair
+from adaptexit.estimator import AdaptiveClassifier, below, unchanged_on_failure
+from adaptexit.labels import class_indices, hold_out
+from adaptexit.models import TorchModel, build_model, is_fitted, is_scikit, restore_model
+from adaptexit.network import (
+    BranchedNetwork,
+    NativeNetwork,
+    Network,
+    feature_specs,
+    is_native,
+    new_heads,
+    staged_backbone,
+)
+from adaptexit.staging.executor import MEMORY_LIMIT, StagedModel, record
+from adaptexit.staging.modes import evaluating
+from adaptexit.training import FeatureCache, Recipe, cache_key, collect, recipe_of
+
+CACHE_MEMORY = 1 << 30
+"""Bytes of cached features above which they move to disk."""
+
+
+class CalibrationWarning(UserWarning):
+    """Thresholds come from data that the backbone may have been trained on."""
+
+
+class MultiExitClassifier(AdaptiveClassifier):
+    """Early exits on a frozen model: a head after some of its modules, and samples that stop at the first sure one.
+
+    The backbone's forward is cut at the exits and runs stage by stage; a sample that leaves is no longer computed. The
+    heads are trained on features recorded in one pass over the data. One calibration finds the thresholds for every
+    budget; which one is used is chosen at predict time.
+
+    Parameters
+    ----------
+    backbone : str, callable, nn.Module, list of nn.Module, or MLPClassifier
+        The trained model: a timm name (made with its pretrained weights), a factory of a module or a module that
+        answers with logits (B, C); modules are frozen and shared, not copied. A list of modules is a model given as
+        its stages, for what cannot be cut. A module built with exits (``stages`` and ``heads``, ModuleLists of equal
+        length) is taken as trained with its heads: ``fit`` only calibrates it. For tables: scikit-learn's
+        MLPClassifier, cloned and fitted on the part held in unless it is fitted; "mlp" is one with four layers of 64.
+    exits : "auto", int or list of str, default="auto"
+        Dotted names of the modules to answer after, in execution order (``adaptexit.staging.list_cuts`` shows what
+        there is); a number of exits to choose at even cost; "auto" is 3.
+    head : str or callable, default="mlp"
+        What answers at a cut: "mlp", "conv", "prototype", "refined_prototype" (see ``adaptexit.heads``), or a factory
+        ``(FeatureSpec, n_classes) -> nn.Module``.
+    recipe : "frozen" or Recipe, default="frozen"
+        How the heads are trained. "frozen" is ``FrozenRecipe()``: cross-entropy, the backbone untouched.
+    calibrator : Calibrator, optional
+        ``ThresholdCalibrator()`` unless given.
+    confidence : {"auto", "max_proba", "entropy", "margin"} or callable, default="auto"
+        From logits (B, C) to one number a sample, larger = surer. "auto" is a head's own confidence where it has one
+        and the largest probability elsewhere.
+    budget : float, optional
+        Mean relative cost (1 = the backbone alone) to keep to when ``predict`` gets none.
+    cost : {"macs", "latency"} or sequence of K floats, default="macs"
+        Costs of stages and heads, counted or measured on the first batch. Numbers are what a sample has spent at each
+        exit, rising, the full model last; the heads are then free.
+    preprocess : "auto", None or callable, default="auto"
+        From a batch of inputs to what the backbone takes. "auto" is timm's data config for timm models (inputs are
+        images in [0, 1], resized and normalised) and nothing for others.
+    layout : str or dict, optional
+        Of the features, "NCHW", "NHWC", "NLC", "NCL" or "NC", for all cuts or by cut, where it cannot be told.
+    classes : sequence of C labels, optional
+        Labels in the order of the logits; 0 ... C-1 unless given.
+    calibration_size : float, default=0.25
+        Share of the samples given to ``fit`` that heads are not trained on, for calibration.
+    cache_dir : path, optional
+        Where features are kept for later runs with the same backbone, exits and data; otherwise they last as long as
+        the fit, in memory or, beyond ``cache_memory`` bytes, in temporary files.
+    cache_memory : int, default=2**30
+    cache_half : bool, default=False
+        Keep features in half precision.
+    batch_size : int, default=128
+        For arrays and datasets, and for merged survivors; loaders bring their own.
+    memory_limit : int, default=2**30
+        Bytes that survivors waiting for a full batch may hold.
+    device : str, optional
+        Where a backbone made from a name or factory goes; modules stay where they are, and data follow them.
+    random_state : int, default=0
+        Seed of the hold-out split, of the heads' weights and of their training.
+    verbose : int, default=0
+        At 1 long work shows a progress bar.
+
+    Attributes
+    ----------
+    classes_ : array (C,)
+    exits_ : list of K-1 str
+        Where the early exits are.
+    calibrator_ : the fitted calibrator
+    outputs_ : ExitOutputs
+        What every exit answered on the calibration data.
+    history_ : dict
+        Losses of the heads' training.
+    self_calibrated_ : bool
+        Whether the thresholds come from data given to ``fit`` rather than to ``calibrate``.
+    cost_unit_ : "MACs", "seconds" or "given"
+
+    Examples
+    --------
+    >>> model = MultiExitClassifier("resnet18", exits=["layer1", "layer2", "layer3"])  # doctest: +SKIP
+    >>> model.fit(train_images, train_labels).calibrate(val_images, val_labels)  # doctest: +SKIP
+    >>> model.predict(images, budget=0.5)  # doctest: +SKIP
+
+    Notes
+    -----
+    Without labels the heads learn the backbone's own predictions, and accuracy then means agreement with it.
+
+    Calibrate on data that the backbone was not trained on: on its training data it, and what is trained on its
+    features, is too sure. Where ``calibrate`` is not called, part of what ``fit`` got serves, and a
+    :class:`CalibrationWarning` says so when the thresholds are used (a classifier fitted here has not seen that part).
+    """
+
+    exits_: list[str]
+    history_: dict[str, Any]
+    self_calibrated_: bool
+    _network: Network
+
+    def __init__(
+        self,
+        backbone: Any,
+        exits: Any = "auto",
+        *,
+        head: str | Callable[..., nn.Module] = "mlp",
+        recipe: str | Recipe = "frozen",
+        calibrator: Calibrator | None = None,
+        confidence: str | Callable[[Any], Any] = "auto",
+        budget: float | None = None,
+        cost: Any = "macs",
+        preprocess: Any = "auto",
+        layout: Any = None,
+        classes: Any = None,
+        calibration_size: float = 0.25,
+        cache_dir: Any = None,
+        cache_memory: int = CACHE_MEMORY,
+        cache_half: bool = False,
+        batch_size: int = 128,
+        memory_limit: int = MEMORY_LIMIT,
+        device: str | None = None,
+        random_state: int = 0,
+        verbose: int = 0,
+    ) -> None:
+        self.backbone = backbone
+        self.exits = exits
+        self.head = head
+        self.recipe = recipe
+        self.calibrator = calibrator
+        self.confidence = confidence
+        self.budget = budget
+        self.cost = cost
+        self.preprocess = preprocess
+        self.layout = layout
+        self.classes = classes
+        self.calibration_size = calibration_size
+        self.cache_dir = cache_dir
+        self.cache_memory = cache_memory
+        self.cache_half = cache_half
+        self.batch_size = batch_size
+        self.memory_limit = memory_limit
+        self.device = device
+        self.random_state = random_state
+        self.verbose = verbose
+
+    # -- learning ------------------------------------------------------------------------------------------------------
+
+    def fit(self, X: Any, y: Any = None) -> MultiExitClassifier:
+        """Cut the backbone, train its heads, and calibrate on the part of the data held out from that.
+
+        Parameters
+        ----------
+        X : array (N, ...), Dataset or DataLoader of (x, y) or x, or a pair (X, y)
+            A loader may shuffle.
+        y : array (N,), optional
+            Without labels the backbone's predictions take their place.
+
+        Raises
+        ------
+        ValueError, TypeError
+            For bad data or parameters (SplitError where the backbone cannot be cut); the estimator is left as it was.
+        """
+        with unchanged_on_failure(self):
+            recipe = recipe_of(self.recipe)
+            X, y, mlp = self._fitted_mlp(X, y)
+            given = self.backbone if mlp is None else mlp_of(mlp)
+            batches = as_batches(X, y, batch_size=self.batch_size, labels=None, ordered=False)
+            model = build_model(_as_module(given), self.preprocess, "backbone", self.device)
+            if not isinstance(model, TorchModel):
+                raise TypeError(
+                    "backbone must be a module, or scikit-learn's MLPClassifier: other classifiers have no stages to "
+                    f"stop between; got {given!r}. Use CascadeSaver for them."
+                )
+            self._mlp = mlp if mlp is None else describe_mlp(mlp)
+            self._fitted_classes = None if mlp is None else mlp.classes_
+            self._unseen = mlp is not None and not is_fitted(_as_mlp(self.backbone))
+            example = batches.first()
+            with evaluating([model.module]):
+                width = _width(model, example[:1])
+                classes = self._known_classes(width)
+                self._network = self._built(model, example, len(classes))
+            if isinstance(self._network, NativeNetwork):
+                self.history_, self.self_calibrated_ = {}, False
+                return self._calibrate(batches)
+            return self._train(self._network, recipe, batches, classes)
+
+    def calibrate(self, X: Any, y: Any = None) -> MultiExitClassifier:
+        """Calibrate on other data (as for :meth:`fit`); the backbone and its heads stay as they are."""
+        check_is_fitted(self)
+        with unchanged_on_failure(self):
+            X, y = split_pair(X, y)
+            X, y = self._validated(X, y, reset=False) if y is not None else (self._validated_inputs(X), None)
+            self.self_calibrated_ = False
+            return self._calibrate(as_batches(X, y, batch_size=self.batch_size, labels=None, ordered=False))
+
+    def _fitted_mlp(self, X: Any, y: Any) -> tuple[Any, Any, MLPClassifier | None]:
+        """Checked data and, for tables, the fitted classifier whose layers are the backbone."""
+        X, y = split_pair(X, y)
+        mlp = _as_mlp(self.backbone)
+        if mlp is None:
+            return X, y, None
+        if is_stream(X):
+            raise ValueError(
+                f"X must be an array where the backbone is a classifier for tables; got a {type(X).__name__}. Give "
+                "arrays."
+            )
+        X, y = self._validated(X, y, reset=True)
+        if is_fitted(mlp):
+            return X, y, mlp
+        held_in, _ = hold_out(y, self.calibration_size, self.random_state)
+        mlp = clone(mlp)
+        if mlp.random_state is None:
+            mlp.set_params(random_state=self.random_state)
+        return X, y, mlp.fit(X[held_in], y[held_in])
+
+    def _built(self, model: TorchModel, example: Tensor, n_classes: int) -> Network:
+        """The network with new heads."""
+        given_as_stages = isinstance(self.backbone, (list, tuple))
+        if is_native(model.module) or given_as_stages:
+            if not (isinstance(self.exits, str) and self.exits == "auto"):
+                raise ValueError(
+                    f"exits must be 'auto' for a network built with exits or given as its stages; got {self.exits!r}."
+                )
+            if not given_as_stages:
+                return NativeNetwork(model)
+        prepared = model.prepare(example)
+        parts = staged_backbone(model.module, None if given_as_stages else self.exits, prepared)
+        specs = feature_specs(parts, prepared, self.layout)
+        return BranchedNetwork(model, parts, new_heads(self.head, specs, model, n_classes, self.random_state))
+
+    def _train(
+        self, network: BranchedNetwork, recipe: Recipe, batches: Batches, classes: NDArray[Any]
+    ) -> MultiExitClassifier:
+        calibrator = self._fresh_calibrator()
+        with evaluating(network.modules):
+            costs, unit = self._costs(batches.first())
+        with self._cached(network, batches) as cache:
+            answered = cache.logits.argmax(axis=1)
+            labels = class_indices(batches.labels, classes) if batches.labelled else answered
+            if len(labels) != len(answered):
+                raise ValueError(
+                    f"X must give a label for every sample or for none; got {len(labels)} of {len(answered)}."
+                )
+            held_in, held_out = hold_out(labels, self.calibration_size, self.random_state)
+            self.history_ = recipe.train(
+                network.heads, cache, held_in, labels[held_in], random_state=self.random_state, verbose=self.verbose
+            )
+            batch = torch.from_numpy(held_out).split(self.batch_size)
+            with evaluating(network.modules):
+                staged = network.staged_on(cache, *self._confidences())
+                predictions, scores, logits = record(staged, batch, keep_logits=calibrator.needs_logits)
+        outputs = ExitOutputs(
+            predictions=predictions, scores=scores, labels=labels[held_out], n_classes=len(classes), logits=logits,
+            chained=network.chained, **costs,
+        )  # fmt: skip
+        self.self_calibrated_ = True
+        return self._keep(calibrator, outputs, classes, unit)
+
+    def _cached(self, network: BranchedNetwork, batches: Batches) -> FeatureCache:
+        key = None
+        if self.cache_dir is not None:
+            key = cache_key(
+                network.split.module, network.split.cuts, network.reductions, preprocess=network.model.preprocess
+            )
+        with evaluating(network.modules), self._progress(batches, "recording features") as shown:
+            return collect(
+                shown, network.collect_run, [head.reduce for head in network.heads],
+                half=self.cache_half, memory_limit=self.cache_memory, folder=self.cache_dir, key=key,
+            )  # fmt: skip
+
+    def _calibrate(self, batches: Batches) -> MultiExitClassifier:
+        calibrator = self._fresh_calibrator()
+        with evaluating(self._modules()):
+            classes = self._known_classes(_width(self._network.model, batches.first()[:1]))
+            costs, unit = self._costs(batches.first())
+        outputs = self._recorded(
+            batches, classes, calibrator.needs_logits, "calibrating", chained=self._network.chained, **costs
+        )
+        return self._keep(calibrator, outputs, classes, unit)
+
+    def _keep(
+        self, calibrator: Calibrator, outputs: ExitOutputs, classes: NDArray[Any], unit: str
+    ) -> MultiExitClassifier:
+        calibrator.fit(outputs)
+        if self.budget is not None:
+            calibrator.operating_point(self.budget)
+        self.classes_, self.outputs_, self.calibrator_, self.cost_unit_ = classes, outputs, calibrator, unit
+        self.exits_ = self._network.exit_names[:-1]
+        return self
+
+    def _known_classes(self, width: int) -> NDArray[Any]:
+        known = self._fitted_classes
+        if self.classes is None:
+            return np.arange(width) if known is None else known
+        classes = np.asarray(self.classes)
+        if classes.shape != (width,) or len(np.unique(classes)) != width:
+            raise ValueError(f"classes must be {width} different labels, one a logit; got {self.classes!r}.")
+        if known is not None and not np.array_equal(classes, known):
+            raise ValueError(f"classes must be those of the classifier, {known.tolist()}; got {classes.tolist()}.")
+        return classes
+
+    def _costs(self, x: Tensor) -> tuple[dict[str, Any], str]:
+        n_exits = len(self._network.exit_names)
+        if isinstance(self.cost, str):
+            if self.cost not in ("macs", "latency"):
+                raise ValueError(f"cost must be 'macs', 'latency' or a sequence of numbers; got {self.cost!r}.")
+            unit = "MACs" if self.cost == "macs" else "seconds"
+            stage_costs, exit_costs = self._network.costs(x[:1] if unit == "MACs" else x, unit)
+            if stage_costs.sum() + exit_costs[-1] <= 0:
+                raise ValueError("cost='macs' found no multiply-accumulates. Use cost='latency' or give the costs.")
+            return {"stage_costs": stage_costs, "exit_costs": exit_costs}, unit
+        try:
+            costs = np.asarray(self.cost, dtype=np.float64)
+        except (TypeError, ValueError):
+            costs = np.empty(0)
+        if costs.shape != (n_exits,) or not np.isfinite(costs).all() or costs[0] <= 0 or (np.diff(costs) < 0).any():
+            raise ValueError(
+                f"cost must be {n_exits} positive numbers that do not fall, what a sample has spent at each exit; "
+                f"got {self.cost!r}."
+            )
+        return {"stage_costs": np.diff(costs, prepend=0.0), "exit_costs": np.zeros(n_exits)}, "given"
+
+    # -- what the base class runs --------------------------------------------------------------------------------------
+
+    @property
+    def exit_names(self) -> list[str]:
+        """How pictures and tables name the exits: by their cuts."""
+        check_is_fitted(self)
+        return self._network.exit_names
+
+    def _confidences(self) -> tuple[Callable[[Tensor], Tensor], bool]:
+        own = isinstance(self.confidence, str) and self.confidence == "auto"
+        return resolve_score("max_proba" if own else self.confidence, "confidence", torch), own
+
+    def _staged(self) -> StagedModel:
+        return self._network.staged(*self._confidences())
+
+    def _modules(self) -> list[nn.Module]:
+        return self._network.modules
+
+    def _tabular(self, X: Any) -> bool:
+        return _as_mlp(self.backbone) is not None and not is_stream(X)
+
+    def _point(self, budget: float | None) -> Any:
+        point = super()._point(budget)
+        self._warn_of_calibration()
+        return point
+
+    def pareto(self, X: Any = None, y: Any = None) -> Any:
+        frontier = super().pareto(X, y)
+        self._warn_of_calibration()
+        return frontier
+
+    pareto.__doc__ = AdaptiveClassifier.pareto.__doc__
+
+    def _warn_of_calibration(self) -> None:
+        if self.self_calibrated_ and not self._unseen:
+            warnings.warn(
+                "thresholds come from part of the data given to fit. If the backbone was trained on them, it is too "
+                "sure there: call calibrate with data that it has not seen.",
+                CalibrationWarning,
+                stacklevel=4,
+            )
+
+    # -- persistence ---------------------------------------------------------------------------------------------------
+
+    def _get_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        state, tensors = super()._get_state()
+        described, weights = self._network.get_state()
+        state |= described | {
+            "mlp": self._mlp,
+            "fitted_classes": self._fitted_classes is not None,
+            "unseen": self._unseen,
+            "self_calibrated": self.self_calibrated_,
+            "history": self.history_,
+        }
+        return state, tensors | weights
+
+    def _set_state(self, state: dict[str, Any], tensors: dict[str, Tensor], outputs: ExitOutputs) -> None:
+        super()._set_state(state, tensors, outputs)
+        self._mlp, self._unseen, self.self_calibrated_ = state["mlp"], state["unseen"], state["self_calibrated"]
+        self._fitted_classes = self.classes_ if state["fitted_classes"] else None
+        self.history_ = state["history"]
+        given = MLP(**self._mlp) if self._mlp else _as_module(self.backbone)
+        weights = below("backbone.", tensors)
+        if self._mlp:
+            given = given.to(next(iter(weights.values())).dtype)
+        model = restore_model(given, self.preprocess, "backbone", state["backbone"], weights, self.device)
+        assert isinstance(model, TorchModel)
+        if "cuts" in state:
+            self._network = BranchedNetwork.restored(
+                model, state, tensors, self.head, len(self.classes_), isinstance(self.backbone, (list, tuple))
+            )
+        else:
+            self._network = NativeNetwork(model)
+        self.exits_ = self._network.exit_names[:-1]
+
+
+def _as_mlp(backbone: Any) -> MLPClassifier | None:
+    """The classifier for tables that was asked for, if any."""
+    if isinstance(backbone, str) and backbone == "mlp":
+        return MLPClassifier(hidden_layer_sizes=(64, 64, 64, 64))
+    return backbone if is_scikit(backbone) and isinstance(backbone, MLPClassifier) else None
+
+
+def _as_module(backbone: Any) -> Any:
+    """A backbone given as its stages as one module."""
+    if isinstance(backbone, (list, tuple)):
+        if len(backbone) < 2 or not all(isinstance(stage, nn.Module) for stage in backbone):
+            raise ValueError(f"backbone must have at least two stages, all modules; got {backbone!r}.")
+        return nn.Sequential(*backbone)
+    return backbone
+
+
+def _width(model: TorchModel, x: Tensor) -> int:
+    """Number of classes that the backbone answers for."""
+    with torch.inference_mode():
+        output = model.module(model.prepare(x)) if is_native(model.module) else model(x)
+    last = output[-1] if isinstance(output, (list, tuple)) else output
+    if not isinstance(last, Tensor) or last.ndim != 2:
+        came = tuple(last.shape) if isinstance(last, Tensor) else type(last).__name__
+        raise ValueError(f"backbone must answer with logits of shape (B, C); got {came}. Wrap it so that it does.")
+    return int(last.shape[1])

@@ -1,0 +1,321 @@
+"""Multi-exit networks: a model in stages with a head at every cut, or one that was built with exits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from adaptexit.features import FeatureSpec, feature_spec
+from adaptexit.heads import Head, HeadOutput, make_head
+from adaptexit.models import TorchModel, describe_model
+from adaptexit.staging.cost import count_macs, measure_latency
+from adaptexit.staging.cuts import propose_cuts
+from adaptexit.staging.executor import ExitAnswer, StagedModel
+from adaptexit.staging.live import Along, Carried, Live
+from adaptexit.staging.split import Split, from_stages, split
+from adaptexit.staging.trace import SplitError
+from adaptexit.training.cache import FeatureCache
+
+N_AUTO_CUTS = 3
+"""Cuts that ``exits="auto"`` looks for."""
+
+Confidence = Callable[[Tensor], Tensor]
+Costs = tuple[NDArray[np.float64], NDArray[np.float64]]
+
+
+@dataclass
+class BranchedNetwork:
+    """A frozen model in K stages with a head at each of its K-1 cuts; the model itself is the last exit.
+
+    Attributes
+    ----------
+    model : TorchModel
+        The model behind its preprocessing.
+    split : Split
+        The same in stages.
+    heads : list of K-1 Heads
+    """
+
+    model: TorchModel
+    split: Split
+    heads: list[Head]
+
+    @property
+    def exit_names(self) -> list[str]:
+        return [*self.split.cuts, "full model"]
+
+    @property
+    def reductions(self) -> list[str]:
+        """What is kept of the feature at every cut, in words that change when it does."""
+        kinds = [type(head).reduce for head in self.heads]
+        return [f"{r.__module__}.{r.__qualname__} {head.spec}" for r, head in zip(kinds, self.heads, strict=True)]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [self.split.module, *self.heads]
+
+    @property
+    def chained(self) -> bool:
+        """Whether a head reads what earlier ones left."""
+        return any(head.chained for head in self.heads)
+
+    def staged(self, confidence: Confidence, own_confidence: bool) -> StagedModel:
+        """For the executor; ``own_confidence`` prefers that of the heads which have one."""
+        first, *later = self.split.stages
+        answers = [_Branch(head, head.__call__, own_confidence) for head in self.heads]
+        stages = [lambda x: first(self.model.prepare(x)), *later]
+        return StagedModel(stages, [*answers, _full_model], confidence, self.chained)
+
+    def staged_on(self, cache: FeatureCache, confidence: Confidence, own_confidence: bool) -> StagedModel:
+        """The same over cached features; its inputs are row numbers (B,)."""
+        answers: list[Any] = [_Branch(head, head.answer, own_confidence) for head in self.heads]
+        device = next((p.device for head in self.heads for p in head.parameters()), torch.device("cpu"))
+
+        def stage(k: int) -> Callable[[Any], Carried]:
+            def fetch(carried: Any) -> Carried:
+                if isinstance(carried, Tensor):
+                    carried = Carried(Live((carried,), (Along(0, 1),), len(carried)))
+                rows = carried.live.values[0].numpy()
+                feature = torch.from_numpy(cache.logits[rows]) if k == len(self.heads) else cache.rows(k, rows)
+                return Carried(carried.live, feature.to(device), carried.state)
+
+            return fetch
+
+        exits = [*answers, _full_model]
+        return StagedModel([stage(k) for k in range(len(exits))], exits, confidence, self.chained)
+
+    def collect_run(self, x: Tensor, look: Callable[[int, Any], None]) -> Tensor:
+        """Run the model on raw inputs and show the feature at every cut, in the heads' precision; the logits."""
+        dtypes = [_dtype_of(head) for head in self.heads]
+
+        def cast(k: int, feature: Tensor) -> None:
+            look(k, feature.to(dtypes[k] or feature.dtype))
+
+        return _logits(self.split.visit(self.model.prepare(x), cast))
+
+    def costs(self, x: Tensor, unit: str) -> Costs:
+        """Stage and exit costs a sample on inputs like ``x``, each (K,): "MACs" or "seconds"."""
+        measure = count_macs if unit == "MACs" else measure_latency
+        stage_costs, exit_costs = [], []
+        carried: Any = self.model.prepare(x)
+        for k, stage in enumerate(self.split.stages):
+            stage_costs.append(measure(stage, carried))
+            with torch.inference_mode(unit != "MACs"), torch.no_grad():
+                carried = stage(carried)
+            if k < len(self.heads):
+                answer = _Branch(self.heads[k], self.heads[k].__call__, True)
+                exit_costs.append(measure(answer, carried))
+                with torch.inference_mode(unit != "MACs"), torch.no_grad():
+                    carried = answer(carried).carried
+        return np.array(stage_costs), np.array([*exit_costs, 0.0])
+
+    def get_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What :meth:`restored` needs, as a JSON value and tensors."""
+        shape, dtype = self.split.input_spec
+        state = {
+            "backbone": describe_model(self.model),
+            "cuts": list(self.split.cuts),
+            "input_shape": list(shape),
+            "input_dtype": str(dtype).removeprefix("torch."),
+            "features": [dataclasses.asdict(head.spec) for head in self.heads],
+        }
+        tensors = _named("backbone", self.model.module)
+        for k, head in enumerate(self.heads):
+            tensors |= _named(f"heads.{k}", head)
+        return state, tensors
+
+    @classmethod
+    def restored(
+        cls,
+        model: TorchModel,
+        state: dict[str, Any],
+        tensors: dict[str, Tensor],
+        head: Any,
+        n_classes: int,
+        given_as_stages: bool,
+    ) -> BranchedNetwork:
+        """The network that was described; the backbone is cut and verified anew."""
+        dtype = getattr(torch, state["input_dtype"])
+        example = torch.zeros((1, *state["input_shape"]), dtype=dtype, device=model.device)
+        parts = staged_backbone(model.module, None if given_as_stages else state["cuts"], example)
+        specs = [FeatureSpec(**described) for described in state["features"]]
+        heads = new_heads(head, specs, model, n_classes, 0)
+        for k, made in enumerate(heads):
+            prefix = f"heads.{k}."
+            weights = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
+            try:
+                made.load_state_dict(weights, strict=True)
+            except RuntimeError as error:
+                raise ValueError(f"the saved weights do not fit the head at {parts.cuts[k]!r}: {error}") from error
+            made.eval()
+        return cls(model, parts, heads)
+
+
+@dataclass
+class NativeNetwork:
+    """A network built with K stages and K heads (``stages`` and ``heads``, ModuleLists of equal length)."""
+
+    model: TorchModel
+
+    @property
+    def exit_names(self) -> list[str]:
+        return [*(f"exit {k}" for k in range(len(self.heads) - 1)), "full model"]
+
+    @property
+    def stages(self) -> list[nn.Module]:
+        return list(self.model.module.stages)  # type: ignore[arg-type]
+
+    @property
+    def heads(self) -> list[nn.Module]:
+        """All K of them."""
+        return list(self.model.module.heads)  # type: ignore[arg-type]
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        return [self.model.module]
+
+    @property
+    def chained(self) -> bool:
+        return False
+
+    def staged(self, confidence: Confidence, own_confidence: bool) -> StagedModel:
+        """For the executor."""
+        first, *later = self.stages
+        return StagedModel([lambda x: first(self.model.prepare(x)), *later], self.heads, confidence)
+
+    def get_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What describes it, as a JSON value and tensors."""
+        return {"backbone": describe_model(self.model)}, _named("backbone", self.model.module)
+
+    def costs(self, x: Tensor, unit: str) -> Costs:
+        """Stage and exit costs a sample on inputs like ``x``, each (K,): "MACs" or "seconds"."""
+        measure = count_macs if unit == "MACs" else measure_latency
+        stage_costs, exit_costs = [], []
+        carried: Any = self.model.prepare(x)
+        for stage, head in zip(self.stages, self.heads, strict=True):
+            stage_costs.append(measure(stage, carried))
+            with torch.inference_mode(unit != "MACs"), torch.no_grad():
+                carried = stage(carried)
+            exit_costs.append(measure(head, carried))
+        return np.array(stage_costs), np.array(exit_costs)
+
+
+Network = BranchedNetwork | NativeNetwork
+
+
+def is_native(module: Any) -> bool:
+    """Whether a module was built with exits: ``stages`` and ``heads``, ModuleLists of equal length."""
+    stages, heads = getattr(module, "stages", None), getattr(module, "heads", None)
+    return isinstance(stages, nn.ModuleList) and isinstance(heads, nn.ModuleList) and len(stages) == len(heads) > 0
+
+
+class _Branch:
+    """A head at a cut, from what the stage carries to the exit's answer."""
+
+    def __init__(self, head: Head, run: Callable[..., HeadOutput], own_confidence: bool) -> None:
+        self.run, self.chained, self.own_confidence = run, head.chained, own_confidence
+        self.dtype = _dtype_of(head)
+
+    def __call__(self, carried: Carried) -> ExitAnswer:
+        feature = carried.feature
+        if self.dtype is not None and feature.dtype != self.dtype:
+            feature = feature.to(self.dtype)
+        output = self.run(feature, carried.state) if self.chained else self.run(feature)
+        scores = None
+        if self.own_confidence and output.confidence_logits is not None:
+            answer = output.logits.argmax(dim=1, keepdim=True)
+            scores = output.confidence_logits.gather(1, answer).squeeze(1).sigmoid()
+        return ExitAnswer(
+            output.logits, scores, Carried(carried.live, None, output.state if self.chained else carried.state)
+        )
+
+
+def _dtype_of(head: nn.Module) -> torch.dtype | None:
+    """Precision of a head's parameters; None where it has none."""
+    return next((parameter.dtype for parameter in head.parameters()), None)
+
+
+def _full_model(carried: Carried) -> Tensor:
+    return _logits(carried.feature)
+
+
+def _logits(output: Any) -> Tensor:
+    if not isinstance(output, Tensor):
+        raise TypeError(
+            f"backbone must return a tensor of logits (B, C); got {type(output).__name__}. Wrap the module so that it "
+            "returns the logits alone."
+        )
+    return output
+
+
+def _named(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    return {f"{prefix}.{key}": value for key, value in module.state_dict().items()}
+
+
+# -- making one --------------------------------------------------------------------------------------------------------
+
+
+def staged_backbone(module: nn.Module, exits: Any, example: Tensor) -> Split:
+    """A backbone in stages.
+
+    Parameters
+    ----------
+    module : nn.Module
+    exits : "auto", int, list of str or None
+        Where to cut; None takes the children of the module as its stages.
+    example : tensor (B, ...)
+        Inputs as the module takes them.
+    """
+    if exits is None:
+        return from_stages(list(module.children()), example)
+    automatic = isinstance(exits, str) and exits == "auto"
+    if not automatic and not isinstance(exits, (int, np.integer)):
+        if isinstance(exits, str):
+            raise ValueError(f"exits must be 'auto', a number or a list of module names; got {exits!r}.")
+        return split(module, exits, example)
+    refused: list[str] = []
+    for cuts in propose_cuts(module, example[:1], N_AUTO_CUTS if automatic else int(exits)):
+        try:
+            return split(module, cuts, example)
+        except SplitError as error:
+            refused.append(f"{cuts}: {error}")
+    raise SplitError("none of the exits that could be proposed works. " + " ".join(refused))
+
+
+def feature_specs(parts: Split, example: Tensor, layout: str | dict[str, str] | None) -> list[FeatureSpec]:
+    """Layout of the feature at every cut; ``layout`` tells it, for all cuts or by cut, where it cannot be inferred."""
+    features: list[Any] = []
+    with torch.inference_mode():
+        parts.visit(example[:2], lambda k, feature: features.append(feature))
+    told = layout if isinstance(layout, dict) else dict.fromkeys(parts.cuts, layout)
+    if unknown := sorted(set(told) - set(parts.cuts)):
+        raise ValueError(f"layout must name cuts among {list(parts.cuts)}; got {unknown}.")
+    for cut, feature in zip(parts.cuts, features, strict=True):
+        if isinstance(feature, Tensor) and feature.shape[:1] != example[:2].shape[:1]:
+            raise SplitError(
+                f"no head can read the cut {cut!r}: its output has shape {tuple(feature.shape)} for 2 samples, which "
+                "must lie along its first axis. Cut elsewhere."
+            )
+    shape = tuple(example.shape[1:])
+    return [
+        feature_spec(parts.module, cut, feature, shape, told.get(cut))
+        for cut, feature in zip(parts.cuts, features, strict=True)
+    ]
+
+
+def new_heads(
+    head: Any, specs: Sequence[FeatureSpec], model: TorchModel, n_classes: int, random_state: int
+) -> list[Head]:
+    """A head for every feature, in single precision (double where the model is) on the model's device."""
+    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(random_state)
+        heads = [make_head(head, spec, n_classes) for spec in specs]
+    return [made.to(model.device, dtype) for made in heads]
