@@ -19,6 +19,7 @@ from adaptexit.staging.cost import count_macs, measure_latency
 from adaptexit.staging.cuts import propose_cuts
 from adaptexit.staging.executor import ExitAnswer, StagedModel
 from adaptexit.staging.live import Along, Carried, Live
+from adaptexit.staging.rows import tensors_in
 from adaptexit.staging.split import Split, from_stages, split
 from adaptexit.staging.trace import SplitError
 from adaptexit.training.cache import FeatureCache
@@ -96,7 +97,8 @@ class BranchedNetwork:
         dtypes = [_dtype_of(head) for head in self.heads]
 
         def cast(k: int, feature: Tensor) -> None:
-            look(k, feature.to(dtypes[k] or feature.dtype))
+            tensor = sole_tensor(feature)
+            look(k, tensor.to(dtypes[k] or tensor.dtype))
 
         return _logits(self.split.visit(self.model.prepare(x), cast))
 
@@ -224,7 +226,7 @@ class _Branch:
         self.dtype = _dtype_of(head)
 
     def __call__(self, carried: Carried) -> ExitAnswer:
-        feature = carried.feature
+        feature = sole_tensor(carried.feature)
         if self.dtype is not None and feature.dtype != self.dtype:
             feature = feature.to(self.dtype)
         output = self.run(feature, carried.state) if self.chained else self.run(feature)
@@ -235,6 +237,14 @@ class _Branch:
         return ExitAnswer(
             output.logits, scores, Carried(carried.live, None, output.state if self.chained else carried.state)
         )
+
+
+def sole_tensor(feature: Any) -> Any:
+    """The one tensor in what a cut returns, where numbers stand beside it; anything else as it is."""
+    if isinstance(feature, Tensor):
+        return feature
+    found = list(tensors_in(feature))
+    return found[0] if len(found) == 1 else feature
 
 
 def _dtype_of(head: nn.Module) -> torch.dtype | None:
@@ -293,7 +303,7 @@ def feature_specs(parts: Split, example: Tensor, layout: str | dict[str, str] | 
     """Layout of the feature at every cut; ``layout`` tells it, for all cuts or by cut, where it cannot be inferred."""
     features: list[Any] = []
     with torch.inference_mode():
-        parts.visit(example[:2], lambda k, feature: features.append(feature))
+        parts.visit(example[:2], lambda k, feature: features.append(sole_tensor(feature)))
     told = layout if isinstance(layout, dict) else dict.fromkeys(parts.cuts, layout)
     if unknown := sorted(set(told) - set(parts.cuts)):
         raise ValueError(f"layout must name cuts among {list(parts.cuts)}; got {unknown}.")

@@ -19,8 +19,8 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from adaptexit.staging.modes import evaluating
-from adaptexit.staging.rows import Rows
-from adaptexit.staging.scan import Call, Scan, ancestors, latencies, tensors_in
+from adaptexit.staging.rows import Rows, tensors_in
+from adaptexit.staging.scan import Call, Scan, ancestors, latencies
 
 if TYPE_CHECKING:
     import pandas
@@ -47,7 +47,7 @@ class CutPoint:
     latency_s : float
         Seconds a sample from the input to here, at the batch size of the example.
     is_tensor : bool
-        Whether the output is one tensor.
+        Whether the output holds one tensor, alone or beside numbers: what a head can read.
     is_narrow : bool
         Whether nothing else computed so far, nor the input, is needed afterwards.
     """

@@ -6,12 +6,13 @@ that knows how: with ``taken``, ``joined``, ``n_rows`` and ``nbytes``. None is a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 Rows = Any
 
@@ -67,3 +68,14 @@ def join(parts: Sequence[Rows]) -> Rows:
         return np.concatenate(leaves) if isinstance(leaves[0], np.ndarray) else torch.cat(leaves)
 
     return _mapped(parts[0], concatenate, *parts[1:])
+
+
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors in nested lists, tuples and dicts."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for part in value:
+            yield from tensors_in(part)
+    elif isinstance(value, dict):
+        yield from tensors_in(list(value.values()))

@@ -17,7 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptexit.staging.cost import count_macs
-from adaptexit.staging.rows import Rows, n_rows
+from adaptexit.staging.rows import Rows, n_rows, tensors_in
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -90,7 +90,7 @@ class Scan:
         self._last = time_, tensors  # kept alive, so that its identity stays its own
         works, leaf = macs > macs_before, not self.module.get_submodule(name)._modules
         work = (works and leaf, works and not leaf)
-        shape, is_tensor = _shape(output, self._n), isinstance(output, Tensor)
+        shape, is_tensor = _shape(output, self._n), len(tensors) == 1
         self.calls.append(Call(name, time_, self._group, macs, *work, shape, is_tensor, _storages(tensors)))
 
     def once(self) -> list[Call]:
@@ -177,17 +177,6 @@ class _Dataflow(TorchDispatchMode):
 
 def _storages(tensors: Iterable[Tensor]) -> frozenset[int]:
     return frozenset(t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided)
-
-
-def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples and dicts."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for part in value:
-            yield from tensors_in(part)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))
 
 
 def _shape(value: Any, n: int) -> Any:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from adaptexit.staging.live import Carried
+from adaptexit.staging.rows import tensors_in
 from adaptexit.staging.trace import SplitError
 
 N_VERIFIED = 6
@@ -95,16 +96,8 @@ def difference_from_model(
     return worst
 
 
-def _tensors(value: Any) -> list[Tensor]:
-    if isinstance(value, Tensor):
-        return [value]
-    if isinstance(value, dict):
-        value = list(value.values())
-    return [t for entry in value for t in _tensors(entry)] if isinstance(value, (list, tuple)) else []
-
-
 def _copied(value: Any) -> list[Tensor]:
-    return [tensor.clone() for tensor in _tensors(value)]
+    return [tensor.clone() for tensor in tensors_in(value)]
 
 
 def _rows_of(tensors: list[Tensor], chosen: Any, n: int) -> list[Tensor | None]:
@@ -115,8 +108,8 @@ def _rows_of(tensors: list[Tensor], chosen: Any, n: int) -> list[Tensor | None]:
 
 def _difference(got: Any, expected: Any, where: str) -> float:
     """Largest difference relative to the largest value; SplitError where it is too large."""
-    got = _tensors(got)
-    expected = expected if isinstance(expected, list) else _tensors(expected)
+    got = list(tensors_in(got))
+    expected = expected if isinstance(expected, list) else list(tensors_in(expected))
     if len(got) != len(expected):
         raise SplitError(
             f"verification failed with {where}: the model returns {len(expected)} tensors, its stages {len(got)}."
