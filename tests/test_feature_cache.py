@@ -444,7 +444,7 @@ def test_an_error_leaves_nothing_behind(tmp_path, monkeypatch, where):
         if where == "header":
             patched.setattr(Path, "write_text", stop)
         if where == "move":
-            patched.setattr("adaptexit.training.cache.os.replace", stop)
+            patched.setattr("adaptexit.training.shelf.os.replace", stop)
         with pytest.raises(Stop):
             collect(batches(), run, REDUCERS, folder=tmp_path, key="one")
     assert names(tmp_path) == [".lock"]
@@ -455,7 +455,7 @@ KILLED = """
 import os, signal, sys
 from itertools import pairwise
 from pathlib import Path
-import adaptexit.training.cache as module
+import adaptexit.training.shelf as module
 from tests.test_feature_cache import Backbone, inputs, kept
 
 def die(*_, **__):

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from numpy.typing import ArrayLike
 
-from adaptexit.training.cache import FeatureCache, cache_key, collect
+from adaptexit.training.cache import FeatureCache, collect
 from adaptexit.training.frozen import FrozenRecipe
 from adaptexit.training.loop import minimise
+from adaptexit.training.shelf import cache_key
 
 if TYPE_CHECKING:
     from adaptexit.heads import Head
