@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,7 @@ from adaptexit.network import (
     new_heads,
     staged_backbone,
 )
+from adaptexit.staging.cost import StageLatencies
 from adaptexit.staging.executor import MEMORY_LIMIT, StagedModel, record
 from adaptexit.staging.modes import evaluating
 from adaptexit.training import FeatureCache, Recipe, cache_key, collect, recipe_of
@@ -357,6 +358,21 @@ class MultiExitClassifier(AdaptiveClassifier):
                 f"got {self.cost!r}."
             )
         return {"stage_costs": np.diff(costs, prepend=0.0), "exit_costs": np.zeros(n_exits)}, "given"
+
+    def latencies(self, X: Any, batch_sizes: Sequence[int] = (1, 8, 64)) -> StageLatencies:
+        """Measured seconds of every stage and head on batches of several sizes, made from the first inputs of X.
+
+        MACs mispredict time; this says what leaving early is worth on this machine.
+        """
+        check_is_fitted(self)
+        sizes = np.asarray(batch_sizes)
+        if sizes.ndim != 1 or not len(sizes) or sizes.dtype.kind not in "iu" or (sizes < 1).any():
+            raise ValueError(f"batch_sizes must be positive integers; got {batch_sizes!r}.")
+        x = as_batches(self._validated_inputs(X), batch_size=self.batch_size).first()
+        with evaluating(self._modules()):
+            measured = [self._network.costs(x[torch.arange(size) % len(x)], "seconds") for size in sizes]
+        stage_s, exit_s = (np.stack(part, axis=1) * sizes for part in zip(*measured, strict=True))
+        return StageLatencies(self.exit_names, sizes, stage_s, exit_s)
 
     # -- what the base class runs --------------------------------------------------------------------------------------
 

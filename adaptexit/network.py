@@ -20,8 +20,8 @@ from adaptexit.staging.cuts import propose_cuts
 from adaptexit.staging.executor import ExitAnswer, StagedModel
 from adaptexit.staging.live import Along, Carried, Live
 from adaptexit.staging.rows import tensors_in
-from adaptexit.staging.split import Split, from_stages, split
-from adaptexit.staging.trace import SplitError
+from adaptexit.staging.splitting import Split, from_stages, split
+from adaptexit.staging.tracing import SplitError
 from adaptexit.training.cache import FeatureCache
 
 N_AUTO_CUTS = 3
@@ -120,15 +120,12 @@ class BranchedNetwork:
 
     def get_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What :meth:`restored` needs, as a JSON value and tensors."""
-        shape, dtype = self.split.input_spec
         state = {
             "backbone": describe_model(self.model),
             "cuts": list(self.split.cuts),
-            "input_shape": list(shape),
-            "input_dtype": str(dtype).removeprefix("torch."),
             "features": [dataclasses.asdict(head.spec) for head in self.heads],
         }
-        tensors = _named("backbone", self.model.module)
+        tensors = _named("backbone", self.model.module) | {"example": self.split.example}
         for k, head in enumerate(self.heads):
             tensors |= _named(f"heads.{k}", head)
         return state, tensors
@@ -144,9 +141,8 @@ class BranchedNetwork:
         given_as_stages: bool,
     ) -> BranchedNetwork:
         """The network that was described; the backbone is cut and verified anew."""
-        dtype = getattr(torch, state["input_dtype"])
-        example = torch.zeros((1, *state["input_shape"]), dtype=dtype, device=model.device)
-        parts = staged_backbone(model.module, None if given_as_stages else state["cuts"], example)
+        exits = None if given_as_stages else state["cuts"]
+        parts = staged_backbone(model.module, exits, tensors["example"].to(model.device))
         specs = [FeatureSpec(**described) for described in state["features"]]
         heads = new_heads(head, specs, model, n_classes, 0)
         for k, made in enumerate(heads):

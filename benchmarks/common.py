@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
@@ -17,6 +18,21 @@ import numpy as np
 RESULTS = Path(__file__).parent / "results"
 
 PACKAGES = ("numpy", "scipy", "scikit-learn", "torch", "torchvision", "timm")
+
+
+STEADY_ALLOCATOR = {"MALLOC_MMAP_THRESHOLD_": str(1 << 32), "MALLOC_TRIM_THRESHOLD_": str(1 << 32)}
+
+
+def restart_with_steady_allocator(threads: int) -> None:
+    """Run this program anew where freed memory is kept for the next tensor; call it before anything else is done.
+
+    Left alone, glibc's malloc hands large blocks back to the system and fetches them again, page by page, for the next
+    tensor. That can double a model's time, and it hits a model in one piece and the same in stages differently. Nothing
+    happens where the environment is that already, or on other systems than Linux.
+    """
+    wanted = STEADY_ALLOCATOR | {"OMP_NUM_THREADS": str(threads)}
+    if sys.platform == "linux" and any(os.environ.get(name) != value for name, value in wanted.items()):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | wanted)
 
 
 def describe_machine() -> dict[str, Any]:
@@ -85,7 +101,12 @@ def interleaved(functions: dict[str, Callable[[], Any]], repeats: int, warmup: i
 
 def ratio(timings: dict[str, dict[str, Any]], above: str, below: str) -> float:
     """Median over the rounds of one function's seconds divided by another's in the same round."""
-    return float(np.median(np.divide(timings[above]["seconds"], timings[below]["seconds"])))
+    return ratios(timings, above, below)["median"]
+
+
+def ratios(timings: dict[str, dict[str, Any]], above: str, below: str) -> dict[str, float]:
+    """Median and quartiles over the rounds of one function's seconds divided by another's in the same round."""
+    return summarised(np.divide(timings[above]["seconds"], timings[below]["seconds"]))
 
 
 def timed(function: Callable[[], Any]) -> tuple[float, float]:

@@ -1,6 +1,7 @@
 import time
 
 import pytest
+import timm
 import torch
 import torchvision
 from torch import nn
@@ -104,3 +105,49 @@ def test_latency_is_divided_by_the_batch():
         measure_latency(lambda x: time.sleep(0.005), torch.zeros(n, 1), min_seconds=0.05) for n in (1, 100)
     )
     assert alone / together == pytest.approx(100, rel=0.5)
+
+
+class Token(nn.Module):
+    """Passes a view of a parameter, a token a sample, through ``calls`` calls of one layer."""
+
+    def __init__(self, calls):
+        super().__init__()
+        self.token = nn.Parameter(torch.ones(1, 3, 4))
+        self.layer = nn.Linear(4, 4)
+        self.calls = calls
+
+    def forward(self, x):
+        token = self.token.expand(len(x), -1, -1)
+        for _ in range(self.calls):
+            token = self.layer(token)
+        return token + x
+
+
+@pytest.mark.parametrize("inference", [True, False])
+@pytest.mark.parametrize("trainable", [True, False])
+@pytest.mark.parametrize("calls", [1, 2])
+def test_macs_where_a_module_is_given_a_view_of_a_parameter(calls, trainable, inference):
+    net = Token(calls).eval().requires_grad_(trainable)
+    with torch.inference_mode(inference):
+        macs = count_macs(net, torch.zeros(2, 3, 4))
+    assert macs == calls * 3 * 4 * 4
+    assert net.token.grad is None
+    assert net.layer.weight.grad is None
+    assert torch.is_grad_enabled()
+
+
+def test_macs_of_a_transformer_with_class_attention():
+    net = timm.create_model("cait_xxs24_224", img_size=16).eval()
+    x = torch.zeros(2, 3, 16, 16)
+    trainable, frozen = count_macs(net, x), count_macs(net.requires_grad_(False), x)
+    assert trainable == frozen > sum(p.numel() for p in net.parameters() if p.ndim == 2) - net.head.weight.numel()
+
+
+def test_an_assertion_of_the_model_itself_is_not_hidden():
+    def picky(x):
+        assert len(x) == 2, "two at a time"
+        return x
+
+    assert count_macs(picky, torch.zeros(2, 1)) == 0
+    with pytest.raises(AssertionError, match="two at a time"):
+        count_macs(picky, torch.zeros(3, 1))

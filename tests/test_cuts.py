@@ -141,6 +141,12 @@ def test_nested_outputs_are_described(form, shape):
     assert (point.name, point.shape, point.is_tensor) == ("fork", shape, False)
 
 
+def test_one_tensor_beside_numbers_can_be_read():
+    net = Wired(lambda net, x: net.head(net.fork(x)[0]), fork=Fork(lambda x: (x + 1, [2, 2])), head=nn.Linear(4, 2))
+    point = list_cuts(net, x_of(3), every=True, repeats=1)[-1]
+    assert (point.name, point.shape, point.is_tensor) == ("fork", ((4,), ["int", "int"]), True)
+
+
 def test_attention_is_counted_as_in_count_macs():
     layer = nn.TransformerEncoderLayer(WIDTH, 2, dim_feedforward=16, batch_first=True)
     net = nn.Sequential(layer, nn.Linear(WIDTH, 4)).eval()
@@ -365,7 +371,9 @@ def test_a_tensor_that_stands_alone_is_preferred():
 
 
 def test_of_names_after_the_same_work_the_tensor_and_the_outer_one_stay():
-    net = Wired(lambda net, x: net.head(net.norm(net.fork(x)[0])), fork=Fork(lambda x: [x]), norm=nn.LayerNorm(4))
+    net = Wired(
+        lambda net, x: net.head(net.norm(net.fork(x)[0])), fork=Fork(lambda x: [x, x + 1]), norm=nn.LayerNorm(4)
+    )
     net.head = nn.Linear(4, 2)
     assert list_cuts(net, x_of(), repeats=1).names == ["norm"]
     net = Wired(lambda net, x: net.head(net.acts[0](net.body(x))), body=nn.Linear(4, 4), head=nn.Linear(4, 2))

@@ -327,3 +327,51 @@ def test_batches_of_three():
 def test_batch_sizes(batch_size):
     with pytest.raises(ValueError, match=rf"batch_size must be a positive integer; got {batch_size!r}"):
         as_batches(X, batch_size=batch_size)
+
+
+# -- labels where there are any ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_labels_are_collected_where_there_are_any(source, tmp_path):
+    given, y = SOURCES[source](tmp_path)
+    batches = as_batches(given, y, batch_size=3, labels=None)
+    assert not batches.labelled
+    batches.first()
+    assert not batches.labelled
+    for _ in range(2):
+        assert np.allclose(torch.cat(list(batches)).numpy(), X, atol=0)
+        assert batches.labelled
+        assert batches.labels.tolist() == Y.tolist()
+
+
+@pytest.mark.parametrize(
+    "given",
+    [X, torch.from_numpy(X), Pairs(lambda x, y: x), Pairs(lambda x, y: (x,)), DataLoader(Pairs(lambda x, y: x))],
+    ids=["array", "tensor", "dataset", "dataset of one", "loader"],
+)
+def test_inputs_alone_have_no_labels(given):
+    batches = as_batches(given, batch_size=3, labels=None)
+    assert np.array_equal(torch.cat(list(batches)).numpy(), X)
+    assert not batches.labelled
+
+
+def test_labels_that_are_not_asked_for_are_not_looked_at():
+    batches = as_batches(Pairs(lambda x, y: (x, "abcd"[y])), batch_size=4)
+    list(batches)
+    assert not batches.labelled
+    assert as_batches(X, "no labels", batch_size=4).n_batches == 3
+
+
+def test_a_run_that_is_begun_anew_forgets_the_labels_of_the_last():
+    batches = as_batches(X, Y, batch_size=3, labels=None)
+    list(batches)
+    next(iter(batches))
+    assert batches.labels.tolist() == Y[:3].tolist()
+
+
+def test_labels_that_may_be_given_must_still_fit():
+    with pytest.raises(ValueError, match=r"y must have shape \(11,\), one label a sample of X; got shape \(10,\)"):
+        as_batches(X, Y[:-1], batch_size=4, labels=None)
+    with pytest.raises(ValueError, match=r"y is taken from X where X is a Pairs of \(x, y\).*Leave y out"):
+        as_batches(Pairs(), Y, batch_size=4, labels=None)

@@ -1,3 +1,4 @@
+import weakref
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,8 @@ from torch import nn
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.routing import accepts, exit_index
 from adaptexit.core.scores import max_proba
-from adaptexit.staging.executor import StagedModel, execute, record
+from adaptexit.staging.executor import ExitAnswer, StagedModel, execute, record
+from adaptexit.staging.live import Along, Carried, Live
 from tests.nets import N_CLASSES, Columns, Recording, naive_cascade
 
 
@@ -456,3 +458,276 @@ def test_answers_come_in_the_order_of_the_samples():
     x = torch.arange(50.0).repeat_interleave(6).reshape(50, 6)
     answers = run(column_model(2), batched(x, [7]), [20.5, -np.inf], batch_size=4)
     assert all(a < b for a, b in pairwise(answers.scores.tolist()))
+
+
+# -- exits that say more than logits -----------------------------------------------------------------------------------
+
+
+def never(logits):
+    raise AssertionError("the scores were given")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16])
+def test_scores_that_an_exit_gives_are_used_instead_of_the_confidence(dtype):
+    x = torch.arange(60.0).reshape(10, 6)
+    given_scores = torch.tensor([0.0, 1.0, 0.25, 0.75, 0.5] * 2, dtype=dtype)
+    model = StagedModel([None], [lambda x: ExitAnswer(x[:, :3], given_scores)], never)
+    predictions, scores, _ = record(model, [x])
+    assert predictions.tolist() == [[2] * 10]
+    assert scores.tolist() == [given_scores.tolist()]
+    early = lambda rows: ExitAnswer(rows[:, :3], given_scores[(rows[:, 0] / 6).long()])  # noqa: E731
+    answers = run(StagedModel([None, None], [early, lambda x: x[:, 3:]], largest), batched(x, [4]), [0.5, -np.inf])
+    assert answers.exits.tolist() == [1, 0, 1, 0, 1] * 2
+    assert answers.scores.tolist() == [x[i, 5] if k else given_scores[i] for i, k in enumerate(answers.exits)]
+
+
+def test_scores_in_bfloat16():
+    given_scores = torch.tensor([0.25, 0.75], dtype=torch.bfloat16)
+    model = StagedModel([None], [lambda x: ExitAnswer(x, given_scores)], never)
+    assert record(model, [torch.ones(2, 3)])[1].tolist() == [[0.25, 0.75]]
+
+
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        (torch.zeros(10, 1), r"expected shape \(10,\), got \(10, 1\)"),
+        (torch.zeros(9), r"expected shape \(10,\), got \(9,\)"),
+        (torch.full((10,), float("nan")), "exit 0 gave a score that is NaN or infinite"),
+    ],
+    ids=["column", "short", "nan"],
+)
+def test_scores_that_an_exit_gives_are_checked(scores, said):
+    model = StagedModel([None], [lambda x: ExitAnswer(x, scores)], largest)
+    with pytest.raises(ValueError, match=said):
+        record(model, [samples(10, 1)])
+
+
+def leaving(k, carried):
+    """An exit that reads three columns and leaves what ``carried`` makes of its rows."""
+    return lambda rows: ExitAnswer(rows[:, 3 * k : 3 * k + 3], carried=carried(rows))
+
+
+def test_what_an_exit_leaves_goes_on_in_place_of_what_it_was_given():
+    seen = []
+    x = samples(40, 2)
+    exits = [leaving(0, lambda rows: rows * 2), lambda rows: seen.append(rows) or rows[:, 3:]]
+    model = StagedModel([None, None], exits, largest)
+    answers = run(model, batched(x, [7]), [0.9, -np.inf])
+    stayed = answers.exits == 1
+    assert 0 < stayed.sum() < 40
+    assert torch.equal(torch.cat(seen), x[stayed] * 2)
+    assert answers.scores[stayed].tolist() == (x[stayed, 3:] * 2).amax(1).tolist()
+
+
+def test_where_an_exit_leaves_nothing_what_it_was_given_goes_on():
+    x = samples(40, 2)
+    model = StagedModel([None, None], [leaving(0, lambda rows: None), Columns(1)], largest)
+    answers = run(model, batched(x, [7]), [0.9, -np.inf])
+    assert answers.exits.tolist() == run(column_model(2), [x], [0.9, -np.inf]).exits.tolist()
+    assert set(answers.exits.tolist()) == {0, 1}
+
+
+# -- exits that read what earlier exits left ---------------------------------------------------------------------------
+
+
+def chain(n_exits, calls, chained=True):
+    """Exits that note on every sample that they were run and answer with the sum of a column and of those notes.
+
+    ``calls`` collects who is run: ``("stage" or "exit", k, samples)``.
+    """
+
+    def stage(k):
+        def run_stage(rows):
+            x, notes = (rows, torch.zeros(len(rows), dtype=torch.float64)) if k == 0 else rows
+            calls.append(("stage", k, len(x)))
+            return x, notes
+
+        return run_stage
+
+    def exit_(k):
+        def run_exit(rows):
+            x, notes = rows
+            calls.append(("exit", k, len(x)))
+            return ExitAnswer((x[:, k] + notes)[:, None], carried=(x, notes + 10.0**k))
+
+        return run_exit
+
+    return StagedModel([stage(k) for k in range(n_exits)], [exit_(k) for k in range(n_exits)], largest, chained)
+
+
+def asked_of(model, x, on, leave=lambda k, batch: np.zeros(len(batch.scores), dtype=bool), **options):
+    """The answers, and the exits that were asked whether samples leave."""
+    asked = []
+
+    def accept(k, batch):
+        asked.append(k)
+        return leave(k, batch)
+
+    answers = execute(model, x, accept, np.asarray(on), **({"batch_size": 8} | options))
+    return answers, asked
+
+
+@pytest.mark.parametrize(
+    ("on", "run_exits", "notes"),
+    [
+        ([0, 0, 1, 0, 1], [0, 1, 2, 4], 111),
+        ([1, 0, 0, 1, 1], [0, 1, 2, 3, 4], 1111),
+        ([0, 1, 0, 0, 1], [0, 1, 4], 11),
+        ([1, 0, 0, 0, 1], [0, 4], 1),
+        ([0, 0, 0, 0, 1], [4], 0),
+        ([1, 1, 1, 1, 0], [0, 1, 2, 3, 4], 1111),
+    ],
+)
+def test_chained_exits_are_run_up_to_the_deepest_that_is_on_and_asked_only_where_on(on, run_exits, notes):
+    calls = []
+    answers, asked = asked_of(chain(5, calls), [torch.zeros(4, 5, dtype=torch.float64)], np.array(on, dtype=bool))
+    assert [k for what, k, _ in calls if what == "exit"] == run_exits
+    assert [k for what, k, _ in calls if what == "stage"] == [0, 1, 2, 3, 4]
+    assert asked == [k for k in range(4) if on[k]]
+    assert answers.exits.tolist() == [4] * 4
+    assert answers.scores.tolist() == [notes] * 4
+
+
+def test_chained_exits_on_the_way_are_run_for_those_who_are_left():
+    calls = []
+    x = torch.arange(20.0, dtype=torch.float64).repeat_interleave(5).reshape(20, 5)
+    leave = lambda k, batch: batch.scores < (5, 0, 10 + 11)[k]  # noqa: E731
+    answers, _ = asked_of(chain(5, calls), [x], np.array([1, 0, 1, 0, 1], dtype=bool), leave, batch_size=50)
+    assert calls == [
+        ("stage", 0, 20), ("exit", 0, 20), ("stage", 1, 15), ("exit", 1, 15), ("stage", 2, 15), ("exit", 2, 15),
+        ("stage", 3, 10), ("stage", 4, 10), ("exit", 4, 10),
+    ]  # fmt: skip
+    assert answers.exits.tolist() == [0] * 5 + [2] * 5 + [4] * 10
+    assert answers.scores.tolist() == [*range(5), *range(16, 21), *range(121, 131)]
+
+
+@pytest.mark.parametrize("on", [[0, 0, 1, 0, 1], [1, 0, 0, 0, 1], [0, 0, 0, 0, 1]])
+def test_exits_that_are_off_are_not_run_where_none_reads_another(on):
+    calls = []
+    answers, asked = asked_of(
+        chain(5, calls, chained=False), [torch.zeros(4, 5, dtype=torch.float64)], np.array(on, dtype=bool)
+    )
+    assert [k for what, k, _ in calls if what == "exit"] == [k for k in range(5) if on[k]]
+    assert asked == [k for k in range(4) if on[k]]
+    assert answers.scores.tolist() == [sum(10**k for k in range(4) if on[k])] * 4
+
+
+@pytest.mark.parametrize("chained", [True, False])
+def test_record_hands_on_what_exits_left(chained):
+    calls = []
+    x = torch.arange(6.0, dtype=torch.float64).repeat_interleave(4).reshape(6, 4)
+    _, scores, _ = record(chain(4, calls, chained), batched(x, [4]))
+    assert scores.tolist() == [[i + notes for i in range(6)] for notes in (0, 1, 11, 111)]
+    order = [(what, k) for k in range(4) for what in ("stage", "exit")]
+    assert [(what, k) for what, k, _ in calls] == order * 2
+    assert [n for _, _, n in calls] == [4] * 8 + [2] * 8
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("memory_limit", [0, 1 << 30])
+def test_what_was_left_stays_with_its_sample(merge, memory_limit):
+    seen = []
+
+    def remember(rows):
+        return ExitAnswer(rows[:, :3], carried={"x": rows, "first": rows[:, 0].clone()})
+
+    def compare(carried):
+        seen.append(carried["first"])
+        assert torch.equal(carried["first"], carried["x"][:, 0])
+        return ExitAnswer(carried["x"][:, 3:6], carried=carried | {"second": carried["x"][:, 1]})
+
+    def last(carried):
+        assert torch.equal(carried["first"], carried["x"][:, 0])
+        assert torch.equal(carried["second"], carried["x"][:, 1])
+        return carried["x"][:, 6:]
+
+    x = samples(60, 3)
+    model = StagedModel([None] * 3, [remember, compare, last], largest, chained=True)
+    answers = run(model, batched(x, [7]), [0.9, 1.0, -np.inf], merge=merge, memory_limit=memory_limit)
+    assert set(answers.exits.tolist()) == {0, 1, 2}
+    if merge and memory_limit:  # in the order of the samples
+        assert torch.equal(torch.cat(seen), x[answers.exits > 0, 0])
+    assert sum(map(len, seen)) == np.sum(answers.exits > 0)
+
+
+# -- features are not kept ---------------------------------------------------------------------------------------------
+
+FEATURE_BYTES, LIVE_BYTES, STATE_BYTES = 1000 * 8, 6 * 8, 8
+
+
+def with_features(features, answered):
+    """Two exits that read features; ``features`` collects weak references to those of the first stage.
+
+    ``answered(logits, carried)`` is the first exit's answer.
+    """
+
+    def start(x):
+        feature = x.repeat(1, 1000)[:, :1000]
+        features.append(weakref.ref(feature))
+        return Carried(Live((x,), (Along(0, 1),), len(x)), feature)
+
+    def early(carried):
+        return answered(carried.feature[:, :3], carried)
+
+    def deep(carried):
+        return Carried(carried.live, carried.live.values[0] * 2, carried.state)
+
+    return StagedModel([start, deep], [early, lambda carried: carried.feature[:, 3:6]], largest)
+
+
+def left_with_state(logits, carried):
+    return ExitAnswer(logits, carried=Carried(carried.live, None, carried.live.values[0][:, 0]))
+
+
+def as_given(logits, carried):
+    return logits
+
+
+def watched(model, features, alive):
+    """The same model; each of its stages notes how many of the features are still there when it is run."""
+
+    def noting(stage):
+        def run_stage(carried):
+            alive.append(sum(feature() is not None for feature in features))
+            return stage(carried)
+
+        return run_stage
+
+    return StagedModel([noting(stage) for stage in model.stages], model.exits, model.confidence)
+
+
+@pytest.mark.parametrize("batch_size", [5, 15])
+@pytest.mark.parametrize(
+    ("answered", "cutoff"),
+    [
+        (left_with_state, 0.9),
+        (left_with_state, np.finfo(float).max),
+        (as_given, 0.9),
+        (as_given, np.finfo(float).max),
+    ],
+    ids=["some leave", "nobody leaves", "some leave, logits alone", "nobody leaves, logits alone"],
+)
+def test_features_are_gone_once_their_exit_has_answered(answered, cutoff, batch_size):
+    features, alive = [], []
+    model = watched(with_features(features, answered), features, alive)
+    answers = run(model, batched(samples(60, 2), [5]), [cutoff, -np.inf], batch_size=batch_size)
+    deep = -(-int(np.sum(answers.exits == 1)) // batch_size)
+    assert len(features) == 12
+    assert len(alive) == 12 + deep
+    assert alive == [0] * len(alive)
+    assert (set(answers.exits.tolist()) == {0, 1}) == (cutoff == 0.9)
+
+
+def test_features_do_not_count_as_memory_of_those_who_wait():
+    x = samples(40, 2)
+    sizes = {}
+    for spare in (0, -1):
+        seen = []
+        first, deep = with_features([], left_with_state).stages
+        counted = lambda carried, deep=deep, seen=seen: seen.append(carried.n_rows) or deep(carried)  # noqa: E731
+        model = StagedModel([first, counted], with_features([], left_with_state).exits, largest)
+        limit = 15 * (LIVE_BYTES + STATE_BYTES) + spare
+        run(model, batched(x, [5]), [np.finfo(float).max, -np.inf], batch_size=20, memory_limit=limit)
+        sizes[spare] = seen
+    assert sizes == {0: [20, 20], -1: [15, 15, 10]}
+    assert 5 * FEATURE_BYTES > 15 * (LIVE_BYTES + STATE_BYTES)

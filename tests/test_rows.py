@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from adaptexit.staging.rows import join, n_bytes, n_rows, take
+from adaptexit.staging.rows import join, n_bytes, n_rows, take, tensors_in
 
 
 def nested(start, stop):
@@ -78,3 +78,49 @@ def test_channels_last_is_kept(samples):
 def test_leaves_of_different_length_are_not_joined_silently():
     with pytest.raises(ValueError, match=r"zip\(\)"):
         join([(torch.zeros(1), torch.zeros(1)), (torch.zeros(1),)])
+
+
+class Rising:
+    """An object that knows how to be taken from and joined."""
+
+    def __init__(self, numbers):
+        self.numbers = list(numbers)
+        self.n_rows, self.nbytes = len(self.numbers), 100 * len(self.numbers)
+
+    def taken(self, samples):
+        return Rising(np.array(self.numbers, dtype=int)[samples].tolist())
+
+    def joined(self, others):
+        return Rising(sum((other.numbers for other in others), self.numbers))
+
+
+@pytest.mark.parametrize("samples", [np.array([2, 0]), slice(1, 3), np.array([], dtype=np.intp)], ids=str)
+def test_leaves_that_know_how_are_asked(samples):
+    rows = {"object": Rising([5, 6, 7]), "tensor": (torch.arange(3),)}
+    assert n_rows(rows) == n_rows((rows["object"],)) == 3
+    assert n_bytes(rows) == 300 + 24
+    taken = take(rows, samples)
+    expected = np.array([5, 6, 7])[samples].tolist()
+    assert taken["object"].numbers == expected
+    joined = join([taken, rows, taken])
+    assert joined["object"].numbers == [*expected, 5, 6, 7, *expected]
+    assert joined["tensor"][0].tolist() == [number - 5 for number in joined["object"].numbers]
+
+
+def test_none_is_an_empty_nesting():
+    rows = (None, torch.arange(3), {"state": None})
+    assert n_rows(rows) == 3
+    assert n_bytes(rows) == 24
+    assert n_bytes(None) == 0
+    nothing, column, state = join([take(rows, np.array([2])), take(rows, slice(0, 1))])
+    assert nothing is None
+    assert column.tolist() == [2, 0]
+    assert state == {"state": None}
+    assert take(None, np.array([0])) is join([None, None]) is None
+
+
+def test_tensors_in_nested_values():
+    one, two, three = torch.ones(1), torch.zeros(2), torch.zeros(3)
+    found = list(tensors_in([one, (2, {"a": two, "b": "text", "c": [None, three]}), np.zeros(4)]))
+    assert [id(tensor) for tensor in found] == [id(one), id(two), id(three)]
+    assert list(tensors_in("text")) == []

@@ -1,7 +1,7 @@
 """Models as stages and exits, the executor that runs them, and what they cost."""
 
 from adaptexit.staging.cuts import auto_cuts, list_cuts
-from adaptexit.staging.split import Split, SplitWarning, from_stages, split
-from adaptexit.staging.trace import SplitError
+from adaptexit.staging.splitting import Split, SplitWarning, from_stages, split
+from adaptexit.staging.tracing import SplitError
 
 __all__ = ["Split", "SplitError", "SplitWarning", "auto_cuts", "from_stages", "list_cuts", "split"]

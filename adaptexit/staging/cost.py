@@ -3,13 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch.backends import mha
 from torch.utils.flop_counter import FlopCounterMode
 
 from adaptexit.staging.rows import Rows, n_rows
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True)
+class StageLatencies:
+    """Seconds that stages and exits take on a batch, by its size.
+
+    Attributes
+    ----------
+    exit_names : K names
+    batch_sizes : integer array (B,)
+    stage_s, exit_s : arrays (K, B)
+        Median seconds a batch of stage k, and of exit k's own work.
+    """
+
+    exit_names: list[str]
+    batch_sizes: NDArray[np.int64]
+    stage_s: NDArray[np.float64]
+    exit_s: NDArray[np.float64]
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A row for every exit and batch size: exit, batch_size, stage_s, exit_s."""
+        import pandas
+
+        k, b = np.indices(self.stage_s.shape).reshape(2, -1)
+        return pandas.DataFrame(
+            {
+                "exit": [self.exit_names[i] for i in k],
+                "batch_size": self.batch_sizes[b],
+                "stage_s": self.stage_s[k, b],
+                "exit_s": self.exit_s[k, b],
+            }
+        )
 
 
 def count_macs(function: Callable[[Rows], Any], rows: Rows) -> float:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adaptexit.core.outputs import ExitBatch
+from adaptexit.staging.live import Carried
 from adaptexit.staging.rows import Rows, join, n_bytes, n_rows, take
 
 MEMORY_LIMIT = 1 << 30
@@ -86,25 +87,25 @@ class StagedModel:
     def answer(self, k: int, carried: Rows) -> tuple[ExitAnswer, Rows]:
         """What exit k answers, and what goes on from it."""
         output = self.exits[k](carried)
-        if not isinstance(output, ExitAnswer):
-            return ExitAnswer(output), carried
-        return output, carried if output.carried is None else output.carried
+        answer = output if isinstance(output, ExitAnswer) else ExitAnswer(output)
+        if answer.carried is not None:
+            return answer, answer.carried
+        return answer, carried.without_feature() if isinstance(carried, Carried) else carried
 
     def observe(self, k: int, carried: Rows, keep_logits: bool) -> tuple[ExitBatch, Rows]:
         """Run exit k and read its answers and scores; beside them what goes on."""
         answer, onward = self.answer(k, carried)
-        logits = answer.logits
-        if logits.dtype in (torch.float16, torch.bfloat16):
-            logits = logits.float()
+        logits = _widened(answer.logits)
         if logits.ndim != 2:
             raise ValueError(
                 f"the model of exit {k} must answer with logits of shape (B, C); got shape {tuple(logits.shape)}. "
                 "If the model is fine, look whether X has an axis for the samples."
             )
-        scores = torch.as_tensor(self.confidence(logits) if answer.scores is None else answer.scores)
+        scores = _widened(torch.as_tensor(self.confidence(logits) if answer.scores is None else answer.scores))
         if scores.shape != logits.shape[:1]:
+            whose = "confidence" if answer.scores is None else f"the scores of exit {k}"
             raise ValueError(
-                "confidence must turn an output of B samples into B numbers, one a sample: expected shape "
+                f"{whose} must turn an output of B samples into B numbers, one a sample: expected shape "
                 f"{tuple(logits.shape[:1])}, got {tuple(scores.shape)}."
             )
         batch = ExitBatch(
@@ -118,6 +119,10 @@ class StagedModel:
                 "an overflow in half precision, or for a confidence that is undefined on some outputs."
             )
         return batch, onward
+
+
+def _widened(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
 @dataclass

@@ -17,7 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adaptexit.staging.rows import Rows, join, n_bytes, take
+from adaptexit.staging.rows import Rows, entries, join, n_bytes, rebuilt, take
 
 
 class UnsupportedValueError(TypeError):
@@ -69,7 +69,7 @@ def layout_of(two: Any, three: Any) -> Layout:
     if isinstance(two, (list, tuple, dict)):
         if len(two) != len(three) or (isinstance(two, dict) and list(two) != list(three)):
             raise UnsupportedValueError(f"it is a {type(two).__name__} whose entries change with the samples")
-        return Nest(tuple(layout_of(*pair) for pair in zip(_entries(two), _entries(three), strict=True)))
+        return Nest(tuple(layout_of(*pair) for pair in zip(entries(two), entries(three), strict=True)))
     if type(two) is int and two != three and two % 2 == 0 and three * 2 == two * 3:
         return Count(two // 2)
     try:
@@ -84,17 +84,22 @@ def layout_of(two: Any, three: Any) -> Layout:
 
 
 def _tensor_layout(two: Tensor, three: Tensor) -> Layout:
-    if two.is_sparse or two.is_nested:
+    if two.layout is not torch.strided or two.is_nested:
         raise UnsupportedValueError("it is a sparse or nested tensor")
+    if two.dtype != three.dtype:
+        raise UnsupportedValueError(f"it is a tensor of {two.dtype} for 2 samples and of {three.dtype} for 3")
     shapes = f"{tuple(two.shape)} for 2 samples and {tuple(three.shape)} for 3"
     if two.shape == three.shape:
-        if not torch.allclose(two, three, equal_nan=True):
+        exact = {} if two.is_floating_point() or two.is_complex() else {"rtol": 0.0, "atol": 0.0}
+        if not torch.allclose(two, three, equal_nan=True, **exact):
             raise UnsupportedValueError(
                 f"it is a tensor without an axis for the samples that changes with them, {shapes}"
             )
         return Static()
-    differing = [d for d, (a, b) in enumerate(zip(two.shape, three.shape, strict=False)) if a != b]
-    if two.ndim != three.ndim or len(differing) != 1:
+    if two.ndim != three.ndim:
+        raise UnsupportedValueError(f"it is a tensor whose number of axes changes with the samples, {shapes}")
+    differing = [d for d, (a, b) in enumerate(zip(two.shape, three.shape, strict=True)) if a != b]
+    if len(differing) != 1:
         raise UnsupportedValueError(f"it is a tensor with more than one axis that grows with the samples, {shapes}")
     (dim,) = differing
     if two.shape[dim] % 2 or two.shape[dim] // 2 * 3 != three.shape[dim]:
@@ -102,14 +107,13 @@ def _tensor_layout(two: Tensor, three: Tensor) -> Layout:
     return Along(dim, two.shape[dim] // 2)
 
 
-def _entries(value: Any) -> list[Any]:
-    return list(value.values()) if isinstance(value, dict) else list(value)
-
-
-def _rebuilt(like: Any, entries: list[Any]) -> Any:
-    if isinstance(like, dict):
-        return type(like)(zip(like, entries, strict=True))
-    return type(like)(*entries) if hasattr(like, "_fields") else type(like)(entries)
+def copied(value: Any) -> Any:
+    """The same value with its tensors cloned."""
+    if isinstance(value, Tensor):
+        return value.clone()
+    if isinstance(value, (list, tuple, dict)):
+        return rebuilt(value, [copied(entry) for entry in entries(value)])
+    return value
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +133,8 @@ class Live:
 
     def taken(self, samples: NDArray[Any] | slice) -> Live:
         """Those of some samples, in the order of their indices."""
+        if not isinstance(samples, slice) and samples.dtype == bool:
+            samples = np.flatnonzero(samples)
         if isinstance(samples, slice):
             samples = np.arange(self.n)[samples] if _needs_indices(self.layouts) else samples
         n = len(range(self.n)[samples]) if isinstance(samples, slice) else len(samples)
@@ -173,6 +179,10 @@ class Carried:
     feature: Any = None
     state: Rows = None
 
+    def without_feature(self) -> Carried:
+        """What goes on of all samples."""
+        return Carried(self.live, None, self.state)
+
     def taken(self, samples: NDArray[Any] | slice) -> Carried:
         """What goes on of some samples."""
         return Carried(self.live.taken(samples), None, take(self.state, samples))
@@ -206,8 +216,8 @@ class _Pick:
         if isinstance(layout, Count):
             return layout.per_sample * self.n
         if isinstance(layout, Nest):
-            entries = zip(_entries(value), layout.parts, strict=True)
-            return _rebuilt(value, [self(entry, part) for entry, part in entries])
+            pairs = zip(entries(value), layout.parts, strict=True)
+            return rebuilt(value, [self(entry, part) for entry, part in pairs])
         where = self.samples if isinstance(self.samples, slice) else self._index(value.device, layout.per_sample)
         return value[(slice(None),) * layout.dim + (where,)]  # unlike index_select this keeps channels_last
 
@@ -229,27 +239,39 @@ def _needs_indices(layouts: Sequence[Layout]) -> bool:
 
 
 def _concatenated(values: Sequence[Any], layout: Layout) -> Any:
-    if isinstance(layout, Along):
-        return torch.cat(list(values), dim=layout.dim)
+    first = values[0]
     if isinstance(layout, Count):
         return sum(values)
     if isinstance(layout, Nest):
-        columns = zip(*(_entries(value) for value in values), strict=True)
-        return _rebuilt(
-            values[0], [_concatenated(column, part) for column, part in zip(columns, layout.parts, strict=True)]
-        )
-    first = values[0]
-    if not isinstance(first, Tensor) and any(value != first for value in values[1:]):
-        raise ValueError(
-            f"batches can be merged only where their inputs have the same size; a value of one is {first!r}, of others "
-            f"{[value for value in values[1:] if value != first]}. Give inputs of one size, or merge=False."
-        )
+        columns = zip(*(entries(value) for value in values), strict=True)
+        return rebuilt(first, [_concatenated(*pair) for pair in zip(columns, layout.parts, strict=True)])
+    if isinstance(layout, Along):
+        shapes = [[*value.shape[: layout.dim], *value.shape[layout.dim + 1 :]] for value in values]
+        if any(shape != shapes[0] for shape in shapes):
+            _refuse_to_merge([tuple(value.shape) for value in values])
+        return torch.cat(list(values), dim=layout.dim)
+    for value in values[1:]:
+        if not (value is first or _same(value, first)):
+            _refuse_to_merge([tuple(v.shape) if isinstance(v, Tensor) else v for v in values])
     return first
+
+
+def _same(one: Any, other: Any) -> bool:
+    if isinstance(one, Tensor):
+        return one.shape == other.shape and torch.allclose(one, other, rtol=0, atol=0, equal_nan=True)
+    return bool(one == other)
+
+
+def _refuse_to_merge(found: list[Any]) -> None:
+    raise ValueError(
+        f"batches can be merged only where their inputs have the same size; a value that is carried is {found} for "
+        "different ones. Give inputs of one size, or run batch by batch (merge=False)."
+    )
 
 
 def _size(value: Any, layout: Layout) -> int:
     if isinstance(layout, Along):
         return int(value.nbytes)
     if isinstance(layout, Nest):
-        return reduce(operator.add, map(_size, _entries(value), layout.parts), 0)
+        return reduce(operator.add, map(_size, entries(value), layout.parts), 0)
     return 0

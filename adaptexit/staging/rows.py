@@ -6,6 +6,7 @@ that knows how: with ``taken``, ``joined``, ``n_rows`` and ``nbytes``. None is a
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -17,13 +18,26 @@ from torch import Tensor
 Rows = Any
 
 
+def entries(value: Any) -> list[Any]:
+    """What a list, tuple or dict holds."""
+    return list(value.values()) if isinstance(value, dict) else list(value)
+
+
+def rebuilt(like: Any, parts: list[Any]) -> Any:
+    """A list, tuple or dict of the same kind, with other entries."""
+    if isinstance(like, dict):
+        made = copy.copy(like)
+        made.update(zip(like, parts, strict=True))
+        return made
+    return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
+
+
 def _mapped(rows: Rows, function: Callable[..., Any], *others: Rows) -> Rows:
     if rows is None:
         return None
-    if isinstance(rows, dict):
-        return {key: _mapped(value, function, *(other[key] for other in others)) for key, value in rows.items()}
-    if isinstance(rows, (tuple, list)):
-        return type(rows)(_mapped(*group[:1], function, *group[1:]) for group in zip(rows, *others, strict=True))
+    if isinstance(rows, (dict, tuple, list)):
+        groups = zip(entries(rows), *map(entries, others), strict=True)
+        return rebuilt(rows, [_mapped(group[0], function, *group[1:]) for group in groups])
     return function(rows, *others)
 
 

@@ -90,7 +90,8 @@ class Scan:
         self._last = time_, tensors  # kept alive, so that its identity stays its own
         works, leaf = macs > macs_before, not self.module.get_submodule(name)._modules
         work = (works and leaf, works and not leaf)
-        shape, is_tensor = _shape(output, self._n), len(tensors) == 1
+        shape = _shape(output, self._n)
+        is_tensor = len(tensors) == 1 and tensors[0].shape[:1] == (self._n,)
         self.calls.append(Call(name, time_, self._group, macs, *work, shape, is_tensor, _storages(tensors)))
 
     def once(self) -> list[Call]:

@@ -9,7 +9,7 @@ they differ, the decision hangs on the batch or on the data, and the module cann
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -51,6 +51,10 @@ class Traced:
     cut_calls: dict[str, list[CutCall]]
     called: list[str] = field(default_factory=list)
 
+    def pair_of(self, output: Any) -> Pair:
+        """The values of nested nodes, at batch 2 and at batch 3."""
+        return _with_values(output, self.values, 0), _with_values(output, self.values, 1)
+
 
 def trace(module: nn.Module, cuts: Iterable[str], batches: tuple[Tensor, Tensor]) -> Traced:
     """Trace the evaluation forward of ``module`` through the ancestors of ``cuts``.
@@ -67,7 +71,7 @@ def trace(module: nn.Module, cuts: Iterable[str], batches: tuple[Tensor, Tensor]
         If the forward cannot be traced.
     """
     tracer = _Tracer(set(cuts), batches)
-    with evaluating([module]), torch.inference_mode():
+    with evaluating([module]), torch.no_grad():
         try:
             graph = tracer.trace(module)
         except SplitError:
@@ -75,7 +79,8 @@ def trace(module: nn.Module, cuts: Iterable[str], batches: tuple[Tensor, Tensor]
         except Exception as error:
             raise SplitError(
                 f"the forward of {type(module).__name__} cannot be traced through the ancestors of the cuts: "
-                f"{type(error).__name__}: {error} Cut at modules that lie less deep, or give the stages explicitly."
+                f"{type(error).__name__}: {str(error).rstrip('.')}. Cut at modules that lie less deep, or give the "
+                "stages explicitly."
             ) from error
     called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     return Traced(graph, tracer.values, tracer.cut_calls, called)
@@ -110,7 +115,10 @@ class _Tracer(fx.Tracer):
     # -- what is recorded ----------------------------------------------------------------------------------------------
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
-        return root_fn, [self.root, self.create_proxy("placeholder", "input", (), {})]  # other arguments: defaults
+        def forward(x: Any) -> Any:
+            return self.root.forward(x)  # of the instance, other arguments at their defaults
+
+        return forward, [self.create_proxy("placeholder", "input", (), {})]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.ancestors
@@ -154,7 +162,7 @@ class _Tracer(fx.Tracer):
     # -- the values beside it ------------------------------------------------------------------------------------------
 
     def _value(self, node: fx.Node, which: int) -> Any:
-        args, kwargs = self._given(node.args, which), self._given(node.kwargs, which)
+        args, kwargs = (_with_values(given, self.values, which) for given in (node.args, node.kwargs))
         target: Any = node.target
         if node.op == "placeholder":
             return self.batches[which].clone()
@@ -165,21 +173,6 @@ class _Tracer(fx.Tracer):
         if node.op == "call_method":
             return getattr(args[0], target)(*args[1:], **kwargs)
         return args[0] if node.op == "output" else target(*args, **kwargs)
-
-    def _given(self, argument: Any, which: int) -> Any:
-        """An argument with values for nodes, and lists that can be written to, as the compiled stages get them."""
-        if isinstance(argument, fx.Node):
-            return self.values[argument][which]
-        if isinstance(argument, slice):
-            return slice(*(self._given(part, which) for part in (argument.start, argument.stop, argument.step)))
-        if isinstance(argument, dict):
-            return {key: self._given(value, which) for key, value in argument.items()}
-        if isinstance(argument, list):
-            return [self._given(entry, which) for entry in argument]
-        if isinstance(argument, tuple):
-            entries = [self._given(entry, which) for entry in argument]
-            return type(argument)(*entries) if hasattr(argument, "_fields") else tuple(entries)
-        return argument
 
     def decided(self, proxy: Proxy, conversion: str) -> Any:
         """What Python is told about a value: the same on both batches, or nothing."""
@@ -197,13 +190,32 @@ class _Tracer(fx.Tracer):
         return bool(self.decided(obj, "bool"))
 
     def iter(self, obj: Proxy) -> Iterator[Proxy]:
-        length = self.decided(obj, "len")
-        if isinstance(self.values[obj.node][0], dict):
+        value = self.values[obj.node][0]
+        if isinstance(value, (dict, KeysView)):
             return iter(self.decided(obj, "list"))
+        if isinstance(value, (ValuesView, ItemsView)):
+            obj = self.create_proxy("call_function", list, (obj,), {})
+        length = self.decided(obj, "len")
         return iter([operator.getitem(obj, i) for i in range(length)])
 
     def keys(self, obj: Proxy) -> Any:
         return self.decided(obj, "list")
+
+
+def _with_values(nested: Any, values: dict[fx.Node, Pair], which: int) -> Any:
+    """Nested arguments with values for nodes, in lists that can be written to, as the compiled stages get them."""
+    if isinstance(nested, fx.Node):
+        return values[nested][which]
+    if isinstance(nested, slice):
+        return slice(*(_with_values(part, values, which) for part in (nested.start, nested.stop, nested.step)))
+    if isinstance(nested, dict):
+        return {key: _with_values(value, values, which) for key, value in nested.items()}
+    if isinstance(nested, list):
+        return [_with_values(entry, values, which) for entry in nested]
+    if isinstance(nested, tuple):
+        entries = [_with_values(entry, values, which) for entry in nested]
+        return type(nested)(*entries) if hasattr(nested, "_fields") else tuple(entries)
+    return nested
 
 
 class _Concrete(Proxy):
@@ -232,6 +244,9 @@ class _Concrete(Proxy):
     def __iter__(self) -> Any:
         return self.tracer.iter(self)
 
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
+
     @property  # type: ignore[misc]
     def __class__(self) -> Any:
         value = self.tracer.values[self.node][0]
@@ -249,6 +264,6 @@ def _constant(value: Tensor) -> Callable[[], Tensor]:
     """A tensor made while tracing, which no input had a part in."""
 
     def constant() -> Tensor:
-        return value
+        return value.clone()  # what is made in every run may be written to
 
     return constant

@@ -7,9 +7,11 @@ handed out before it was compared with the model itself.
 
 from __future__ import annotations
 
+import copy
 import linecache
 import warnings
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import count, pairwise
 from typing import Any
@@ -18,12 +20,15 @@ import torch
 from torch import Tensor, fx, nn
 
 from adaptexit.staging.cuts import check_names, unwrapped
-from adaptexit.staging.live import Carried, Layout, Live, UnsupportedValueError, layout_of
+from adaptexit.staging.live import Carried, Layout, Live, UnsupportedValueError, copied, layout_of
 from adaptexit.staging.modes import evaluating, exact_arithmetic
-from adaptexit.staging.trace import CutCall, SplitError, Traced, trace
-from adaptexit.staging.verify import difference_from_model, distinct, noise
+from adaptexit.staging.tracing import CutCall, SplitError, Traced, trace
+from adaptexit.staging.verify import DifferenceError, difference_from_model, distinct
 
 _SERIAL = count()
+
+_ILL_CONDITIONED = 1e-2
+"""Differences up to this may be rounding in single precision; double precision tells."""
 
 Stage = Callable[..., tuple[Any, tuple[Any, ...]]]
 CarriedValue = tuple[str, Any, Any]
@@ -62,7 +67,7 @@ def split(module: nn.Module, cuts: Sequence[str], example: Tensor) -> Split:
     module = unwrapped(module)
     names = check_names(module, cuts)
     inputs = distinct(example)
-    return Split._verified(_Traceable(module, tuple(names)), inputs)
+    return _made(_Traceable(module, tuple(names)), inputs)
 
 
 def from_stages(stages: Sequence[nn.Module], example: Tensor) -> Split:
@@ -77,7 +82,12 @@ def from_stages(stages: Sequence[nn.Module], example: Tensor) -> Split:
     """
     if len(stages) < 2 or not all(isinstance(stage, nn.Module) for stage in stages):
         raise ValueError(f"stages must be at least two modules; got {[type(stage).__name__ for stage in stages]}.")
-    return Split._verified(_Chain(nn.ModuleList(stages)), distinct(example))
+    return _made(_Chain(stages), distinct(example))
+
+
+def _made(source: _Traceable | _Chain, inputs: Tensor) -> Split:
+    with exact_arithmetic(), evaluating([source.module]), torch.no_grad():
+        return Split(source, inputs)
 
 
 class Split:
@@ -87,42 +97,56 @@ class Split:
     ----------
     module : the model, shared
     cuts : tuple of K-1 names, in execution order
+    example : tensor
+        The inputs that the split was verified on.
     difference : largest difference from the model's answers that verification saw, relative to the largest answer
 
     Notes
     -----
     A split can be copied and pickled with its module; after unpickling its stages are made anew. Hooks on submodules
-    fire, except on the ancestors of cuts and on the module itself, which are not called in one piece.
+    fire, except on the ancestors of cuts and on the module itself, which are not called in one piece. The Python of
+    these is run once, when the split is made: numbers that it reads from the model stay as they were then (weights and
+    buffers do not), and context managers in it (``no_grad``, ``autocast``) are not entered again. While a split is made
+    no other thread may call modules, as torch.fx redirects all calls.
     """
 
     def __init__(self, source: _Traceable | _Chain, inputs: Tensor) -> None:
         """Use :func:`split` or :func:`from_stages`."""
         self._source = source
+        self._parts: list[nn.Module] | None = None
         self.cuts = source.cuts
-        self._input = (tuple(inputs.shape[1:]), inputs.dtype)
-        self._functions: list[Stage] | None = None
-        self._layouts: list[tuple[Layout, ...]] = []
-        self.difference = float("nan")
+        self.example = inputs
+        pieces = source.compiled((inputs[:2], inputs[2:5]))
+        self._functions: list[Stage] | None = pieces.functions
+        self._layouts = [_layouts(cut, values) for cut, values in zip(self.cuts, pieces.carried, strict=True)]
+        self.difference = self._verified([_layout_or_none(*pair) for pair in pieces.features])
 
-    @classmethod
-    def _verified(cls, source: _Traceable | _Chain, inputs: Tensor) -> Split:
-        made = cls(source, inputs)
-        with exact_arithmetic():
-            made._functions, pairs = source.compiled((inputs[:2], inputs[2:5]))
-            made._layouts = [_layouts(cut, values) for cut, values in zip(made.cuts, pairs, strict=True)]
-            with evaluating([made.module]), torch.inference_mode():
-                made.difference = difference_from_model(made.module, made.run, made.cuts, inputs)
-        return made
+    def _verified(self, features: list[Layout | None]) -> float:
+        """The largest difference from the model; float32 that is off by more than rounding is tried in float64."""
+        try:
+            return difference_from_model(self.module, self.run, self.cuts, features, self.example)
+        except DifferenceError as error:
+            if self.example.dtype != torch.float32 or error.difference > _ILL_CONDITIONED:
+                raise
+            twin = copy.deepcopy(self)
+            twin.module.double()
+            try:
+                difference_from_model(twin.module, twin.run, self.cuts, features, self.example.double())
+            except Exception:
+                raise error from None
+            return error.difference
+        except SplitError:
+            raise
+        except Exception as error:
+            raise SplitError(
+                f"verification failed: {type(self.module).__name__} or its stages do not run on some of the samples, "
+                f"so that samples depend on each other. {type(error).__name__}: {error}"
+            ) from error
 
     @property
     def module(self) -> nn.Module:
         """The model whose stages these are."""
         return self._source.module
-
-    @property
-    def input_spec(self) -> tuple[tuple[int, ...], torch.dtype]:
-        """Shape without samples and dtype of the inputs that the split was verified on."""
-        return self._input
 
     @property
     def n_stages(self) -> int:
@@ -144,12 +168,8 @@ class Split:
         if self._functions is None:
             self._functions = self._rebuilt()
         module = self._source.module
-        if module.training:
-            raise SplitError(
-                "stages run in evaluation mode only: in training mode batch normalisation makes samples depend on each "
-                "other, so that none can leave. Call module.eval() first."
-            )
         if k == 0:
+            self._check_mode()
             n, state = len(carried), None
             feature, live = self._functions[0](module, carried)
         else:
@@ -173,23 +193,33 @@ class Split:
         """The model's output, through all stages."""
         return self.visit(x, lambda k, feature: None)
 
+    def _check_mode(self) -> None:
+        if self._parts is None:
+            self._parts = list(self.module.modules())
+        if any(part.training for part in self._parts):
+            raise SplitError(
+                "stages run in evaluation mode only: in training mode batch normalisation makes samples depend on each "
+                "other, so that none can leave. Call module.eval() first."
+            )
+
     def _rebuilt(self) -> list[Stage]:
-        shape, dtype = self._input
-        like = next((p for p in self.module.parameters()), torch.empty(0))
-        made = noise(torch.zeros((5, *shape), dtype=dtype), 5).to(like.device)
-        functions, _ = self._source.compiled((made[:2], made[2:5]))
-        return functions
+        """The functions made anew, for the device and precision that the module has by now."""
+        like = next((p for p in self.module.parameters() if p.is_floating_point()), None)
+        made = self.example if like is None else self.example.to(like.device)
+        if like is not None and made.is_floating_point():
+            made = made.to(like.dtype)
+        with evaluating([self.module]):
+            return self._source.compiled((made[:2], made[2:5])).functions
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_functions": None}
+        return self.__dict__ | {"_functions": None, "_parts": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Split:
-        from copy import deepcopy
-
-        copied = object.__new__(type(self))
-        memo[id(self)] = copied
-        copied.__dict__.update({name: deepcopy(value, memo) for name, value in self.__dict__.items()})
-        return copied
+        made = object.__new__(type(self))
+        memo[id(self)] = made
+        made.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        made._parts = None
+        return made
 
     def __repr__(self) -> str:
         return f"Split({type(self.module).__name__}, cuts={list(self.cuts)})"
@@ -198,29 +228,39 @@ class Split:
 # -- where stages come from --------------------------------------------------------------------------------------------
 
 
+@dataclass
+class _Pieces:
+    """Stages as functions; what is carried over every cut; what every stage answers, for 2 and for 3 samples."""
+
+    functions: list[Stage]
+    carried: list[list[CarriedValue]]
+    features: list[tuple[Any, Any]]
+
+
 class _Chain:
     """Stages that were given."""
 
-    def __init__(self, stages: nn.ModuleList) -> None:
+    def __init__(self, stages: Sequence[nn.Module]) -> None:
         self.module = nn.Sequential(*stages)
+        self.module.training = any(stage.training for stage in stages)
         self.cuts = tuple(str(k) for k in range(len(stages) - 1))
 
-    def compiled(self, batches: tuple[Tensor, Tensor]) -> tuple[list[Stage], list[list[CarriedValue]]]:
-        with evaluating([self.module]), torch.inference_mode():
-            values: list[Any] = list(batches)
-            pairs: list[list[CarriedValue]] = []
-            for k in range(len(self.cuts)):
-                values = [self.module[k](value) for value in values]
-                pairs.append([("output", *values)])
+    def compiled(self, batches: tuple[Tensor, Tensor]) -> _Pieces:
+        values: list[Any] = list(batches)
+        features = []
+        for stage in self.module:
+            values = [stage(copied(value)) for value in values]
+            features.append((values[0], values[1]))
 
-        def stage(k: int) -> Stage:
+        def function(k: int) -> Stage:
             def run(module: Any, carried: Any) -> tuple[Any, tuple[Any, ...]]:
                 output = module[k](carried)
                 return output, (output,) if k < len(self.cuts) else ()
 
             return run
 
-        return [stage(k) for k in range(len(self.cuts) + 1)], pairs
+        carried = [[("output", *pair)] for pair in features[:-1]]
+        return _Pieces([function(k) for k in range(len(features))], carried, features)
 
 
 class _Traceable:
@@ -229,8 +269,7 @@ class _Traceable:
     def __init__(self, module: nn.Module, cuts: tuple[str, ...]) -> None:
         self.module, self.cuts = module, cuts
 
-    def compiled(self, batches: tuple[Tensor, Tensor]) -> tuple[list[Stage], list[list[CarriedValue]]]:
-        """The stages as functions, and the values carried over every cut: (name, at batch 2, at batch 3)."""
+    def compiled(self, batches: tuple[Tensor, Tensor]) -> _Pieces:
         self._warn_of_hooks()
         traced = trace(self.module, self.cuts, batches)
         calls = [_only_call(self.module, cut, traced) for cut in self.cuts]
@@ -255,7 +294,8 @@ class _Traceable:
             if call:
                 pairs.append([(node.name, *traced.values[node]) for node in live])
             before = live
-        return functions, pairs
+        outputs = [*(call.output for call in calls), nodes[-1].args[0]]
+        return _Pieces(functions, pairs, [traced.pair_of(output) for output in outputs])
 
     def _warn_of_hooks(self) -> None:
         ancestors = {""} | {cut[:i] for cut in self.cuts for i, letter in enumerate(cut) if letter == "."}
@@ -266,7 +306,7 @@ class _Traceable:
                     f"hooks on {name or 'the model itself'!r} do not fire in the stages, since a cut lies inside it. "
                     "Put them on modules that are called in one piece.",
                     SplitWarning,
-                    stacklevel=5,
+                    stacklevel=6,
                 )
 
 
@@ -330,6 +370,13 @@ def _function(nodes: list[fx.Node], before: list[fx.Node], live: list[fx.Node], 
     namespace = dict(code.globals)
     exec(compile(source, filename, "exec"), namespace)
     return namespace["forward"]  # type: ignore[no-any-return]
+
+
+def _layout_or_none(two: Any, three: Any) -> Layout | None:
+    try:
+        return layout_of(two, three)
+    except UnsupportedValueError:
+        return None
 
 
 def _layouts(cut: str, values: list[CarriedValue]) -> tuple[Layout, ...]:

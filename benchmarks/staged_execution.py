@@ -1,0 +1,375 @@
+"""What running a model in stages costs, and what it gains when half the samples leave at the first cut.
+
+ResNet-18, ViT-tiny and MobileNetV3-large (timm, 224 pixels, random weights, noise as images: neither changes how long
+they take) and the CIFAR ResNet-56 (32 pixels, with the weights and images given), each cut in three places, those that
+``exits="auto"`` takes. At every cut the mean over the positions and one linear layer, so that what is measured is the
+staging and not a heavy head. float32, on the processor:
+
+- **nobody leaves**: the staged model through the executor against ``module(x)``, with the three early exits switched on
+  under a rule that accepts nobody, and with them off; beside them the heads alone, with what the executor does to read
+  their answers, on features that are ready;
+- **half leave**: a prescribed half of every batch leaves at the first cut and the rest go to the end, merged into full
+  batches; the other two exits are off, so that only one head is paid for. Ideal is the first stage and its head on
+  all samples plus the other stages on half of them, both in full batches, each timed by itself: what picking survivors
+  out and merging them costs is the difference. Beside it two ways without picking: a batch that stops only when all of
+  it is sure, and one sample at a time. The answers of those who stay are compared with the model's own.
+
+Medians and quartiles over interleaved rounds, the first thrown away; ratios are taken within a round. A second,
+identical timing of the plain model shows the noise. Without ``--weights`` and ``--data`` ResNet-56, too, has random
+weights and gets noise. About half an hour on two cores::
+
+    python -m benchmarks.staged_execution --weights DIR --data DIR --threads 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import timm
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from adaptexit.backbones import resnet56_cifar
+from adaptexit.core.outputs import ExitBatch
+from adaptexit.core.scores import max_proba
+from adaptexit.features import FeatureSpec, pooled
+from adaptexit.heads import Head, HeadOutput
+from adaptexit.models import build_model
+from adaptexit.network import BranchedNetwork, feature_specs, new_heads
+from adaptexit.staging.executor import Answers, StagedModel, execute
+from adaptexit.staging.live import Carried, Live
+from adaptexit.staging.splitting import split
+from benchmarks.cifar import pretrained, tensors
+from benchmarks.common import (
+    STEADY_ALLOCATOR,
+    describe_machine,
+    interleaved,
+    print_table,
+    ratios,
+    restart_with_steady_allocator,
+    summarised,
+    timed,
+    write_result,
+)
+
+CUTS = {
+    "resnet18": ("layer1", "layer2", "layer3"),
+    "vit_tiny_patch16_224": ("blocks.2", "blocks.5", "blocks.8"),
+    "mobilenetv3_large_100": ("blocks.1", "blocks.3", "blocks.4"),
+    "resnet56_cifar": ("layer1", "layer2.3", "layer2"),
+}
+
+ROUNDS_NOBODY = {1: 21, 32: 11, 256: 5}
+"""Batch sizes and rounds that count."""
+ROUNDS_HALF = {32: 7, 256: 5}
+SAMPLES_HALF = {32: 256, 256: 512}
+
+LONGEST_PLAIN_S = 60.0
+"""A batch size at which one plain run takes longer is left out."""
+
+TOLERANCE = 1e-4
+"""Of the logits of those who stay, relative to the model's largest."""
+
+
+class LinearHead(Head):
+    """Mean over the positions and one linear layer: as little as a head can do."""
+
+    def __init__(self, spec: FeatureSpec, n_classes: int) -> None:
+        super().__init__(spec, n_classes)
+        self.linear = nn.Linear(spec.channels, n_classes)
+
+    def reduce(self, feature: Tensor) -> Tensor:
+        """Means over the positions, (B, C)."""
+        return pooled(feature, self.spec)
+
+    def answer(self, reduced: Tensor, state: Any = None) -> HeadOutput:
+        """Logits from means (B, C)."""
+        return HeadOutput(self.linear(reduced))
+
+
+def branched(name: str, weights: Path | None) -> BranchedNetwork:
+    """A model in four stages, with a linear head at each cut."""
+    torch.manual_seed(0)
+    if name != "resnet56_cifar":
+        module = timm.create_model(name).eval()
+    else:
+        module = pretrained(56, weights) if weights else resnet56_cifar().eval()
+    example = noise_images(name, 6)
+    model = build_model(module, None, name)
+    parts = split(module, CUTS[name], example)
+    n_classes = plain(module, [example])[0].shape[1]
+    heads = new_heads(LinearHead, feature_specs(parts, example, None), model, n_classes, 0)
+    return BranchedNetwork(model, parts, [head.eval() for head in heads])
+
+
+def noise_images(name: str, n: int) -> Tensor:
+    """(n, 3, H, W) at the size that a model takes."""
+    side = 32 if name == "resnet56_cifar" else 224
+    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(1))
+
+
+@torch.inference_mode()
+def plain(module: nn.Module, batches: list[Tensor]) -> list[Tensor]:
+    """The model as it is."""
+    return [module(x) for x in batches]
+
+
+def staged_model(network: BranchedNetwork) -> StagedModel:
+    """For the executor, as the estimator makes it."""
+    return network.staged(lambda logits: max_proba(logits, torch), False)
+
+
+# -- nobody leaves -----------------------------------------------------------------------------------------------------
+
+
+def nobody(k: int, batch: ExitBatch) -> NDArray[np.bool_]:
+    """Everybody goes on."""
+    return np.zeros(len(batch.scores), dtype=bool)
+
+
+@torch.inference_mode()
+def features_of(network: BranchedNetwork, x: Tensor) -> list[Carried]:
+    """The feature at every cut, copied: later stages may overwrite it."""
+    found: list[Carried] = []
+    network.split.visit(x, lambda k, feature: found.append(Carried(Live((), (), len(x)), feature.clone())))
+    return found
+
+
+@torch.inference_mode()
+def heads_alone(staged: StagedModel, features: list[list[Carried]]) -> None:
+    """The three heads, their confidences and what the executor reads of them."""
+    for batch in features:
+        for k, carried in enumerate(batch):
+            staged.observe(k, carried, False)
+
+
+def nobody_leaves(name: str, network: BranchedNetwork, images: Tensor, size: int, rounds: int) -> dict[str, Any]:
+    """Staged against plain, one batch a call; of tiny batches several calls are timed together."""
+    staged, module = staged_model(network), network.split.module
+    calls = max(1, 8 // size)
+    batches = list(images[: calls * size].split(size))
+    if (took := timed(lambda: plain(module, batches))[0]) > LONGEST_PLAIN_S:
+        return skipped(name, size, took)
+    features = [features_of(network, x) for x in batches]
+    on, off = np.ones(staged.n_exits, dtype=bool), np.arange(staged.n_exits) == staged.n_exits - 1
+
+    def run(switched: NDArray[np.bool_]) -> Callable[[], Any]:
+        return lambda: [execute(staged, [x], nobody, switched, batch_size=size) for x in batches]
+
+    timings = interleaved(
+        {
+            "plain": lambda: plain(module, batches),
+            "plain again (noise)": lambda: plain(module, batches),
+            "staged, exits off": run(off),
+            "staged, exits on": run(on),
+            "heads alone": lambda: heads_alone(staged, features),
+        },
+        rounds,
+    )
+    compared = {what: ratios(timings, what, "plain") for what in timings if what != "plain"}
+    seconds = {what: np.array(t["seconds"]) for what, t in timings.items()}
+    compared["staged, exits on, less heads"] = summarised(
+        (seconds["staged, exits on"] - seconds["heads alone"]) / seconds["plain"]
+    )
+    return {"model": name, "batch": size, "calls": calls, "timings": timings, "over plain": compared}
+
+
+def nobody_rows(found: dict[str, Any]) -> list[list[Any]]:
+    """Lines of the table: one a variant."""
+    start = [found["model"], found["batch"]]
+    if "skipped" in found:
+        return [[*start, found["skipped"], "", "", ""]]
+    rows = [[*start, "plain", 1e3 * found["timings"]["plain"]["median"] / found["calls"], 1.0, ""]]
+    for what, spread in found["over plain"].items():
+        timing = found["timings"].get(what)
+        took = 1e3 * timing["median"] / found["calls"] if timing else ""
+        rows.append([*start, what, took, f"{spread['median']:.3f}", quartiles(spread)])
+    return rows
+
+
+# -- half leave --------------------------------------------------------------------------------------------------------
+
+
+class Prescribed:
+    """Who leaves at the one early exit, given for every sample in the order in which they come."""
+
+    def __init__(self, leave: NDArray[np.bool_], whole_batches: bool = False) -> None:
+        self.leave, self.whole_batches, self.seen = leave, whole_batches, 0
+
+    def __call__(self, k: int, batch: ExitBatch) -> NDArray[np.bool_]:
+        n = len(batch.scores)
+        sure = self.leave[self.seen : self.seen + n]
+        self.seen += n
+        return np.full(n, sure.all()) if self.whole_batches else sure
+
+
+def half_leave(name: str, network: BranchedNetwork, images: Tensor, size: int, rounds: int, n: int) -> dict[str, Any]:
+    """A random half of each of the batches of n samples leaves at the first cut."""
+    staged, parts, module = staged_model(network), network.split, network.split.module
+    batches = list(images[:n].split(size))
+    singles = list(images[:n].split(1))
+    random = np.random.default_rng(0)
+    leave = np.concatenate([random.permutation(np.arange(len(x)) < len(x) // 2) for x in batches])
+    first_only = np.zeros(staged.n_exits, dtype=bool)
+    first_only[[0, -1]] = True
+    if (took := timed(lambda: plain(module, batches[:1]))[0]) > LONGEST_PLAIN_S:
+        return skipped(name, size, took)
+
+    def run(given: list[Tensor], batch_size: int, whole: bool = False, keep_logits: bool = False) -> Answers:
+        rule = Prescribed(leave, whole)
+        return execute(staged, given, rule, first_only, batch_size=batch_size, keep_logits=keep_logits)
+
+    checked = compare_stayers(run(batches, size, keep_logits=True), torch.cat(plain(module, batches)), leave)
+    with torch.inference_mode():
+        waiting = [parts.run(0, x) for x in images[:n][torch.from_numpy(~leave)].split(size)]
+
+    @torch.inference_mode()
+    def first_stage() -> None:
+        for x in batches:
+            staged.observe(0, parts.run(0, x), False)
+
+    @torch.inference_mode()
+    def other_stages() -> None:
+        for carried in waiting:
+            for k in range(1, parts.n_stages):
+                carried = parts.run(k, carried)
+
+    timings = interleaved(
+        {
+            "plain": lambda: plain(module, batches),
+            "plain again (noise)": lambda: plain(module, batches),
+            "half leave": lambda: run(batches, size),
+            "whole-batch rule": lambda: run(batches, size, whole=True),
+            "one sample at a time": lambda: [run_one(staged, x, gone) for x, gone in zip(singles, leave, strict=True)],
+            "plain, one at a time": lambda: plain(module, singles),
+            "first stage and head, all samples": first_stage,
+            "other stages, half the samples": other_stages,
+        },
+        rounds,
+    )
+    seconds = {what: np.array(t["seconds"]) for what, t in timings.items()}
+    ideal = seconds["first stage and head, all samples"] + seconds["other stages, half the samples"]
+    named = [what for what in timings if what not in ("plain", *list(timings)[-2:])]
+    return {
+        "model": name,
+        "batch": size,
+        "n_samples": n,
+        "timings": timings,
+        "speed-up": {what: ratios(timings, "plain", what) for what in named},
+        "speed-up, ideal": summarised(seconds["plain"] / ideal),
+        "reached / ideal": summarised(ideal / seconds["half leave"]),
+        "one at a time, staged over plain": ratios(timings, "plain, one at a time", "one sample at a time"),
+        "stayers": checked,
+    }
+
+
+def run_one(staged: StagedModel, x: Tensor, gone: np.bool_) -> Answers:
+    """One sample, which stops at the first cut or goes to the end."""
+    on = np.zeros(staged.n_exits, dtype=bool)
+    on[[0, -1]] = True
+    return execute(staged, [x], lambda k, batch: np.array([gone]), on, batch_size=1)
+
+
+def compare_stayers(answers: Answers, logits: Tensor, leave: NDArray[np.bool_]) -> dict[str, float]:
+    """Stop where the samples left elsewhere than prescribed or those who stay are answered differently."""
+    stay = answers.exits > 0
+    if not np.array_equal(stay, ~leave) or answers.logits is None:
+        raise RuntimeError("samples left elsewhere than prescribed.")
+    own = logits.numpy()[stay]
+    difference = float(np.abs(answers.logits[stay] - own).max() / np.abs(own).max())
+    if difference > TOLERANCE:
+        raise RuntimeError(f"those who stay are answered differently: by {difference:.2g} of the largest logit.")
+    return {
+        "n": int(stay.sum()),
+        "same class": float((answers.predictions[stay] == own.argmax(1)).mean()),
+        "largest difference of logits": difference,
+    }
+
+
+def half_rows(found: dict[str, Any]) -> list[list[Any]]:
+    """Lines of the table: one a way to run."""
+    start = [found["model"], found["batch"]]
+    if "skipped" in found:
+        return [[*start, found["skipped"], *[""] * 5]]
+    per_sample = {what: 1e3 * t["median"] / found["n_samples"] for what, t in found["timings"].items()}
+    ideal, reached = found["speed-up, ideal"], found["reached / ideal"]
+    rows: list[list[Any]] = [[*start, "plain", per_sample["plain"], 1.0, "", "", ""]]
+    for what, spread in found["speed-up"].items():
+        compared = ["", ""]
+        if what == "half leave":
+            compared = [f"{ideal['median']:.3f}", f"{reached['median']:.3f} ({quartiles(reached)})"]
+        rows.append([*start, what, per_sample[what], f"{spread['median']:.3f}", quartiles(spread), *compared])
+    return rows
+
+
+# -- both --------------------------------------------------------------------------------------------------------------
+
+
+def skipped(name: str, size: int, took: float) -> dict[str, Any]:
+    """In place of figures."""
+    return {"model": name, "batch": size, "skipped": f"left out: one plain run takes {took:.0f} s"}
+
+
+def quartiles(spread: dict[str, float]) -> str:
+    """As a table shows them."""
+    return f"{spread['q1']:.3f} to {spread['q3']:.3f}"
+
+
+def main() -> None:
+    """Measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--weights", type=Path, help="folder with resnet56.safetensors")
+    parser.add_argument("--data", type=Path, help="folder with val, for ResNet-56")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--quick", action="store_true", help="only try it out: tiny batches, nothing is written")
+    args = parser.parse_args()
+    restart_with_steady_allocator(args.threads)
+    torch.set_num_threads(args.threads)
+    print(describe_machine())
+    rounds_nobody = {1: 2, 4: 2} if args.quick else ROUNDS_NOBODY
+    rounds_half = {4: 2} if args.quick else ROUNDS_HALF
+    samples_half = {4: 8} if args.quick else SAMPLES_HALF
+    n_images = max(8, *rounds_nobody, *samples_half.values())
+    whole, half = [], []
+    for name, cuts in CUTS.items():
+        network = branched(name, args.weights)
+        with_images = args.data is not None and name == "resnet56_cifar"
+        images = tensors(args.data, ("val",))[0][:n_images] if with_images else noise_images(name, n_images)
+        print(f"\n{name}: cut after {', '.join(cuts)}; verified to {network.split.difference:.1g}", flush=True)
+        whole += [nobody_leaves(name, network, images, size, rounds) for size, rounds in rounds_nobody.items()]
+        half += [
+            half_leave(name, network, images, size, rounds, samples_half[size]) for size, rounds in rounds_half.items()
+        ]
+        for found in half[-len(rounds_half) :]:
+            print(f"batch {found['batch']}, those who stay: {found.get('stayers', found.get('skipped'))}", flush=True)
+    print_table(
+        "Nobody leaves",
+        ["model", "batch", "variant", "ms a batch (median)", "over plain (median)", "quartiles"],
+        [row for found in whole for row in nobody_rows(found)],
+    )
+    print_table(
+        "Half the samples leave at the first cut",
+        ["model", "batch", "how", "ms a sample", "speed-up over plain", "quartiles", "ideal", "reached / ideal"],
+        [row for found in half for row in half_rows(found)],
+    )
+    if args.quick:
+        return
+    payload = {
+        "threads": args.threads,
+        "allocator": STEADY_ALLOCATOR,
+        "cuts": CUTS,
+        "weights": "random, but for resnet56_cifar" if args.weights else "random",
+        "nobody leaves": whole,
+        "half leave": half,
+    }
+    print(f"\nwritten: {write_result('staged_execution', payload)}")
+
+
+if __name__ == "__main__":
+    main()
