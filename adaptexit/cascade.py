@@ -29,6 +29,7 @@ from adaptexit.models import (
     is_fitted,
     is_scikit,
     restore_model,
+    unspoiled,
 )
 from adaptexit.staging.cost import measure_latency
 from adaptexit.staging.executor import MEMORY_LIMIT, StagedModel
@@ -332,16 +333,8 @@ class CascadeSaver(AdaptiveClassifier):
 
 def _width(model: WholeModel, x: Tensor) -> int:
     """Number of classes that a model answers for; it has to leave its input alone."""
-    with torch.inference_mode():
-        before = x.clone()
-        width = int(model(x).shape[-1])
-        if not torch.equal(x, before):
-            x.copy_(before)
-            raise ValueError(
-                f"{model.label} must leave its input as it is; it, or its preprocessing, writes into it, which spoils "
-                "it for the models behind. Let it work on a copy."
-            )
-    return width
+    with torch.inference_mode(), unspoiled(x, model.label):
+        return int(model(x).shape[-1])
 
 
 def _check_rising(costs: NDArray[np.float64]) -> None:

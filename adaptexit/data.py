@@ -20,6 +20,8 @@ from torch.utils.data import (
     WeightedRandomSampler,
 )
 
+from adaptexit.labels import class_indices
+
 _SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
 
 
@@ -74,6 +76,13 @@ class Batches:
     def labels(self) -> NDArray[Any]:
         """Labels of all samples, after the batches were run through, shape (N,)."""
         return np.concatenate(self._labels)
+
+    def indices(self, classes: NDArray[Any], n_samples: int) -> NDArray[np.intp]:
+        """Labels of all samples as positions in ``classes``."""
+        labels = class_indices(self.labels, classes)
+        if len(labels) != n_samples:
+            raise ValueError(f"X must give a label for every sample or for none; got {len(labels)} of {n_samples}.")
+        return labels
 
     @property
     def labelled(self) -> bool:

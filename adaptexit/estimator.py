@@ -23,7 +23,6 @@ from adaptexit.core.frontier import TOLERANCE, OperatingPoint, ParetoFrontier, c
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import softmax
 from adaptexit.data import Batches, as_batches, is_stream, split_pair
-from adaptexit.labels import class_indices
 from adaptexit.persistence import load, save
 from adaptexit.staging.executor import Answers, StagedModel, execute, record
 from adaptexit.staging.modes import evaluating
@@ -173,7 +172,7 @@ class AdaptiveClassifier(ClassifierMixin, BaseEstimator):
         """What every exit answers; batches without labels are graded by the full model's answers."""
         with evaluating(self._modules()), self._progress(batches, doing) as shown:
             predictions, scores, logits = record(self._staged(), shown, keep_logits=keep_logits)
-        labels = class_indices(batches.labels, classes) if batches.labelled else predictions[-1]
+        labels = batches.indices(classes, predictions.shape[1]) if batches.labelled else predictions[-1]
         return ExitOutputs(
             predictions=predictions, scores=scores, labels=labels, n_classes=len(classes), logits=logits, **described
         )

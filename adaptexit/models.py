@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import difflib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -187,7 +188,8 @@ def _timm_model(name: str, label: str, *, pretrained: bool) -> nn.Module:
             f"{label} must be the name of a timm model; got {name!r}"
             + (f". Near it are {', '.join(near)}." if near else ". See timm.list_models().")
         )
-    return timm.create_model(name, pretrained=pretrained).eval()
+    with torch.random.fork_rng(devices=[]):
+        return timm.create_model(name, pretrained=pretrained).eval()
 
 
 def _preprocess_of(module: nn.Module, preprocess: Any, label: str) -> Callable[[Tensor], Tensor] | None:
@@ -199,6 +201,19 @@ def _preprocess_of(module: nn.Module, preprocess: Any, label: str) -> Callable[[
         f"preprocessing of {label} must be 'auto' (timm's data config), None or a callable from a batch of inputs to "
         f"what the model takes; got {preprocess!r}."
     )
+
+
+@contextmanager
+def unspoiled(x: Tensor, label: str) -> Iterator[None]:
+    """Refuse a model that writes into its input within the block; the input is mended."""
+    before = x.clone()
+    yield
+    if not torch.equal(x, before):
+        x.copy_(before)
+        raise ValueError(
+            f"{label} must leave its input as it is; it, or its preprocessing, writes into it, which spoils the data "
+            "that were given. Let it work on a copy."
+        )
 
 
 def is_scikit(given: Any) -> bool:

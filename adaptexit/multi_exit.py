@@ -4,36 +4,39 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.base import clone
+from sklearn.base import BaseEstimator, clone
+from sklearn.frozen import FrozenEstimator
 from sklearn.neural_network import MLPClassifier
+from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from adaptexit.backbones.mlp import MLP, describe_mlp, mlp_of
+from adaptexit.backbones.mlp import describe_mlp, mlp_of, new_mlp
 from adaptexit.calibrators.base import Calibrator
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import resolve_score
 from adaptexit.data import Batches, as_batches, is_stream, split_pair
 from adaptexit.estimator import AdaptiveClassifier, below, unchanged_on_failure
-from adaptexit.labels import class_indices, hold_out
-from adaptexit.models import TorchModel, build_model, is_fitted, is_scikit, restore_model
+from adaptexit.labels import hold_out
+from adaptexit.models import TorchModel, build_model, is_fitted, is_scikit, restore_model, unspoiled
 from adaptexit.network import (
     BranchedNetwork,
     NativeNetwork,
     Network,
-    feature_specs,
+    checked_exits,
     is_native,
     new_heads,
     staged_backbone,
 )
 from adaptexit.staging.cost import StageLatencies
 from adaptexit.staging.executor import MEMORY_LIMIT, StagedModel, record
-from adaptexit.staging.modes import evaluating
+from adaptexit.staging.modes import autocast_in_use, evaluating
 from adaptexit.training import FeatureCache, Recipe, cache_key, collect, recipe_of
 
 CACHE_MEMORY = 1 << 30
@@ -98,7 +101,7 @@ class MultiExitClassifier(AdaptiveClassifier):
         Bytes that survivors waiting for a full batch may hold.
     device : str, optional
         Where a backbone made from a name or factory goes; modules stay where they are, and data follow them.
-    random_state : int, default=0
+    random_state : int, RandomState or None, default=0
         Seed of the hold-out split, of the heads' weights and of their training.
     verbose : int, default=0
         At 1 long work shows a progress bar.
@@ -199,29 +202,25 @@ class MultiExitClassifier(AdaptiveClassifier):
         ValueError, TypeError
             For bad data or parameters (SplitError where the backbone cannot be cut); the estimator is left as it was.
         """
-        with unchanged_on_failure(self):
-            recipe = recipe_of(self.recipe)
-            X, y, mlp = self._fitted_mlp(X, y)
-            given = self.backbone if mlp is None else mlp_of(mlp)
+        with unchanged_on_failure(self), torch.inference_mode(False), torch.enable_grad():
+            recipe = self._checked_parameters()
+            seed = self._seed()
+            X, y, mlp = self._fitted_mlp(X, y, seed)
             batches = as_batches(X, y, batch_size=self.batch_size, labels=None, ordered=False)
-            model = build_model(_as_module(given), self.preprocess, "backbone", self.device)
-            if not isinstance(model, TorchModel):
-                raise TypeError(
-                    "backbone must be a module, or scikit-learn's MLPClassifier: other classifiers have no stages to "
-                    f"stop between; got {given!r}. Use CascadeSaver for them."
-                )
+            given = _as_module(self.backbone) if mlp is None else mlp_of(mlp)
+            model = build_model(given, self.preprocess, "backbone", self.device)
+            assert isinstance(model, TorchModel)
             self._mlp = mlp if mlp is None else describe_mlp(mlp)
             self._fitted_classes = None if mlp is None else mlp.classes_
             self._unseen = mlp is not None and not is_fitted(_as_mlp(self.backbone))
-            example = batches.first()
-            with evaluating([model.module]):
-                width = _width(model, example[:1])
-                classes = self._known_classes(width)
-                self._network = self._built(model, example, len(classes))
+            with evaluating([model.module]), torch.no_grad():
+                example = batches.first()
+                classes = self._known_classes(_width(model, example[:1]))
+                self._network = self._built(model, example, len(classes), seed)
             if isinstance(self._network, NativeNetwork):
                 self.history_, self.self_calibrated_ = {}, False
                 return self._calibrate(batches)
-            return self._train(self._network, recipe, batches, classes)
+            return self._train(self._network, recipe, batches, classes, seed)
 
     def calibrate(self, X: Any, y: Any = None) -> MultiExitClassifier:
         """Calibrate on other data (as for :meth:`fit`); the backbone and its heads stay as they are."""
@@ -232,7 +231,39 @@ class MultiExitClassifier(AdaptiveClassifier):
             self.self_calibrated_ = False
             return self._calibrate(as_batches(X, y, batch_size=self.batch_size, labels=None, ordered=False))
 
-    def _fitted_mlp(self, X: Any, y: Any) -> tuple[Any, Any, MLPClassifier | None]:
+    def _checked_parameters(self) -> Recipe:
+        """Refuse at once what would be met only after the backbone has run; the recipe."""
+        checked_exits(self.exits)
+        backbone = self.backbone
+        if _as_mlp(backbone) is None and isinstance(backbone, BaseEstimator):
+            raise TypeError(
+                "backbone must be a module, or scikit-learn's MLPClassifier (a timm name, a factory or a list of "
+                f"stages will do too), as other estimators have no stages to stop between; got {backbone!r}. Use "
+                "CascadeSaver for other classifiers."
+            )
+        if self.calibrator is not None and not isinstance(self.calibrator, Calibrator):
+            raise TypeError(f"calibrator must be a Calibrator, as ThresholdCalibrator(); got {self.calibrator!r}.")
+        self._confidences()
+        for name in ("cache_memory", "memory_limit"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
+                raise ValueError(f"{name} must be a number of bytes; got {value!r}.")
+        if self.cache_dir is not None and Path(self.cache_dir).is_file():
+            raise NotADirectoryError(f"cache_dir must be a folder or new; {self.cache_dir} is a file.")
+        return recipe_of(self.recipe)
+
+    def _seed(self) -> int:
+        """What splits, heads and training are seeded by: the same for the same integer."""
+        try:
+            random = check_random_state(self.random_state)
+            given = isinstance(self.random_state, (int, np.integer))
+            return int(self.random_state if given else random.randint(np.iinfo(np.int32).max))
+        except ValueError as error:
+            raise ValueError(
+                f"random_state must be an integer, a RandomState or None; got {self.random_state!r}."
+            ) from error
+
+    def _fitted_mlp(self, X: Any, y: Any, seed: int) -> tuple[Any, Any, MLPClassifier | None]:
         """Checked data and, for tables, the fitted classifier whose layers are the backbone."""
         X, y = split_pair(X, y)
         mlp = _as_mlp(self.backbone)
@@ -245,44 +276,44 @@ class MultiExitClassifier(AdaptiveClassifier):
             )
         X, y = self._validated(X, y, reset=True)
         if is_fitted(mlp):
+            if X.shape[1] != mlp.n_features_in_:
+                raise ValueError(
+                    f"X has {X.shape[1]} features, but the backbone was fitted on {mlp.n_features_in_}. Give a table "
+                    "like the one that it learned from, or an unfitted classifier."
+                )
             return X, y, mlp
-        held_in, _ = hold_out(y, self.calibration_size, self.random_state)
+        held_in, _ = hold_out(y, self.calibration_size, seed)
         mlp = clone(mlp)
         if mlp.random_state is None:
-            mlp.set_params(random_state=self.random_state)
+            mlp.set_params(random_state=seed)
         return X, y, mlp.fit(X[held_in], y[held_in])
 
-    def _built(self, model: TorchModel, example: Tensor, n_classes: int) -> Network:
+    def _built(self, model: TorchModel, example: Tensor, n_classes: int, seed: int) -> Network:
         """The network with new heads."""
         given_as_stages = isinstance(self.backbone, (list, tuple))
         if is_native(model.module) or given_as_stages:
-            if not (isinstance(self.exits, str) and self.exits == "auto"):
+            if not isinstance(self.exits, str):
                 raise ValueError(
                     f"exits must be 'auto' for a network built with exits or given as its stages; got {self.exits!r}."
                 )
             if not given_as_stages:
                 return NativeNetwork(model)
-        prepared = model.prepare(example)
-        parts = staged_backbone(model.module, None if given_as_stages else self.exits, prepared)
-        specs = feature_specs(parts, prepared, self.layout)
-        return BranchedNetwork(model, parts, new_heads(self.head, specs, model, n_classes, self.random_state))
+        exits = None if given_as_stages else self.exits
+        parts, specs = staged_backbone(model.module, exits, model.prepare(example), self.layout)
+        return BranchedNetwork(model, parts, new_heads(self.head, specs, model, n_classes, seed))
 
     def _train(
-        self, network: BranchedNetwork, recipe: Recipe, batches: Batches, classes: NDArray[Any]
+        self, network: BranchedNetwork, recipe: Recipe, batches: Batches, classes: NDArray[Any], seed: int
     ) -> MultiExitClassifier:
         calibrator = self._fresh_calibrator()
         with evaluating(network.modules):
             costs, unit = self._costs(batches.first())
         with self._cached(network, batches) as cache:
             answered = cache.logits.argmax(axis=1)
-            labels = class_indices(batches.labels, classes) if batches.labelled else answered
-            if len(labels) != len(answered):
-                raise ValueError(
-                    f"X must give a label for every sample or for none; got {len(labels)} of {len(answered)}."
-                )
-            held_in, held_out = hold_out(labels, self.calibration_size, self.random_state)
+            labels = batches.indices(classes, len(answered)) if batches.labelled else answered
+            held_in, held_out = hold_out(labels, self.calibration_size, seed)
             self.history_ = recipe.train(
-                network.heads, cache, held_in, labels[held_in], random_state=self.random_state, verbose=self.verbose
+                network.heads, cache, held_in, labels[held_in], random_state=seed, verbose=self.verbose
             )
             batch = torch.from_numpy(held_out).split(self.batch_size)
             with evaluating(network.modules):
@@ -299,8 +330,9 @@ class MultiExitClassifier(AdaptiveClassifier):
         key = None
         if self.cache_dir is not None:
             key = cache_key(
-                network.split.module, network.split.cuts, network.reductions, preprocess=network.model.preprocess
-            )
+                network.split.module, network.split.cuts, network.reductions,
+                preprocess=network.model.preprocess, autocast=autocast_in_use(network.model.device),
+            )  # fmt: skip
         with evaluating(network.modules), self._progress(batches, "recording features") as shown:
             return collect(
                 shown, network.collect_run, [head.reduce for head in network.heads],
@@ -384,7 +416,10 @@ class MultiExitClassifier(AdaptiveClassifier):
 
     def _confidences(self) -> tuple[Callable[[Tensor], Tensor], bool]:
         own = isinstance(self.confidence, str) and self.confidence == "auto"
-        return resolve_score("max_proba" if own else self.confidence, "confidence", torch), own
+        try:
+            return resolve_score("max_proba" if own else self.confidence, "confidence", torch), own
+        except ValueError as error:
+            raise ValueError(str(error).replace("one of [", "one of ['auto', ")) from error
 
     def _staged(self) -> StagedModel:
         return self._network.staged(*self._confidences())
@@ -402,18 +437,18 @@ class MultiExitClassifier(AdaptiveClassifier):
 
     def pareto(self, X: Any = None, y: Any = None) -> Any:
         frontier = super().pareto(X, y)
-        self._warn_of_calibration()
+        self._warn_of_calibration(stacklevel=3)
         return frontier
 
     pareto.__doc__ = AdaptiveClassifier.pareto.__doc__
 
-    def _warn_of_calibration(self) -> None:
+    def _warn_of_calibration(self, stacklevel: int = 4) -> None:
         if self.self_calibrated_ and not self._unseen:
             warnings.warn(
                 "thresholds come from part of the data given to fit. If the backbone was trained on them, it is too "
                 "sure there: call calibrate with data that it has not seen.",
                 CalibrationWarning,
-                stacklevel=4,
+                stacklevel=stacklevel,
             )
 
     # -- persistence ---------------------------------------------------------------------------------------------------
@@ -435,7 +470,9 @@ class MultiExitClassifier(AdaptiveClassifier):
         self._mlp, self._unseen, self.self_calibrated_ = state["mlp"], state["unseen"], state["self_calibrated"]
         self._fitted_classes = self.classes_ if state["fitted_classes"] else None
         self.history_ = state["history"]
-        given = MLP(**self._mlp) if self._mlp else _as_module(self.backbone)
+        if self._mlp and _as_mlp(self.backbone) is None:
+            raise ValueError(f"backbone must be the MLPClassifier that was saved; got {self.backbone!r}.")
+        given = new_mlp(self._mlp) if self._mlp else _as_module(self.backbone)
         weights = below("backbone.", tensors)
         if self._mlp:
             given = given.to(next(iter(weights.values())).dtype)
@@ -452,6 +489,8 @@ class MultiExitClassifier(AdaptiveClassifier):
 
 def _as_mlp(backbone: Any) -> MLPClassifier | None:
     """The classifier for tables that was asked for, if any."""
+    if isinstance(backbone, FrozenEstimator):
+        backbone = backbone.estimator
     if isinstance(backbone, str) and backbone == "mlp":
         return MLPClassifier(hidden_layer_sizes=(64, 64, 64, 64))
     return backbone if is_scikit(backbone) and isinstance(backbone, MLPClassifier) else None
@@ -467,8 +506,8 @@ def _as_module(backbone: Any) -> Any:
 
 
 def _width(model: TorchModel, x: Tensor) -> int:
-    """Number of classes that the backbone answers for."""
-    with torch.inference_mode():
+    """Number of classes that the backbone answers for; it has to leave its input alone."""
+    with torch.inference_mode(), unspoiled(x, "backbone"):
         output = model.module(model.prepare(x)) if is_native(model.module) else model(x)
     last = output[-1] if isinstance(output, (list, tuple)) else output
     if not isinstance(last, Tensor) or last.ndim != 2:

@@ -16,9 +16,10 @@ from adaptexit.features import FeatureSpec, feature_spec
 from adaptexit.heads import Head, HeadOutput, make_head
 from adaptexit.models import TorchModel, describe_model
 from adaptexit.staging.cost import count_macs, measure_latency
-from adaptexit.staging.cuts import propose_cuts
+from adaptexit.staging.cuts import propose_cuts, unwrapped
 from adaptexit.staging.executor import ExitAnswer, StagedModel
 from adaptexit.staging.live import Along, Carried, Live
+from adaptexit.staging.modes import evaluating
 from adaptexit.staging.rows import tensors_in
 from adaptexit.staging.splitting import Split, from_stages, split
 from adaptexit.staging.tracing import SplitError
@@ -55,8 +56,7 @@ class BranchedNetwork:
     @property
     def reductions(self) -> list[str]:
         """What is kept of the feature at every cut, in words that change when it does."""
-        kinds = [type(head).reduce for head in self.heads]
-        return [f"{r.__module__}.{r.__qualname__} {head.spec}" for r, head in zip(kinds, self.heads, strict=True)]
+        return [_reduction(head) for head in self.heads]
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -142,9 +142,13 @@ class BranchedNetwork:
     ) -> BranchedNetwork:
         """The network that was described; the backbone is cut and verified anew."""
         exits = None if given_as_stages else state["cuts"]
-        parts = staged_backbone(model.module, exits, tensors["example"].to(model.device))
+        layout = dict(zip(state["cuts"], (told["layout"] for told in state["features"]), strict=True))
+        parts, _ = staged_backbone(model.module, exits, tensors["example"].to(model.device), layout)
         specs = [FeatureSpec(**described) for described in state["features"]]
         heads = new_heads(head, specs, model, n_classes, 0)
+        numbers = {str(k) for k in range(len(heads))}
+        if extra := sorted(n for n in tensors if n.startswith("heads.") and n.split(".")[1] not in numbers):
+            raise ValueError(f"the saved weights do not fit the {len(heads)} heads: {', '.join(extra)} belong to none.")
         for k, made in enumerate(heads):
             prefix = f"heads.{k}."
             weights = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
@@ -168,12 +172,12 @@ class NativeNetwork:
 
     @property
     def stages(self) -> list[nn.Module]:
-        return list(self.model.module.stages)  # type: ignore[arg-type]
+        return list(unwrapped(self.model.module).stages)  # type: ignore[arg-type]
 
     @property
     def heads(self) -> list[nn.Module]:
         """All K of them."""
-        return list(self.model.module.heads)  # type: ignore[arg-type]
+        return list(unwrapped(self.model.module).heads)  # type: ignore[arg-type]
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -210,6 +214,7 @@ Network = BranchedNetwork | NativeNetwork
 
 def is_native(module: Any) -> bool:
     """Whether a module was built with exits: ``stages`` and ``heads``, ModuleLists of equal length."""
+    module = module.module if isinstance(module, nn.DataParallel) else module
     stages, heads = getattr(module, "stages", None), getattr(module, "heads", None)
     return isinstance(stages, nn.ModuleList) and isinstance(heads, nn.ModuleList) and len(stages) == len(heads) > 0
 
@@ -230,9 +235,15 @@ class _Branch:
         if self.own_confidence and output.confidence_logits is not None:
             answer = output.logits.argmax(dim=1, keepdim=True)
             scores = output.confidence_logits.gather(1, answer).squeeze(1).sigmoid()
-        return ExitAnswer(
-            output.logits, scores, Carried(carried.live, None, output.state if self.chained else carried.state)
-        )
+        state = carried.state if output.state is None else output.state
+        return ExitAnswer(output.logits, scores, Carried(carried.live, None, state))
+
+
+def _reduction(head: Head) -> str:
+    """What the head's ``reduce`` does, by the class that defines it and by all that the head was made with."""
+    reduce = type(head).reduce
+    made_with = {name: value for name, value in vars(head).items() if not name.startswith("_") and name != "training"}
+    return f"{reduce.__module__}.{reduce.__qualname__} {made_with}"
 
 
 def sole_tensor(feature: Any) -> Any:
@@ -268,8 +279,16 @@ def _named(prefix: str, module: nn.Module) -> dict[str, Tensor]:
 # -- making one --------------------------------------------------------------------------------------------------------
 
 
-def staged_backbone(module: nn.Module, exits: Any, example: Tensor) -> Split:
-    """A backbone in stages.
+def checked_exits(exits: Any) -> Any:
+    """The argument ``exits``: "auto", a number of exits, or names (which the backbone checks)."""
+    number = isinstance(exits, (int, np.integer)) and not isinstance(exits, bool) and exits >= 1
+    if not (number or isinstance(exits, (list, tuple)) or (isinstance(exits, str) and exits == "auto")):
+        raise ValueError(f"exits must be 'auto', a number of at least 1 or a list of module names; got {exits!r}.")
+    return exits
+
+
+def staged_backbone(module: nn.Module, exits: Any, example: Tensor, layout: Any) -> tuple[Split, list[FeatureSpec]]:
+    """A backbone in stages, and the layout of the feature at every cut.
 
     Parameters
     ----------
@@ -278,50 +297,49 @@ def staged_backbone(module: nn.Module, exits: Any, example: Tensor) -> Split:
         Where to cut; None takes the children of the module as its stages.
     example : tensor (B, ...)
         Inputs as the module takes them.
+    layout : str, dict by cut, or None
+        Of the features, where it cannot be inferred.
     """
     if exits is None:
-        return from_stages(list(module.children()), example)
-    automatic = isinstance(exits, str) and exits == "auto"
-    if not automatic and not isinstance(exits, (int, np.integer)):
-        if isinstance(exits, str):
-            raise ValueError(f"exits must be 'auto', a number or a list of module names; got {exits!r}.")
-        return split(module, exits, example)
+        parts = from_stages(list(module.children()), example)
+        return parts, _specs(parts, layout)
+    if not isinstance(exits, (str, int, np.integer)):
+        parts = split(module, exits, example)
+        return parts, _specs(parts, layout)
     refused: list[str] = []
-    for cuts in propose_cuts(module, example[:1], N_AUTO_CUTS if automatic else int(exits)):
+    for cuts in propose_cuts(module, example[:1], N_AUTO_CUTS if isinstance(exits, str) else int(exits)):
         try:
-            return split(module, cuts, example)
-        except SplitError as error:
+            parts = split(module, cuts, example)
+            return parts, _specs(parts, layout)
+        except ValueError as error:  # a SplitError among them
             refused.append(f"{cuts}: {error}")
-    raise SplitError("none of the exits that could be proposed works. " + " ".join(refused))
+    raise SplitError("none of the exits that could be proposed works; name some yourself. " + " ".join(refused))
 
 
-def feature_specs(parts: Split, example: Tensor, layout: str | dict[str, str] | None) -> list[FeatureSpec]:
-    """Layout of the feature at every cut; ``layout`` tells it, for all cuts or by cut, where it cannot be inferred."""
+def _specs(parts: Split, layout: Any) -> list[FeatureSpec]:
     features: list[Any] = []
-    with torch.inference_mode():
-        parts.visit(example[:2], lambda k, feature: features.append(sole_tensor(feature)))
+    with evaluating([parts.module]), torch.no_grad():
+        parts.visit(parts.example[:2].clone(), lambda k, feature: features.append(sole_tensor(feature)))
     told = layout if isinstance(layout, dict) else dict.fromkeys(parts.cuts, layout)
     if unknown := sorted(set(told) - set(parts.cuts)):
         raise ValueError(f"layout must name cuts among {list(parts.cuts)}; got {unknown}.")
     for cut, feature in zip(parts.cuts, features, strict=True):
-        if isinstance(feature, Tensor) and feature.shape[:1] != example[:2].shape[:1]:
+        if isinstance(feature, Tensor) and feature.shape[:1] != (2,):
             raise SplitError(
                 f"no head can read the cut {cut!r}: its output has shape {tuple(feature.shape)} for 2 samples, which "
                 "must lie along its first axis. Cut elsewhere."
             )
-    shape = tuple(example.shape[1:])
+    shape = tuple(parts.example.shape[1:])
     return [
         feature_spec(parts.module, cut, feature, shape, told.get(cut))
         for cut, feature in zip(parts.cuts, features, strict=True)
     ]
 
 
-def new_heads(
-    head: Any, specs: Sequence[FeatureSpec], model: TorchModel, n_classes: int, random_state: int
-) -> list[Head]:
+def new_heads(head: Any, specs: Sequence[FeatureSpec], model: TorchModel, n_classes: int, seed: int) -> list[Head]:
     """A head for every feature, in single precision (double where the model is) on the model's device."""
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(random_state)
+        torch.default_generator.manual_seed(seed)
         heads = [make_head(head, spec, n_classes) for spec in specs]
     return [made.to(model.device, dtype) for made in heads]

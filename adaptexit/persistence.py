@@ -92,11 +92,13 @@ def load(folder: str | os.PathLike[str], **given: Any) -> Any:
 
 
 def plain(value: Any) -> Any:
-    """NumPy values as JSON holds them; TypeError for anything else that it does not know."""
+    """NumPy values and paths as JSON holds them; TypeError for anything else that it does not know."""
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):
         return value.tolist()
+    if isinstance(value, os.PathLike):
+        return os.fspath(value)
     raise TypeError(f"JSON cannot hold a {type(value).__name__}.")
 
 

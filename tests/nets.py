@@ -1,5 +1,8 @@
 """Networks and data that several tests share."""
 
+import copy
+import warnings
+from collections import OrderedDict
 from functools import cache, partial
 
 import numpy as np
@@ -9,7 +12,10 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
-from adaptexit import CascadeSaver
+from adaptexit import CalibrationWarning, CascadeSaver, FrozenRecipe, MultiExitClassifier
+from adaptexit.calibrators.base import Calibrator
+from adaptexit.core.frontier import ParetoFrontier, evaluate, reference
+from adaptexit.heads import Head, HeadOutput
 
 N_CLASSES = 3
 
@@ -78,6 +84,34 @@ def large_net():
     )  # fmt: skip
 
 
+def branched_net():
+    """About 98 k MACs on a digit, in three named blocks with batch normalisation, and dropout."""
+
+    def block(inputs, outputs, stride):
+        return nn.Sequential(nn.Conv2d(inputs, outputs, 3, stride, padding=1), nn.BatchNorm2d(outputs), nn.ReLU())
+
+    return nn.Sequential(OrderedDict(
+        one=block(1, 8, 1), two=block(8, 16, 2), three=block(16, 32, 1), pool=nn.AdaptiveAvgPool2d(2),
+        flat=nn.Flatten(), drop=nn.Dropout(0.2), out=nn.Linear(128, 10),
+    ))  # fmt: skip
+
+
+class NativeNet(nn.Module):
+    """``branched_net`` as a network built with exits."""
+
+    def __init__(self, net, heads):
+        super().__init__()
+        self.stages = nn.ModuleList([net.one, net.two, net.three])
+        self.heads = nn.ModuleList([*heads, nn.Sequential(net.pool, net.flat, net.drop, net.out)])
+
+    def forward(self, x):
+        logits = []
+        for stage, head in zip(self.stages, self.heads, strict=True):
+            x = stage(x)
+            logits.append(head(x))
+        return logits
+
+
 @cache
 def digits():
     """Images (N, 1, 8, 8) in [0, 1] and labels: 600 to train, 600 to calibrate, 597 to test."""
@@ -113,6 +147,64 @@ def trained(factory, epochs):
 small_trained = partial(trained, small_net, 8)
 middle_trained = partial(trained, middle_net, 8)
 large_trained = partial(trained, large_net, 8)
+branched_trained = partial(trained, branched_net, 8)
+
+EXITS = ["one", "two", "three"]
+"""Of ``branched_net``."""
+QUICK = FrozenRecipe(epochs=6, lr=1e-2, batch_size=64)
+
+
+def flat_head(spec, n_classes):
+    """A linear layer on 4x4 pixels of a map: good answers after a few epochs."""
+    return nn.Sequential(nn.AdaptiveAvgPool2d(4), nn.Flatten(), nn.Linear(16 * spec.channels, n_classes))
+
+
+class AddingHead(Head):
+    """Chained: logits of its own plus those of all heads before it."""
+
+    chained = True
+
+    def __init__(self, spec, n_classes):
+        super().__init__(spec, n_classes)
+        self.linear = nn.Linear(16 * spec.channels, n_classes)
+
+    def reduce(self, feature):
+        return F.adaptive_avg_pool2d(feature, 4).flatten(1)
+
+    def answer(self, reduced, state=None):
+        logits = self.linear(reduced) if state is None else self.linear(reduced) + state["logits"]
+        return HeadOutput(logits, None, {"logits": logits})
+
+
+class Fixed(Calibrator):
+    """One operating point, of given thresholds."""
+
+    def __init__(self, thresholds):
+        self.thresholds = thresholds
+
+    def fit(self, outputs):
+        thresholds = np.array(self.thresholds, dtype=np.float64)
+        self.point_ = evaluate(outputs, thresholds, thresholds)
+        self.frontier_ = ParetoFrontier([self.point_], *reference(outputs))
+        return self
+
+
+def branched(backbone=None, **params):
+    """An unfitted classifier with exits at the blocks of ``branched_net``."""
+    params = {"exits": EXITS, "head": flat_head, "recipe": QUICK} | params
+    return MultiExitClassifier(branched_trained() if backbone is None else backbone, **params)
+
+
+@cache
+def branched_model():
+    """One for all tests that only ask it questions."""
+    return branched().fit(*digits()[0]).calibrate(*digits()[1])
+
+
+def native_net():
+    """A trained network built with exits, its early ones those of ``branched_model``."""
+    heads = [head.net for head in copy.deepcopy(branched_model()._network.heads[:2])]
+    return NativeNet(branched_trained(), heads).eval()
 
 
 def naive_cascade(models, x, thresholds, confidence):
@@ -127,6 +219,50 @@ def naive_cascade(models, x, thresholds, confidence):
                     break
     predictions, exits = zip(*answers, strict=True)
     return list(predictions), list(exits)
+
+
+def assert_same_branches(one, other):
+    """The same of two classifiers with exits, whose heads, costs and losses are bit-equal too."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", CalibrationWarning)
+        assert_same_learning(one, other)
+    for first, second in zip(one._network.heads, other._network.heads, strict=True):
+        known = second.state_dict()
+        assert {key: value.tolist() for key, value in first.state_dict().items()} == {
+            key: value.tolist() for key, value in known.items()
+        }
+    assert one.history_ == other.history_
+    assert one.outputs_.labels.tolist() == other.outputs_.labels.tolist()
+    for name in ("stage_costs", "exit_costs"):
+        assert getattr(one.outputs_, name).tolist() == getattr(other.outputs_, name).tolist()
+
+
+def naive_branches(net, exits, heads, x, cutoffs):
+    """Class, exit, score and logits of every sample, one at a time: the plain model, its features under hooks."""
+    features, answers = {}, []
+
+    def keep(name):
+        return lambda module, inputs, output: features.update({name: output.clone()})
+
+    handles = [net.get_submodule(name).register_forward_hook(keep(name)) for name in exits]
+    with torch.inference_mode():
+        for i in range(len(x)):
+            last, state = net(x[i : i + 1]), None
+            for k, (name, head) in enumerate(zip(exits, heads, strict=True)):
+                output = head(features[name], state) if head.chained else head(features[name])
+                state = output.state
+                score = float(output.logits.softmax(dim=1).max())
+                if output.confidence_logits is not None:
+                    score = float(output.confidence_logits[0, output.logits.argmax()].sigmoid())
+                if score > cutoffs[k]:
+                    answers.append((int(output.logits.argmax()), k, score, output.logits[0].numpy()))
+                    break
+            else:
+                score = float(last.softmax(dim=1).max())
+                answers.append((int(last.argmax()), len(heads), score, last[0].numpy()))
+    for handle in handles:
+        handle.remove()
+    return [np.array(column) for column in zip(*answers, strict=True)]
 
 
 def column_cascade(n_models=2, **params):

@@ -20,7 +20,6 @@ DISTINCT = 1e-3
 """By how much of the largest logit any two samples differ at least: ten times what a wrong row could hide in."""
 
 
-
 def words(text):
     return text.split()
 

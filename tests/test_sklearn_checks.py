@@ -1,13 +1,14 @@
-"""scikit-learn's own checks, on cascades of two scikit-learn classifiers."""
+"""scikit-learn's own checks, on cascades of two scikit-learn classifiers and on perceptrons with exits."""
 
 import pytest
 from sklearn.ensemble import RandomForestClassifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.naive_bayes import GaussianNB
+from sklearn.neural_network import MLPClassifier
 from sklearn.tree import DecisionTreeClassifier
 from sklearn.utils.estimator_checks import parametrize_with_checks
 
-from adaptexit import CascadeSaver
+from adaptexit import CascadeSaver, FrozenRecipe, MultiExitClassifier
 
 pytestmark = pytest.mark.filterwarnings("ignore::adaptexit.SaverWarning")
 
@@ -28,4 +29,18 @@ def test_with_given_costs(estimator, check):
 @parametrize_with_checks([CascadeSaver(RandomForestClassifier(n_estimators=30, random_state=0), WEAK)])
 def test_with_measured_costs(estimator, check):
     """A base that is many times dearer, so that the point in use does not hang on the measurement's noise."""
+    check(estimator)
+
+
+SMALL = MLPClassifier((16, 16, 16), learning_rate_init=0.01, max_iter=60)
+
+
+@parametrize_with_checks([MultiExitClassifier(SMALL, recipe=FrozenRecipe(epochs=3))])
+def test_a_perceptron_with_exits(estimator, check):
+    check(estimator)
+
+
+@pytest.mark.slow
+@parametrize_with_checks([MultiExitClassifier("mlp", recipe=FrozenRecipe(epochs=3))])
+def test_the_default_perceptron_with_exits(estimator, check):
     check(estimator)

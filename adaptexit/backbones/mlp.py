@@ -53,18 +53,23 @@ def describe_mlp(classifier: MLPClassifier) -> dict[str, Any]:
     }
 
 
+def new_mlp(described: dict[str, Any]) -> MLP:
+    """A network with weights that are yet to be set; torch's random state is left as it was."""
+    with torch.random.fork_rng(devices=[]):
+        return MLP(**described)
+
+
 def mlp_of(classifier: MLPClassifier) -> MLP:
     """The same function as a fitted single-label MLPClassifier before its softmax, in its precision.
 
     A classifier of two classes has one output z; here their logits are 0 and z.
     """
-    with torch.random.fork_rng(devices=[]):
-        made = MLP(**describe_mlp(classifier)).to(torch.from_numpy(classifier.coefs_[0][:0]).dtype)
+    if classifier.out_activation_ == "logistic" and classifier.n_outputs_ > 1:
+        raise ValueError("backbone must be an MLPClassifier for one label a sample; got one for several labels.")
+    made = new_mlp(describe_mlp(classifier)).to(torch.from_numpy(classifier.coefs_[0][:0]).dtype)
     layers = [part for part in made.modules() if isinstance(part, nn.Linear)]
     weights, biases = list(classifier.coefs_), list(classifier.intercepts_)
     if weights[-1].shape[1] < made.output.out_features:
-        if made.output.out_features > 2:
-            raise ValueError("backbone must be an MLPClassifier for one label a sample; got one for several labels.")
         weights[-1] = np.hstack([np.zeros_like(weights[-1]), weights[-1]])
         biases[-1] = np.hstack([np.zeros_like(biases[-1]), biases[-1]])
     with torch.no_grad():

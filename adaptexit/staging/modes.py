@@ -39,3 +39,8 @@ def exact_arithmetic() -> Iterator[None]:
     finally:
         for backend, allowed in zip(backends, before, strict=True):
             backend.allow_tf32 = allowed
+
+
+def autocast_in_use(device: torch.device) -> torch.dtype | None:
+    """The precision that autocast gives to a device's products and convolutions just now, if any."""
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None

@@ -32,18 +32,18 @@ def rebuilt(like: Any, parts: list[Any]) -> Any:
     return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
 
 
-def _mapped(rows: Rows, function: Callable[..., Any], *others: Rows) -> Rows:
+def mapped(rows: Rows, function: Callable[..., Any], *others: Rows) -> Rows:
     if rows is None:
         return None
     if isinstance(rows, (dict, tuple, list)):
         groups = zip(entries(rows), *map(entries, others), strict=True)
-        return rebuilt(rows, [_mapped(group[0], function, *group[1:]) for group in groups])
+        return rebuilt(rows, [mapped(group[0], function, *group[1:]) for group in groups])
     return function(rows, *others)
 
 
 def _leaves(rows: Rows) -> list[Any]:
     found: list[Any] = []
-    _mapped(rows, found.append)
+    mapped(rows, found.append)
     return found
 
 
@@ -68,7 +68,7 @@ def take(rows: Rows, samples: NDArray[Any] | slice) -> Rows:
             return leaf[samples]
         return leaf[torch.from_numpy(samples).to(leaf.device)]
 
-    return _mapped(rows, pick)
+    return mapped(rows, pick)
 
 
 def join(parts: Sequence[Rows]) -> Rows:
@@ -81,7 +81,7 @@ def join(parts: Sequence[Rows]) -> Rows:
             return leaves[0].joined(leaves[1:])
         return np.concatenate(leaves) if isinstance(leaves[0], np.ndarray) else torch.cat(leaves)
 
-    return _mapped(parts[0], concatenate, *parts[1:])
+    return mapped(parts[0], concatenate, *parts[1:])
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

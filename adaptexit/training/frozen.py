@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptexit.core.frontier import checked_number
+from adaptexit.staging.rows import mapped
 from adaptexit.training.cache import FeatureCache
 from adaptexit.training.loop import minimise
 
@@ -106,19 +107,18 @@ class FrozenRecipe(BaseEstimator):
         everyone = [True] * len(heads)
         confidence = [list(head.confidence_parameters()) for head in heads]
         sure = {id(parameter) for group in confidence for parameter in group}
-        loss = minimise(
-            lambda batch: torch.stack([F.cross_entropy(out.logits, y) for out, y in answers(batch, everyone)]),
-            heads,
-            len(wanted),
-            epochs=self.epochs,
-            parameters=[p for head in heads for p in head.parameters() if id(p) not in sure],
-            description="training heads",
-            **shared,
-        )
-        history: dict[str, list[list[float]]] = {
-            "loss": _by_head(loss, everyone),
-            "confidence_loss": [[] for _ in heads],
-        }
+        history: dict[str, list[list[float]]] = {name: [[] for _ in heads] for name in ("loss", "confidence_loss")}
+        if learning := [p for head in heads for p in head.parameters() if id(p) not in sure]:
+            loss = minimise(
+                lambda batch: torch.stack([F.cross_entropy(out.logits, y) for out, y in answers(batch, everyone)]),
+                heads,
+                len(wanted),
+                epochs=self.epochs,
+                parameters=learning,
+                description="training heads",
+                **shared,
+            )
+            history["loss"] = _by_head(loss, everyone)
         if sure:
             having = [bool(group) for group in confidence]
             loss = minimise(
@@ -154,8 +154,10 @@ def _answers(
         if not needed[k] and not any(later.chained for later in heads[k + 1 :]):
             continue
         like = next(head.parameters(), torch.empty(0))
-        out = head.answer(cache.rows(k, rows).to(like.device, like.dtype), _detached(state) if head.chained else None)
-        state = out.state
+        out = head.answer(
+            cache.rows(k, rows).to(like.device, like.dtype), mapped(state, _detached) if head.chained else None
+        )
+        state = state if out.state is None else out.state
         if out.logits.shape != (len(rows), cache.logits.shape[1]):
             raise ValueError(
                 f"head {k} must answer with logits of shape (B, C) = ({len(rows)}, {cache.logits.shape[1]}), C being "
@@ -175,15 +177,8 @@ def _confidence_loss(out: HeadOutput, target: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(entry, (predicted.squeeze(1) == target).to(entry.dtype))
 
 
-def _detached(state: Any) -> Any:
-    """Carried state (tensors, nested in tuples, lists and dicts) cut off from the head that made it."""
-    if isinstance(state, Tensor):
-        return state.detach()
-    if isinstance(state, dict):
-        return {key: _detached(value) for key, value in state.items()}
-    if isinstance(state, (tuple, list)):
-        return type(state)(_detached(value) for value in state)
-    return state
+def _detached(left: Any) -> Any:
+    return left.detach() if isinstance(left, Tensor) else left
 
 
 def _by_head(history: list[list[float]], having: Sequence[bool]) -> list[list[float]]:

@@ -1,0 +1,566 @@
+import copy
+import json
+import pickle
+import random
+import warnings
+from functools import partial
+
+import joblib
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from sklearn.base import clone
+from sklearn.datasets import load_iris
+from sklearn.model_selection import GridSearchCV
+from sklearn.neural_network import MLPClassifier
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import FunctionTransformer
+from torch import nn
+
+import adaptexit
+from adaptexit import CalibrationWarning, FrozenRecipe, MultiExitClassifier, ThresholdCalibrator
+from tests.nets import (
+    EXITS,
+    QUICK,
+    AddingHead,
+    assert_same_branches,
+    branched,
+    branched_model,
+    branched_net,
+    branched_trained,
+    digits,
+    flat_head,
+    loader_of,
+    native_net,
+)
+
+TRAIN, VAL, TEST = digits()
+IRIS = load_iris(return_X_y=True)
+self_calibrated = pytest.mark.filterwarnings("ignore::adaptexit.CalibrationWarning")
+
+
+@pytest.fixture(scope="module")
+def model():
+    """Tests only ask it questions."""
+    return branched_model()
+
+
+@pytest.fixture(scope="module")
+def saved(model, tmp_path_factory):
+    """A folder that tests only read."""
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    model.save(folder)
+    return folder
+
+
+@pytest.fixture
+def scratch(model, tmp_path):
+    """A folder that a test may spoil."""
+    model.save(tmp_path / "model")
+    return tmp_path / "model"
+
+
+def assert_same_answers(one, other, X=TEST[0], y=TEST[1]):
+    """Bit-equal answers and learning, in all that can be asked."""
+    for budget in (None, one.pareto().cost[0]):
+        assert other.predict(X, budget=budget).tolist() == one.predict(X, budget=budget).tolist()
+        assert other.predict_proba(X, budget=budget).tobytes() == one.predict_proba(X, budget=budget).tobytes()
+        assert other.point_index(budget) == one.point_index(budget)
+    ours, theirs = one.trace(X), other.trace(X)
+    assert theirs.exits.tolist() == ours.exits.tolist()
+    assert theirs.costs.tolist() == ours.costs.tolist()
+    assert theirs.scores.tobytes() == ours.scores.tobytes()
+    assert other.predict_anytime(X, 1.0).tolist() == one.predict_anytime(X, 1.0).tolist()
+    assert other.pareto(X, y).accuracy.tolist() == one.pareto(X, y).accuracy.tolist()
+    for name in ("exits_", "exit_names", "history_", "self_calibrated_", "cost_unit_"):
+        assert getattr(other, name) == getattr(one, name)
+    assert other.classes_.dtype == one.classes_.dtype
+    assert other.classes_.tolist() == one.classes_.tolist()
+    assert other.outputs_.chained == one.outputs_.chained
+    assert other.calibrator_.search_report_ == one.calibrator_.search_report_
+
+
+def config_of(folder):
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads((folder / "config.json").read_text(), parse_constant=refuse)
+
+
+# -- copies in memory -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "data", [lambda: TRAIN, lambda: (loader_of(*TRAIN), None), lambda: (loader_of(*TRAIN).dataset, None)]
+)
+def test_refit_and_clone_are_bit_equal(data):
+    one = branched(head="refined_prototype", exits=["one", "two"]).fit(*data())
+    copied = clone(one)
+    assert not hasattr(copied, "calibrator_")
+    kept = copy.deepcopy(one)
+    for again in (copied.fit(*data()), one.fit(*data())):
+        assert_same_branches(kept, again)
+
+
+def test_random_state_changes_the_split_and_the_heads():
+    one, other = (branched(random_state=seed).fit(*TRAIN) for seed in (0, 1))
+    assert one.outputs_.labels.tolist() != other.outputs_.labels.tolist()
+    assert one.history_ != other.history_
+
+
+def through_joblib(model, folder):
+    joblib.dump(model, folder / "model.joblib")
+    return joblib.load(folder / "model.joblib")
+
+
+COPIES = {
+    "pickle": lambda model, folder: pickle.loads(pickle.dumps(model)),
+    "joblib": through_joblib,
+    "deepcopy": lambda model, folder: copy.deepcopy(model),
+}
+
+
+@self_calibrated
+@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize(
+    "made",
+    [
+        branched_model,
+        lambda: branched(head=AddingHead).fit(*TRAIN),
+        lambda: branched(nn.DataParallel(branched_trained())).fit(*TRAIN),
+        lambda: MultiExitClassifier(native_net(), calibrator=ThresholdCalibrator(search="geometric")).fit(*VAL),
+    ],
+)
+def test_copies_answer_alike(way, made, tmp_path):
+    one = made()
+    other = COPIES[way](one, tmp_path)
+    assert_same_answers(one, other)
+    assert other.calibrate(*TRAIN).predict(TEST[0]).shape == (len(TEST[0]),)
+    assert one.outputs_.labels.tolist() != TRAIN[1].tolist()
+
+
+def test_a_deep_copy_shares_no_weights(model):
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.backbone.parameters():
+            parameter.zero_()
+    assert len(set(other.predict_anytime(TEST[0], 1.0))) == 1
+    assert model.predict_anytime(TEST[0], 1.0).tolist() == branched_trained()(
+        torch.from_numpy(TEST[0])
+    ).argmax(dim=1).tolist()  # fmt: skip
+
+
+@self_calibrated
+def test_a_pickled_table_model(tmp_path):
+    fitted = MultiExitClassifier("mlp", ["hidden.0"], recipe=FrozenRecipe(epochs=2)).fit(*IRIS)
+    for way in COPIES.values():
+        assert_same_answers(fitted, way(fitted, tmp_path), *IRIS)
+
+
+# -- with scikit-learn ------------------------------------------------------------------------------------------------
+
+
+@self_calibrated
+def test_grid_search_over_recipe_head_and_exits():
+    grid = {"recipe__epochs": [1, 6], "head": [flat_head, "mlp"], "exits": [["one", "two"], ["one"]]}
+    search = GridSearchCV(branched(budget=0.25, cost="macs"), grid, cv=2, error_score="raise").fit(*TRAIN)
+    scores = {
+        (params["recipe__epochs"], params["head"], len(params["exits"])): score
+        for params, score in zip(search.cv_results_["params"], search.cv_results_["mean_test_score"], strict=True)
+    }
+    assert search.best_params_["head"] is flat_head
+    assert scores[6, flat_head, 2] > scores[6, "mlp", 2] > scores[1, "mlp", 2]
+    best = clone(branched(budget=0.25)).set_params(**search.best_params_).fit(*TRAIN)
+    assert_same_branches(search.best_estimator_, best)
+    assert search.score(*TEST) == best.score(*TEST)
+
+
+@self_calibrated
+def test_in_a_pipeline():
+    scaled = FunctionTransformer(lambda x: x / 16)
+    pipeline = make_pipeline(scaled, branched()).fit(TRAIN[0] * 16, TRAIN[1])
+    assert pipeline.predict(TEST[0] * 16).tolist() == branched().fit(*TRAIN).predict(TEST[0]).tolist()
+
+
+def test_parameters_are_stored_as_given():
+    recipe, calibrator, net = FrozenRecipe(), ThresholdCalibrator(), branched_net()
+    model = MultiExitClassifier(net, recipe=recipe, calibrator=calibrator, classes=[1, 2])
+    assert model.backbone is net
+    assert model.recipe is recipe
+    assert model.get_params(deep=False)["calibrator"] is calibrator
+    model.set_params(recipe__epochs=3, calibrator__max_drop=0.1, exits=2)
+    assert (recipe.epochs, calibrator.max_drop, model.exits) == (3, 0.1, 2)
+    with pytest.raises(ValueError, match="Invalid parameter 'exit'"):
+        model.set_params(exit=1)
+
+
+def test_fit_learns_from_clones_of_recipe_and_calibrator():
+    recipe, calibrator = FrozenRecipe(epochs=1), ThresholdCalibrator()
+    before = dict(vars(recipe))
+    branched(recipe=recipe, calibrator=calibrator).fit(*TRAIN)
+    assert vars(recipe) == before
+    assert not hasattr(calibrator, "frontier_")
+
+
+# -- round trips ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("again", [branched_trained, branched_net, lambda: branched_trained().train()])
+def test_a_module_given_again(model, saved, again):
+    backbone = again()
+    modes = [part.training for part in backbone.modules()]
+    loaded = adaptexit.load(saved, backbone=backbone, head=flat_head)
+    assert type(loaded) is MultiExitClassifier
+    assert loaded.backbone is backbone
+    assert_same_branches(model, loaded)
+    assert_same_answers(model, loaded)
+    assert [part.training for part in backbone.modules()] == modes
+
+
+def test_a_module_that_has_the_weights_is_shared_another_is_copied(saved):
+    for backbone, shared in ((branched_trained(), True), (branched_net(), False)):
+        calls = []
+        backbone.out.register_forward_hook(lambda *_, calls=calls: calls.append(1))
+        state = copy.deepcopy(backbone.state_dict())
+        loaded = adaptexit.load(saved, backbone=backbone, head=flat_head)
+        with torch.no_grad():
+            backbone.out.bias[3] = 1000.0
+        threes = set(loaded.predict_anytime(TEST[0], 1.0)) == {3}
+        assert threes is shared
+        with torch.no_grad():
+            backbone.out.bias.copy_(state["out.bias"])
+        assert all(torch.equal(value, state[key]) for key, value in backbone.state_dict().items())
+
+
+def given_again(fitted, folder, **given):
+    fitted.save(folder)
+    loaded = adaptexit.load(folder, **given)
+    if hasattr(fitted._network, "split"):
+        assert_same_branches(fitted, loaded)
+    return loaded
+
+
+@self_calibrated
+@pytest.mark.parametrize("head", ["mlp", "conv", "prototype", "refined_prototype"])
+def test_heads_by_name_are_written(head, tmp_path):
+    fitted = branched(head=head, exits=["two"], recipe=FrozenRecipe(epochs=1)).fit(*TRAIN)
+    loaded = given_again(fitted, tmp_path / "model", backbone=branched_net)
+    assert config_of(tmp_path / "model")["given_again"] == ["backbone"]
+    assert loaded.head == head
+    assert_same_answers(fitted, loaded)
+
+
+@self_calibrated
+def test_a_factory_and_chained_heads(tmp_path):
+    fitted = branched(branched_trained, head=AddingHead).fit(*TRAIN)
+    loaded = given_again(fitted, tmp_path / "model", backbone=branched_net, head=AddingHead)
+    assert config_of(tmp_path / "model")["given_again"] == ["backbone", "head"]
+    assert_same_answers(fitted, loaded)
+
+
+def stages_of(net):
+    return [net.one, net.two, net.three, nn.Sequential(net.pool, net.flat, net.drop, net.out)]
+
+
+@self_calibrated
+@pytest.mark.parametrize("again", [branched_trained, branched_net])
+def test_stages(tmp_path, again):
+    fitted = branched(stages_of(branched_trained()), exits="auto").fit(*TRAIN)
+    net = again()
+    state = copy.deepcopy(net.state_dict())
+    loaded = given_again(fitted, tmp_path / "model", backbone=stages_of(net), head=flat_head)
+    assert_same_answers(fitted, loaded)
+    assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
+
+
+def test_a_network_built_with_exits(tmp_path):
+    fitted = MultiExitClassifier(native_net(), calibrator=ThresholdCalibrator(search="geometric")).fit(*VAL)
+    other = native_net()
+    with torch.no_grad():
+        other.heads[0][2].weight.zero_()
+    for again in (native_net(), native_net, other):
+        loaded = given_again(fitted, tmp_path / "model", backbone=again)
+        assert loaded.history_ == {}
+        assert_same_answers(fitted, loaded)
+    assert not other.heads[0][2].weight.any()
+
+
+@self_calibrated
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_modules_of_other_precision(tmp_path, dtype):
+    fitted = branched(branched_trained().to(dtype)).fit(*TRAIN)
+    loaded = given_again(fitted, tmp_path / "model", backbone=branched_net().to(dtype), head=flat_head)
+    assert_same_answers(fitted, loaded)
+
+
+@self_calibrated
+def test_a_wrapped_module(tmp_path):
+    fitted = branched(nn.DataParallel(branched_trained())).fit(*TRAIN)
+    loaded = given_again(fitted, tmp_path / "model", backbone=nn.DataParallel(branched_net()), head=flat_head)
+    assert_same_answers(fitted, loaded)
+
+
+TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 3}
+
+
+@self_calibrated
+def test_a_timm_name_is_written_and_made_without_its_weights(tmp_path, monkeypatch):
+    create, asked = timm.create_model, []
+
+    def made(name, pretrained=False):
+        asked.append(pretrained)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0 if pretrained else 1)
+            overlay = {"input_size": (3, 32, 32), "mean": (0.2, 0.3, 0.4) if pretrained else (0, 0, 0)}
+            return create(name, **TINY, pretrained_cfg_overlay=overlay)
+
+    monkeypatch.setattr(timm, "create_model", made)
+    X, y = np.random.default_rng(1).random((40, 3, 40, 32), dtype=np.float32), np.arange(40) % 3
+    exits = ["blocks.0", "blocks.1"]
+    fitted = MultiExitClassifier("vit_tiny_patch16_224", exits, recipe=FrozenRecipe(epochs=2)).fit(X, y)
+    assert asked == [True]
+    loaded = given_again(fitted, tmp_path / "model")
+    assert asked == [True, False]
+    assert config_of(tmp_path / "model")["given_again"] == []
+    assert loaded.backbone == "vit_tiny_patch16_224"
+    assert_same_answers(fitted, loaded, X, y)
+
+
+@self_calibrated
+@pytest.mark.parametrize("backbone", ["mlp", MLPClassifier((8, 8, 8), max_iter=20), MLPClassifier((6,), max_iter=20)])
+@pytest.mark.parametrize("names", [np.arange(3), np.array(["setosa", "versicolor", "virginica"])])
+def test_tables(tmp_path, backbone, names):
+    X, y = IRIS[0], names[IRIS[1]]
+    fitted = MultiExitClassifier(backbone, ["hidden.0"], recipe=FrozenRecipe(epochs=2)).fit(X, y)
+    written = isinstance(backbone, str)
+    loaded = given_again(fitted, tmp_path / "model", **({} if written else {"backbone": clone(backbone)}))
+    assert config_of(tmp_path / "model")["given_again"] == ([] if written else ["backbone"])
+    assert_same_answers(fitted, loaded, X, y)
+    assert loaded.n_features_in_ == 4
+    with pytest.raises(ValueError, match="X has 3 features"):
+        loaded.predict(X[:, :3])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded.predict(X)  # its classifier has not seen what the thresholds come from
+    assert_same_branches(loaded.calibrate(X, y), fitted.calibrate(X, y))
+
+
+@self_calibrated
+def test_a_fitted_table_model_and_one_of_two_classes(tmp_path):
+    X, y = IRIS[0], IRIS[1] // 2
+    for dtype in (np.float64, np.float32):
+        classifier = MLPClassifier((8, 8), max_iter=20, random_state=0).fit(X.astype(dtype), y)
+        fitted = MultiExitClassifier(classifier, ["hidden.0"], recipe=FrozenRecipe(epochs=2)).fit(X.astype(dtype), y)
+        loaded = given_again(fitted, tmp_path / "model", backbone=classifier)
+        assert_same_answers(fitted, loaded, X.astype(dtype), y)
+        with pytest.warns(CalibrationWarning):
+            loaded.predict(X)
+
+
+@self_calibrated
+@pytest.mark.parametrize("classes", [list("abcdefghij"), np.arange(10) * 1.5, list(range(5, 15))])
+def test_classes_of_every_kind(tmp_path, classes):
+    names = np.asarray(classes)
+    fitted = branched(classes=classes).fit(TRAIN[0], names[TRAIN[1]])
+    loaded = given_again(fitted, tmp_path / "model", backbone=branched_net, head=flat_head)
+    assert_same_answers(fitted, loaded, TEST[0], names[TEST[1]])
+
+
+@self_calibrated
+def test_parameters_are_the_same(tmp_path):
+    given = {
+        "budget": 0.4, "cost": [1.0, 3.0, 9.0, 10.0], "classes": list(range(10)), "calibration_size": 0.5,
+        "batch_size": 33, "memory_limit": 1000, "random_state": 5, "verbose": 0, "confidence": "margin",
+        "device": "cpu", "layout": "NCHW", "cache_half": True, "cache_memory": 0, "preprocess": None, "exits": EXITS,
+        "cache_dir": str(tmp_path / "cache"),
+    }  # fmt: skip
+    fitted = branched(branched_trained, **given).fit(*TRAIN)
+    loaded = given_again(fitted, tmp_path / "model", backbone=branched_net, head=flat_head)
+    assert {name: getattr(loaded, name) for name in given} == given
+    assert loaded.recipe.get_params() == QUICK.get_params()
+    assert_same_answers(fitted, loaded)
+
+
+@self_calibrated
+def test_the_flag_of_self_calibration_is_kept(model, saved, tmp_path):
+    fitted = branched().fit(*TRAIN)
+    loaded = given_again(fitted, tmp_path / "model", backbone=branched_trained(), head=flat_head)
+    assert loaded.self_calibrated_ is True
+    with pytest.warns(CalibrationWarning):
+        loaded.predict(TEST[0])
+    again = adaptexit.load(saved, backbone=branched_trained(), head=flat_head)
+    assert again.self_calibrated_ is False
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again.predict(TEST[0])
+        loaded.calibrate(*VAL).predict(TEST[0])
+    assert_same_branches(loaded, model)
+
+
+def test_a_loaded_model_can_be_calibrated_fitted_cloned_and_saved_again(model, saved, tmp_path):
+    loaded = adaptexit.load(saved, backbone=branched_trained(), head=flat_head)
+    assert_same_branches(clone(loaded).fit(*TRAIN).calibrate(*VAL), model)
+    other = copy.deepcopy(model).calibrate(*TEST)
+    assert_same_branches(loaded.calibrate(*TEST), other)
+    loaded.save(tmp_path / "again")
+    assert_same_branches(adaptexit.load(tmp_path / "again", backbone=branched_net, head=flat_head), other)
+    assert_same_branches(loaded.fit(*TRAIN).calibrate(*VAL), model)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "module", "name"])
+def test_load_leaves_global_random_states(kind, saved, tmp_path, monkeypatch):
+    given = {"backbone": branched_trained(), "head": flat_head}
+    if kind == "mlp":
+        MultiExitClassifier("mlp", ["hidden.0"], recipe=FrozenRecipe(epochs=1)).fit(*IRIS).save(tmp_path / "model")
+        given = {}
+    if kind == "name":
+        create = timm.create_model
+        monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name, **TINY))
+        X = np.random.default_rng(1).random((30, 3, 32, 32), dtype=np.float32)
+        params = {"preprocess": None, "recipe": FrozenRecipe(epochs=1)}
+        MultiExitClassifier("vit_tiny_patch16_224", ["blocks.0"], **params).fit(X, np.arange(30) % 3).save(
+            tmp_path / "model"
+        )
+        given = {}
+    before = torch.random.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()  # noqa: NPY002
+    adaptexit.load(saved if kind == "module" else tmp_path / "model", **given)
+    assert (torch.random.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()) == before  # noqa: NPY002
+
+
+# -- what is written --------------------------------------------------------------------------------------------------
+
+
+def test_the_files_and_the_weights(model, saved):
+    files = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
+    arrays = ("exit_costs", "labels", "predictions", "scores", "stage_costs")
+    calibration = {f"calibration/{name}.npy" for name in arrays}
+    assert files == calibration | {"calibration/outputs.json", "config.json", "model.safetensors"}
+    tensors = safetensors.torch.load_file(saved / "model.safetensors")
+    state = {key.removeprefix("backbone."): value for key, value in tensors.items() if key.startswith("backbone.")}
+    assert state.keys() == branched_trained().state_dict().keys()
+    assert all(torch.equal(value, state[key]) for key, value in branched_trained().state_dict().items())
+    assert {key.split(".")[1] for key in tensors if key.startswith("heads.")} == {"0", "1", "2"}
+
+
+def test_config_names_what_it_cannot_hold(saved):
+    config = config_of(saved)
+    assert config["class"] == "MultiExitClassifier"
+    assert config["given_again"] == ["backbone", "head"]
+    assert set(config["params"]) | {"backbone", "head"} == set(MultiExitClassifier(None).get_params(deep=False))
+    assert not {"backbone", "head"} & set(config["params"])
+    assert config["params"]["recipe"]["class"] == "FrozenRecipe"
+
+
+def test_nothing_is_pickled(model, tmp_path, monkeypatch):
+    def forbidden(*args, **kwargs):
+        raise AssertionError("pickle was used")
+
+    backbone = branched_net()
+    for name in ("dump", "dumps", "load", "loads"):
+        monkeypatch.setattr(pickle, name, forbidden)
+    monkeypatch.setattr(torch, "load", forbidden)
+    monkeypatch.setattr(torch, "save", forbidden)
+    model.save(tmp_path / "model")
+    loaded = adaptexit.load(tmp_path / "model", backbone=backbone, head=flat_head)
+    assert loaded.predict(TEST[0]).tolist() == model.predict(TEST[0]).tolist()
+
+
+def test_saving_changes_nothing(model, tmp_path):
+    before = dict(vars(model))
+    model.save(tmp_path / "model")
+    assert vars(model).keys() == before.keys()
+    assert all(vars(model)[name] is value for name, value in before.items())
+
+
+# -- what load refuses ------------------------------------------------------------------------------------------------
+
+
+def test_missing_and_superfluous_arguments_are_named(saved):
+    with pytest.raises(ValueError, match=r"^backbone=, head= could not be written and must be given to load again"):
+        adaptexit.load(saved)
+    with pytest.raises(ValueError, match=r"^backbone= could not be written.*\(in all: backbone, head\)"):
+        adaptexit.load(saved, head=flat_head)
+    with pytest.raises(ValueError, match=r"^budget cannot be given to load: they are stored"):
+        adaptexit.load(saved, backbone=branched_net(), head=flat_head, budget=0.3)
+
+
+def wider(spec, n_classes):
+    return nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(4 * spec.channels, n_classes))
+
+
+def test_another_head(saved):
+    with pytest.raises(ValueError, match=r"(?s)the saved weights do not fit the head at 'one': .*net.2.weight"):
+        adaptexit.load(saved, backbone=branched_trained(), head=wider)
+    with pytest.raises(ValueError, match=r"(?s)the saved weights do not fit the head at 'one'"):
+        adaptexit.load(saved, backbone=branched_trained(), head="mlp")
+
+
+def narrowed():
+    net = branched_net()
+    net.out = nn.Linear(128, 9)
+    return net
+
+
+@pytest.mark.parametrize(
+    ("backbone", "key"),
+    [
+        (narrowed, "out.weight"),
+        (lambda: branched_net()[:-1], "out.weight"),
+        (lambda: nn.Sequential(branched_net()), "one.0.weight"),
+    ],
+)
+def test_another_backbone(saved, backbone, key):
+    for given in (backbone, backbone()):
+        with pytest.raises(ValueError, match=rf"(?s)the saved weights do not fit backbone: .*{key}"):
+            adaptexit.load(saved, backbone=given, head=flat_head)
+
+
+@pytest.mark.parametrize("backbone", [branched_trained().double, partial(branched_trained().half)])
+def test_a_backbone_of_another_precision(saved, backbone):
+    with pytest.raises(ValueError, match=r"do not fit backbone: .* is torch.float32, the module's.*Convert the module"):
+        adaptexit.load(saved, backbone=backbone(), head=flat_head)
+
+
+def test_a_classifier_where_a_module_was_saved(saved):
+    with pytest.raises((ValueError, TypeError), match="backbone must be the module that was saved; got MLPClassifier"):
+        adaptexit.load(saved, backbone=MLPClassifier(), head=flat_head)
+
+
+def test_a_module_where_a_classifier_was_saved(tmp_path):
+    table = MultiExitClassifier(MLPClassifier((8, 8), max_iter=20), ["hidden.0"], recipe=FrozenRecipe(epochs=1)).fit(
+        *IRIS
+    )
+    table.save(tmp_path / "model")
+    with pytest.raises((ValueError, TypeError), match=r"backbone must be .*MLPClassifier.*got Linear"):
+        adaptexit.load(tmp_path / "model", backbone=nn.Linear(4, 3))
+
+
+@pytest.mark.parametrize("change", ["missing head", "missing weight", "extra head", "extra weight"])
+def test_weights_are_strict(scratch, change):
+    tensors = safetensors.torch.load_file(scratch / "model.safetensors")
+    if change == "missing head":
+        tensors = {key: value for key, value in tensors.items() if not key.startswith("heads.1.")}
+    elif change == "missing weight":
+        del tensors["backbone.out.bias"]
+    else:
+        tensors["heads.7.net.0.weight" if change == "extra head" else "backbone.new.weight"] = torch.zeros(2)
+    safetensors.torch.save_file(tensors, scratch / "model.safetensors")
+    with pytest.raises(ValueError, match="do not fit"):
+        adaptexit.load(scratch, backbone=branched_trained(), head=flat_head)
+
+
+def test_other_cuts_in_the_file_are_refused(scratch):
+    config = config_of(scratch)
+    config["state"]["cuts"][1] = "twice"
+    (scratch / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match="has no 'twice'"):
+        adaptexit.load(scratch, backbone=branched_trained(), head=flat_head)
+
+
+def test_the_method_of_the_class(model, saved):
+    loaded = MultiExitClassifier.load(saved, backbone=branched_net, head=flat_head)
+    assert_same_branches(model, loaded)
+    with pytest.raises(ValueError, match=r"folder must hold a CascadeSaver; .* holds a MultiExitClassifier"):
+        adaptexit.CascadeSaver.load(saved, backbone=branched_net, head=flat_head)
