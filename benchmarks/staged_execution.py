@@ -65,10 +65,12 @@ CUTS = {
     "resnet56_cifar": ("layer1", "layer2.3", "layer2"),
 }
 
-ROUNDS_NOBODY = {1: 21, 32: 11, 256: 5}
+ROUNDS_NOBODY = {1: 21, 32: 9, 256: 3}
 """Batch sizes and rounds that count."""
-ROUNDS_HALF = {32: 7, 256: 5}
-SAMPLES_HALF = {32: 256, 256: 512}
+ROUNDS_HALF = 7
+SAMPLES_HALF = {"resnet56_cifar": {32: 256, 256: 512}}
+SAMPLES_HALF_OTHERS = {32: 128}
+"""Batch sizes and numbers of samples: two batches at least, so that survivors can fill one."""
 
 LONGEST_PLAIN_S = 60.0
 """A batch size at which one plain run takes longer is left out."""
@@ -333,20 +335,18 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     print(describe_machine())
     rounds_nobody = {1: 2, 4: 2} if args.quick else ROUNDS_NOBODY
-    rounds_half = {4: 2} if args.quick else ROUNDS_HALF
-    samples_half = {4: 8} if args.quick else SAMPLES_HALF
-    n_images = max(8, *rounds_nobody, *samples_half.values())
+    rounds_half = 2 if args.quick else ROUNDS_HALF
     whole, half = [], []
     for name, cuts in CUTS.items():
+        samples_half = {4: 8} if args.quick else SAMPLES_HALF.get(name, SAMPLES_HALF_OTHERS)
+        n_images = max(8, *rounds_nobody, *samples_half.values())
         network = branched(name, args.weights)
         with_images = args.data is not None and name == "resnet56_cifar"
         images = tensors(args.data, ("val",))[0][:n_images] if with_images else noise_images(name, n_images)
         print(f"\n{name}: cut after {', '.join(cuts)}; verified to {network.split.difference:.1g}", flush=True)
         whole += [nobody_leaves(name, network, images, size, rounds) for size, rounds in rounds_nobody.items()]
-        half += [
-            half_leave(name, network, images, size, rounds, samples_half[size]) for size, rounds in rounds_half.items()
-        ]
-        for found in half[-len(rounds_half) :]:
+        half += [half_leave(name, network, images, size, rounds_half, n) for size, n in samples_half.items()]
+        for found in half[-len(samples_half) :]:
             print(f"batch {found['batch']}, those who stay: {found.get('stayers', found.get('skipped'))}", flush=True)
     print_table(
         "Nobody leaves",
