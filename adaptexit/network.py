@@ -302,21 +302,22 @@ def staged_backbone(module: nn.Module, exits: Any, example: Tensor, layout: Any)
     """
     if exits is None:
         parts = from_stages(list(module.children()), example)
-        return parts, _specs(parts, layout)
+        return parts, feature_specs(parts, layout)
     if not isinstance(exits, (str, int, np.integer)):
         parts = split(module, exits, example)
-        return parts, _specs(parts, layout)
+        return parts, feature_specs(parts, layout)
     refused: list[str] = []
     for cuts in propose_cuts(module, example[:1], N_AUTO_CUTS if isinstance(exits, str) else int(exits)):
         try:
             parts = split(module, cuts, example)
-            return parts, _specs(parts, layout)
+            return parts, feature_specs(parts, layout)
         except ValueError as error:  # a SplitError among them
             refused.append(f"{cuts}: {error}")
     raise SplitError("none of the exits that could be proposed works; name some yourself. " + " ".join(refused))
 
 
-def _specs(parts: Split, layout: Any) -> list[FeatureSpec]:
+def feature_specs(parts: Split, layout: Any = None) -> list[FeatureSpec]:
+    """Layout of the feature at every cut; ``layout`` tells it, for all cuts or by cut, where it cannot be inferred."""
     features: list[Any] = []
     with evaluating([parts.module]), torch.no_grad():
         parts.visit(parts.example[:2].clone(), lambda k, feature: features.append(sole_tensor(feature)))

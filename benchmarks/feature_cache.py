@@ -89,7 +89,7 @@ class Subject:
     def __init__(self, kind: str, model: TorchModel, images: Tensor, labels: NDArray[Any], batch_size: int) -> None:
         self.kind, self.model, self.images, self.labels, self.batch_size = kind, model, images, labels, batch_size
         self.parts = split(model.module, CUTS, images[:6])
-        self.specs = feature_specs(self.parts, images[:2], None)
+        self.specs = feature_specs(self.parts)
         self.network = self.fresh()
 
     def fresh(self) -> BranchedNetwork:

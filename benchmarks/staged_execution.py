@@ -106,7 +106,7 @@ def branched(name: str, weights: Path | None) -> BranchedNetwork:
     model = build_model(module, None, name)
     parts = split(module, CUTS[name], example)
     n_classes = plain(module, [example])[0].shape[1]
-    heads = new_heads(LinearHead, feature_specs(parts, example, None), model, n_classes, 0)
+    heads = new_heads(LinearHead, feature_specs(parts), model, n_classes, 0)
     return BranchedNetwork(model, parts, [head.eval() for head in heads])
 
 
