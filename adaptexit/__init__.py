@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from adaptexit.core.frontier import OperatingPoint, ParetoFrontier
     from adaptexit.core.outputs import ExitOutputs
     from adaptexit.displays import JobRatioDisplay, ParetoDisplay
-    from adaptexit.multi_exit import CalibrationWarning, MultiExitClassifier
+    from adaptexit.multi_exit import CalibrationWarning, LabelWarning, MultiExitClassifier
     from adaptexit.persistence import load
     from adaptexit.training import FrozenRecipe
 
@@ -25,6 +25,7 @@ _HOMES = {
     "SaverWarning": "adaptexit.cascade",
     "MultiExitClassifier": "adaptexit.multi_exit",
     "CalibrationWarning": "adaptexit.multi_exit",
+    "LabelWarning": "adaptexit.multi_exit",
     "FrozenRecipe": "adaptexit.training",
     "ThresholdCalibrator": "adaptexit.calibrators",
     "ExitOutputs": "adaptexit.core.outputs",
@@ -41,6 +42,7 @@ __all__ = [
     "ExitOutputs",
     "FrozenRecipe",
     "JobRatioDisplay",
+    "LabelWarning",
     "MultiExitClassifier",
     "OperatingPoint",
     "ParetoDisplay",

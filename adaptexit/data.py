@@ -212,7 +212,8 @@ def _checked(x: Any) -> Tensor:
 
 
 def _check_order(loader: DataLoader[Any]) -> None:
-    if isinstance(getattr(loader.batch_sampler, "sampler", loader.sampler), _SHUFFLING):
+    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
+    if isinstance(sampler, _SHUFFLING) or getattr(sampler, "shuffle", False):
         raise ValueError(
             "X must keep its order, since answers come in input order; got a DataLoader that shuffles. "
             "Build it with shuffle=False."

@@ -73,6 +73,10 @@ class AdaptiveClassifier(ClassifierMixin, BaseEstimator):
     def _tabular(self, X: Any) -> bool:
         raise NotImplementedError
 
+    def _labels_needed(self) -> bool:
+        """Whether accuracy is measured against labels; otherwise it is agreement with the full model."""
+        return True
+
     # -- answering -----------------------------------------------------------------------------------------------------
 
     def predict(self, X: Any, budget: float | None = None) -> NDArray[Any]:
@@ -160,8 +164,10 @@ class AdaptiveClassifier(ClassifierMixin, BaseEstimator):
     def record(self, X: Any, y: Any = None) -> ExitOutputs:
         """What every exit answers on (X, y), as :class:`ExitOutputs` for calibrators, metrics and pictures."""
         check_is_fitted(self)
-        X, y = self._validated(X, y, reset=False)
-        batches = as_batches(X, y, batch_size=self.batch_size, labels=True, ordered=False)
+        needed = self._labels_needed()
+        X, y = split_pair(X, y)
+        X, y = self._validated(X, y, reset=False) if needed or y is not None else (self._validated_inputs(X), None)
+        batches = as_batches(X, y, batch_size=self.batch_size, labels=needed or None, ordered=False)
         known = self.outputs_
         described = {"stage_costs": known.stage_costs, "exit_costs": known.exit_costs, "chained": known.chained}
         return self._recorded(batches, self.classes_, self.calibrator_.needs_logits, "recording", **described)

@@ -76,14 +76,16 @@ class MLPHead(Head):
     spec : FeatureSpec
     n_classes : int
     hidden : int, optional
-        Width of the hidden layer; the number of channels within 64 and 256 when left out.
+        Width of the hidden layer; the number of channels within 64 and 256 when left out, a quarter of it (at least 16)
+        where the feature is a vector, whose network has layers no larger than the head's would be.
     dropout : float
         Before the output layer.
     """
 
     def __init__(self, spec: FeatureSpec, n_classes: int, hidden: int | None = None, dropout: float = 0.0) -> None:
         super().__init__(spec, n_classes)
-        hidden = min(256, max(64, spec.channels)) if hidden is None else hidden
+        if hidden is None:
+            hidden = max(16, spec.channels // 4) if spec.layout == "NC" else min(256, max(64, spec.channels))
         _check_size("hidden", hidden)
         self.net = nn.Sequential(
             nn.LayerNorm(spec.channels),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,14 @@ from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from adaptexit.backbones.mlp import describe_mlp, mlp_of, new_mlp
+from adaptexit.backbones.mlp import MLP, describe_mlp, mlp_of, new_mlp
 from adaptexit.calibrators.base import Calibrator
+from adaptexit.core.frontier import checked_number
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import resolve_score
 from adaptexit.data import Batches, as_batches, is_stream, split_pair
 from adaptexit.estimator import AdaptiveClassifier, below, unchanged_on_failure
-from adaptexit.labels import hold_out
+from adaptexit.labels import class_indices, hold_out
 from adaptexit.models import TorchModel, build_model, is_fitted, is_scikit, restore_model, unspoiled
 from adaptexit.network import (
     BranchedNetwork,
@@ -41,6 +43,14 @@ from adaptexit.training import FeatureCache, Recipe, cache_key, collect, recipe_
 
 CACHE_MEMORY = 1 << 30
 """Bytes of cached features above which they move to disk."""
+
+
+MANY_LABELS = 50
+"""Calibration samples from which on a backbone that is no better than guessing is remarked on."""
+
+
+class LabelWarning(UserWarning):
+    """The labels hardly fit the backbone's answers."""
 
 
 class CalibrationWarning(UserWarning):
@@ -64,7 +74,7 @@ class MultiExitClassifier(AdaptiveClassifier):
         MLPClassifier, cloned and fitted on the part held in unless it is fitted; "mlp" is one with four layers of 64.
     exits : "auto", int or list of str, default="auto"
         Dotted names of the modules to answer after, in execution order (``adaptexit.staging.list_cuts`` shows what
-        there is); a number of exits to choose at even cost; "auto" is 3.
+        there is); a number of exits to choose at even cost, or fewer where the model has fewer places; "auto" is 3.
     head : str or callable, default="mlp"
         What answers at a cut: "mlp", "conv", "prototype", "refined_prototype" (see ``adaptexit.heads``), or a factory
         ``(FeatureSpec, n_classes) -> nn.Module``.
@@ -90,8 +100,9 @@ class MultiExitClassifier(AdaptiveClassifier):
     calibration_size : float, default=0.25
         Share of the samples given to ``fit`` that heads are not trained on, for calibration.
     cache_dir : path, optional
-        Where features are kept for later runs with the same backbone, exits and data; otherwise they last as long as
-        the fit, in memory or, beyond ``cache_memory`` bytes, in temporary files.
+        Where features are kept for later runs with the same backbone, exits and data (a loader that shuffles or
+        augments anew never gives the same); otherwise they last as long as the fit, in memory or, beyond
+        ``cache_memory`` bytes, in the system's folder for temporary files.
     cache_memory : int, default=2**30
     cache_half : bool, default=False
         Keep features in half precision.
@@ -118,6 +129,9 @@ class MultiExitClassifier(AdaptiveClassifier):
         Losses of the heads' training.
     self_calibrated_ : bool
         Whether the thresholds come from data given to ``fit`` rather than to ``calibrate``.
+    labelled_ : bool
+        Whether the calibration data had labels; otherwise accuracy is agreement with the full model, and so ``record``
+        and ``pareto`` take data without labels.
     cost_unit_ : "MACs", "seconds" or "given"
 
     Examples
@@ -138,6 +152,7 @@ class MultiExitClassifier(AdaptiveClassifier):
     exits_: list[str]
     history_: dict[str, Any]
     self_calibrated_: bool
+    labelled_: bool
     _network: Network
 
     def __init__(
@@ -215,7 +230,9 @@ class MultiExitClassifier(AdaptiveClassifier):
             self._unseen = mlp is not None and not is_fitted(_as_mlp(self.backbone))
             with evaluating([model.module]), torch.no_grad():
                 example = batches.first()
-                classes = self._known_classes(_width(model, example[:1]))
+                classes = self._known_classes(_width(model, example[:8]))
+                if not is_stream(X) and y is not None:
+                    class_indices(np.asarray(y), classes)  # refused before the backbone runs over everything
                 self._network = self._built(model, example, len(classes), seed)
             if isinstance(self._network, NativeNetwork):
                 self.history_, self.self_calibrated_ = {}, False
@@ -250,11 +267,21 @@ class MultiExitClassifier(AdaptiveClassifier):
                 raise ValueError(f"{name} must be a number of bytes; got {value!r}.")
         if self.cache_dir is not None and Path(self.cache_dir).is_file():
             raise NotADirectoryError(f"cache_dir must be a folder or new; {self.cache_dir} is a file.")
-        return recipe_of(self.recipe)
+        if not (isinstance(self.calibration_size, Real) and 0 < self.calibration_size < 1):
+            raise ValueError(f"calibration_size must lie between 0 and 1; got {self.calibration_size!r}.")
+        if self.budget is not None:
+            checked_number("budget", self.budget, "a finite relative cost (0.4 is 40% of the full model)")
+        if not isinstance(self.verbose, (int, np.integer)):
+            raise ValueError(f"verbose must be an integer; got {self.verbose!r}.")
+        recipe = recipe_of(self.recipe)
+        getattr(recipe, "check", lambda: None)()
+        return recipe
 
     def _seed(self) -> int:
         """What splits, heads and training are seeded by: the same for the same integer."""
         try:
+            if self.random_state is None:
+                return int(np.random.default_rng().integers(np.iinfo(np.int32).max))
             random = check_random_state(self.random_state)
             given = isinstance(self.random_state, (int, np.integer))
             return int(self.random_state if given else random.randint(np.iinfo(np.int32).max))
@@ -297,7 +324,9 @@ class MultiExitClassifier(AdaptiveClassifier):
                     f"exits must be 'auto' for a network built with exits or given as its stages; got {self.exits!r}."
                 )
             if not given_as_stages:
-                return NativeNetwork(model)
+                network = NativeNetwork(model)
+                network.verify(example[:6])
+                return network
         exits = None if given_as_stages else self.exits
         parts, specs = staged_backbone(model.module, exits, model.prepare(example), self.layout)
         return BranchedNetwork(model, parts, new_heads(self.head, specs, model, n_classes, seed))
@@ -324,7 +353,7 @@ class MultiExitClassifier(AdaptiveClassifier):
             chained=network.chained, **costs,
         )  # fmt: skip
         self.self_calibrated_ = True
-        return self._keep(calibrator, outputs, classes, unit)
+        return self._keep(calibrator, outputs, classes, unit, batches.labelled)
 
     def _cached(self, network: BranchedNetwork, batches: Batches) -> FeatureCache:
         key = None
@@ -342,20 +371,23 @@ class MultiExitClassifier(AdaptiveClassifier):
     def _calibrate(self, batches: Batches) -> MultiExitClassifier:
         calibrator = self._fresh_calibrator()
         with evaluating(self._modules()):
-            classes = self._known_classes(_width(self._network.model, batches.first()[:1]))
+            classes = self._known_classes(_width(self._network.model, batches.first()[:8]))
             costs, unit = self._costs(batches.first())
         outputs = self._recorded(
             batches, classes, calibrator.needs_logits, "calibrating", chained=self._network.chained, **costs
         )
-        return self._keep(calibrator, outputs, classes, unit)
+        return self._keep(calibrator, outputs, classes, unit, batches.labelled)
 
     def _keep(
-        self, calibrator: Calibrator, outputs: ExitOutputs, classes: NDArray[Any], unit: str
+        self, calibrator: Calibrator, outputs: ExitOutputs, classes: NDArray[Any], unit: str, labelled: bool
     ) -> MultiExitClassifier:
         calibrator.fit(outputs)
         if self.budget is not None:
             calibrator.operating_point(self.budget)
         self.classes_, self.outputs_, self.calibrator_, self.cost_unit_ = classes, outputs, calibrator, unit
+        self.labelled_ = labelled
+        if labelled:
+            _warn_of_labels(outputs)
         self.exits_ = self._network.exit_names[:-1]
         return self
 
@@ -400,8 +432,8 @@ class MultiExitClassifier(AdaptiveClassifier):
         sizes = np.asarray(batch_sizes)
         if sizes.ndim != 1 or not len(sizes) or sizes.dtype.kind not in "iu" or (sizes < 1).any():
             raise ValueError(f"batch_sizes must be positive integers; got {batch_sizes!r}.")
-        x = as_batches(self._validated_inputs(X), batch_size=self.batch_size).first()
         with evaluating(self._modules()):
+            x = as_batches(self._validated_inputs(X), batch_size=self.batch_size, ordered=False).first()
             measured = [self._network.costs(x[torch.arange(size) % len(x)], "seconds") for size in sizes]
         stage_s, exit_s = (np.stack(part, axis=1) * sizes for part in zip(*measured, strict=True))
         return StageLatencies(self.exit_names, sizes, stage_s, exit_s)
@@ -426,6 +458,9 @@ class MultiExitClassifier(AdaptiveClassifier):
 
     def _modules(self) -> list[nn.Module]:
         return self._network.modules
+
+    def _labels_needed(self) -> bool:
+        return self.labelled_
 
     def _tabular(self, X: Any) -> bool:
         return _as_mlp(self.backbone) is not None and not is_stream(X)
@@ -461,6 +496,7 @@ class MultiExitClassifier(AdaptiveClassifier):
             "fitted_classes": self._fitted_classes is not None,
             "unseen": self._unseen,
             "self_calibrated": self.self_calibrated_,
+            "labelled": self.labelled_,
             "history": self.history_,
         }
         return state, tensors | weights
@@ -469,7 +505,7 @@ class MultiExitClassifier(AdaptiveClassifier):
         super()._set_state(state, tensors, outputs)
         self._mlp, self._unseen, self.self_calibrated_ = state["mlp"], state["unseen"], state["self_calibrated"]
         self._fitted_classes = self.classes_ if state["fitted_classes"] else None
-        self.history_ = state["history"]
+        self.history_, self.labelled_ = state["history"], state["labelled"]
         if self._mlp and _as_mlp(self.backbone) is None:
             raise ValueError(f"backbone must be the MLPClassifier that was saved; got {self.backbone!r}.")
         given = new_mlp(self._mlp) if self._mlp else _as_module(self.backbone)
@@ -513,4 +549,20 @@ def _width(model: TorchModel, x: Tensor) -> int:
     if not isinstance(last, Tensor) or last.ndim != 2:
         came = tuple(last.shape) if isinstance(last, Tensor) else type(last).__name__
         raise ValueError(f"backbone must answer with logits of shape (B, C); got {came}. Wrap it so that it does.")
+    if last.shape[1] < 2 and not isinstance(model.module, MLP):
+        raise ValueError("backbone must answer with at least 2 logits, one a class; got 1. Give two, as (0, z) for z.")
     return int(last.shape[1])
+
+
+def _warn_of_labels(outputs: ExitOutputs) -> None:
+    """Labels in another order, or of another task, than the logits."""
+    assert outputs.labels is not None
+    commonest = float(np.bincount(outputs.labels).max()) / outputs.n_samples
+    if outputs.n_samples >= MANY_LABELS and outputs.full_accuracy <= commonest < 1:
+        warnings.warn(
+            f"the backbone is right on {100 * outputs.full_accuracy:.1f}% of the calibration data, no more than the "
+            f"commonest label ({100 * commonest:.1f}%). Are labels in the order of its logits (classes=)? Without "
+            "labels the heads learn the backbone's own answers.",
+            LabelWarning,
+            stacklevel=5,
+        )

@@ -16,7 +16,7 @@ from adaptexit.features import FeatureSpec, feature_spec
 from adaptexit.heads import Head, HeadOutput, make_head
 from adaptexit.models import TorchModel, describe_model
 from adaptexit.staging.cost import count_macs, measure_latency
-from adaptexit.staging.cuts import propose_cuts, unwrapped
+from adaptexit.staging.cuts import check_names, propose_cuts, unwrapped
 from adaptexit.staging.executor import ExitAnswer, StagedModel
 from adaptexit.staging.live import Along, Carried, Live
 from adaptexit.staging.modes import evaluating
@@ -49,6 +49,36 @@ class BranchedNetwork:
     split: Split
     heads: list[Head]
 
+    def __post_init__(self) -> None:
+        self._overwrites = self._heads_that_overwrite()
+
+    def _heads_that_overwrite(self) -> list[bool]:
+        """Whether each head writes into its feature, which the stages behind it may still need; it then gets a copy."""
+        found: list[bool] = []
+        state: Any = None
+
+        def try_head(k: int, feature: Tensor) -> None:
+            nonlocal state
+            feature = feature.clone()
+            before, head = feature.clone(), self.heads[k]
+            output = head(feature, state) if head.chained else head(feature)
+            state = state if output.state is None else output.state
+            found.append(not torch.equal(feature, before))
+
+        with evaluating(self.modules), torch.no_grad():
+            self._look(self.split.example[:2].clone(), try_head)
+        return found
+
+    def _look(self, prepared: Tensor, look: Callable[[int, Tensor], None]) -> Any:
+        """Run the stages and show each head's feature, in its precision; the model's output."""
+        dtypes = [_dtype_of(head) for head in self.heads]
+
+        def cast(k: int, feature: Any) -> None:
+            tensor = sole_tensor(feature)
+            look(k, tensor.to(dtypes[k] or tensor.dtype))
+
+        return self.split.visit(prepared, cast)
+
     @property
     def exit_names(self) -> list[str]:
         return [*self.split.cuts, "full model"]
@@ -70,8 +100,11 @@ class BranchedNetwork:
     def staged(self, confidence: Confidence, own_confidence: bool) -> StagedModel:
         """For the executor; ``own_confidence`` prefers that of the heads which have one."""
         first, *later = self.split.stages
-        answers = [_Branch(head, head.__call__, own_confidence) for head in self.heads]
-        stages = [lambda x: first(self.model.prepare(x)), *later]
+        answers = [
+            _Branch(head, head.__call__, own_confidence, overwrites)
+            for head, overwrites in zip(self.heads, self._overwrites, strict=True)
+        ]
+        stages = [lambda x: first(self._prepared(x)), *later]
         return StagedModel(stages, [*answers, _full_model], confidence, self.chained)
 
     def staged_on(self, cache: FeatureCache, confidence: Confidence, own_confidence: bool) -> StagedModel:
@@ -94,13 +127,18 @@ class BranchedNetwork:
 
     def collect_run(self, x: Tensor, look: Callable[[int, Any], None]) -> Tensor:
         """Run the model on raw inputs and show the feature at every cut, in the heads' precision; the logits."""
-        dtypes = [_dtype_of(head) for head in self.heads]
+        return _logits(self._look(self._prepared(x), look))
 
-        def cast(k: int, feature: Tensor) -> None:
-            tensor = sole_tensor(feature)
-            look(k, tensor.to(dtypes[k] or tensor.dtype))
-
-        return _logits(self.split.visit(self.model.prepare(x), cast))
+    def _prepared(self, x: Tensor) -> Tensor:
+        """Inputs as the first stage takes them."""
+        prepared = self.model.prepare(x)
+        if prepared.ndim != self.split.example.ndim:
+            shape = ", ".join(map(str, self.split.example.shape[1:]))
+            raise ValueError(
+                f"X must have the shape (N, {shape}) of the inputs that the model was fitted on; got {tuple(x.shape)}. "
+                "Give a single input its axis for the samples: x[None]."
+            )
+        return prepared
 
     def costs(self, x: Tensor, unit: str) -> Costs:
         """Stage and exit costs a sample on inputs like ``x``, each (K,): "MACs" or "seconds"."""
@@ -166,6 +204,27 @@ class NativeNetwork:
 
     model: TorchModel
 
+    def verify(self, x: Tensor) -> None:
+        """Compare stages and heads with the network's own forward, on a batch and on part of it."""
+        prepared = self.model.prepare(x)
+        expected = self.model.module(prepared.clone())
+        if not isinstance(expected, (list, tuple)) or len(expected) != len(self.heads):
+            came = len(expected) if isinstance(expected, (list, tuple)) else type(expected).__name__
+            raise ValueError(
+                f"a network with {len(self.heads)} exits must return a list of as many logits; got {came}. Let forward "
+                "answer with the output of every head."
+            )
+        for rows in (slice(None), slice(1, None, 2)):
+            carried: Any = prepared[rows].clone()
+            for k, (stage, head) in enumerate(zip(self.stages, self.heads, strict=True)):
+                carried = stage(carried)
+                got, right = head(carried), expected[k][rows]
+                if got.shape != right.shape or not torch.allclose(got, right, rtol=1e-3, atol=1e-4 * right.abs().max()):
+                    raise SplitError(
+                        f"exit {k} of the network answers otherwise through its stages and heads than through its "
+                        "forward, which must be stage, head, stage, head and nothing else, every sample alone."
+                    )
+
     @property
     def exit_names(self) -> list[str]:
         return [*(f"exit {k}" for k in range(len(self.heads) - 1)), "full model"]
@@ -222,14 +281,18 @@ def is_native(module: Any) -> bool:
 class _Branch:
     """A head at a cut, from what the stage carries to the exit's answer."""
 
-    def __init__(self, head: Head, run: Callable[..., HeadOutput], own_confidence: bool) -> None:
-        self.run, self.chained, self.own_confidence = run, head.chained, own_confidence
+    def __init__(
+        self, head: Head, run: Callable[..., HeadOutput], own_confidence: bool, overwrites: bool = False
+    ) -> None:
+        self.run, self.chained, self.own_confidence, self.overwrites = run, head.chained, own_confidence, overwrites
         self.dtype = _dtype_of(head)
 
     def __call__(self, carried: Carried) -> ExitAnswer:
         feature = sole_tensor(carried.feature)
         if self.dtype is not None and feature.dtype != self.dtype:
             feature = feature.to(self.dtype)
+        elif self.overwrites:
+            feature = feature.clone()
         output = self.run(feature, carried.state) if self.chained else self.run(feature)
         scores = None
         if self.own_confidence and output.confidence_logits is not None:
@@ -301,9 +364,11 @@ def staged_backbone(module: nn.Module, exits: Any, example: Tensor, layout: Any)
         Of the features, where it cannot be inferred.
     """
     if exits is None:
-        parts = from_stages(list(module.children()), example)
+        assert isinstance(module, nn.Sequential)
+        parts = from_stages(list(module), example)  # children() would leave out a stage that comes twice
         return parts, feature_specs(parts, layout)
     if not isinstance(exits, (str, int, np.integer)):
+        check_names(module, exits, "exits")
         parts = split(module, exits, example)
         return parts, feature_specs(parts, layout)
     refused: list[str] = []

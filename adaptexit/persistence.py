@@ -27,6 +27,9 @@ HOMES = {
 }
 """The closed registry: classes that a folder may name, and the module of each."""
 
+MACHINE = ("device", "cache_dir")
+"""Parameters that belong to a machine: they are stored, and may be given to ``load`` all the same."""
+
 
 def save(estimator: Any, folder: str | os.PathLike[str]) -> None:
     """Write a fitted estimator; an earlier save in the same folder is replaced whole."""
@@ -56,7 +59,8 @@ def load(folder: str | os.PathLike[str], **given: Any) -> Any:
     **given
         The parameters that could not be written (modules, factories, scikit-learn classifiers, callables), by the names
         they had: ``base=``, ``saver=``, ``confidence=`` ... Modules get the saved weights: one whose weights are those
-        already is shared, any other is copied first. Classifiers must be fitted.
+        already is shared, any other is copied first. Classifiers must be fitted. ``device=`` and ``cache_dir=`` may be
+        given in place of those that were stored.
 
     Raises
     ------
@@ -82,7 +86,8 @@ def load(folder: str | os.PathLike[str], **given: Any) -> Any:
             f"{', '.join(f'{name}=' for name in missing)} could not be written and must be given to load again, as "
             f"when the estimator was saved (in all: {', '.join(again)})."
         )
-    if unknown := sorted(set(given) - set(again)):
+    places = {name for name in MACHINE if name in config["params"]}
+    if unknown := sorted(set(given) - set(again) - places):
         raise ValueError(f"{', '.join(unknown)} cannot be given to load: they are stored. Only {again} can.")
     with safetensors.safe_open(source / "model.safetensors", framework="pt") as file:
         tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
@@ -133,4 +138,4 @@ def _built(name: str, params: dict[str, Any], given: dict[str, Any]) -> Any:
         key: _built(value["class"], value["params"], {}) if isinstance(value, dict) and "class" in value else value
         for key, value in params.items()
     }
-    return getattr(import_module(HOMES[name]), name)(**restored, **given)
+    return getattr(import_module(HOMES[name]), name)(**restored | given)

@@ -122,8 +122,8 @@ def test_retrofit_with_the_folders_classes(squares, tmp_path):
 
 
 def test_retrofit_of_a_model_with_other_classes(squares, tmp_path):
-    """The heads learn the model's answers: the full model agrees with itself, and the numbers are those of val."""
+    """The heads learn the model's answers: the full model agrees with itself."""
     exits = alone(printed := retrofit(squares, tmp_path, 11))
     assert exits[-1] == ("full model", 1.0, 1.0)
     assert len(exits) >= 2
-    assert "(test)" not in printed
+    assert "(test)" in printed

@@ -276,12 +276,12 @@ def test_a_closed_cache_says_so():
 # -- keeping -----------------------------------------------------------------------------------------------------------
 
 
-def test_a_later_run_finds_the_features_without_running_the_backbone(tmp_path):
+def test_a_later_run_finds_the_features_and_runs_the_first_batch_to_make_sure(tmp_path):
     net, source = Backbone(), Source(inputs([4, 4, 3]))
     kept(tmp_path / "new" / "folder", source, net)
     assert (net.calls, source.reads) == (3, 1)
     cache = kept(tmp_path / "new" / "folder", source, net)
-    assert (net.calls, source.reads) == (3, 2)
+    assert (net.calls, source.reads) == (4, 2)
     assert_holds(cache, expected(Backbone(), source.batches))
     cache.close()
     assert len(entries(tmp_path / "new" / "folder")) == 1
@@ -299,10 +299,27 @@ def test_other_data_are_run_and_kept_beside(tmp_path, other):
     source = Source(other)
     assert_holds(kept(tmp_path, source, net), expected(copy.deepcopy(net), other))
     assert (net.calls, source.reads) == (len(other), 2)
-    for data in (first, other):
-        net.calls = 0
-        kept(tmp_path, data, net)
-        assert net.calls == 0
+    for data, model in ((first, Backbone()), (other, net)):
+        model.calls = 0
+        kept(tmp_path, data, model)
+        assert model.calls == 1
+
+
+def test_features_that_the_backbone_no_longer_gives_are_not_trusted(tmp_path):
+    """The key sees no change of a forward."""
+    batches = inputs([4, 4])
+    kept(tmp_path, batches)
+
+    class Changed(Backbone):
+        def run(self, x, visit):
+            return super().run(x, lambda k, feature: visit(k, feature + 0.1 if k else feature))
+
+    net = Changed()
+    cache = kept(tmp_path, batches, net)
+    assert net.calls == 3
+    assert_holds(cache, expected(Changed(), batches))
+    kept(tmp_path, batches, net)
+    assert net.calls == 4
 
 
 def test_another_key_or_type_is_not_even_looked_up(tmp_path):
@@ -324,7 +341,7 @@ def test_an_iterator_is_read_once_and_never_looked_up(tmp_path):
         assert_holds(kept(tmp_path, iter(batches), net), expected(Backbone(), batches))
         assert net.calls == calls
     kept(tmp_path, batches, net)
-    assert net.calls == 4
+    assert net.calls == 5
 
 
 class Consumed(IterableDataset):
@@ -358,7 +375,7 @@ def test_loaders_and_arrays_are_looked_up_and_give_their_labels(tmp_path):
         batches = as_batches(*data, batch_size=4, labels=True)
         batches.first()
         kept(tmp_path, batches, net)
-        assert net.calls == (3 if data[1] is not None else 0)
+        assert net.calls == (3 if data[1] is not None else 1)
         assert batches.labels.tolist() == y.tolist()
 
 
@@ -535,7 +552,7 @@ def test_a_damaged_entry_is_computed_again_and_replaced(tmp_path, name, damage):
     assert_holds(kept(tmp_path, batches, net), expected(Backbone(), batches))
     assert net.calls == 2
     assert_holds(kept(tmp_path, batches, net), expected(Backbone(), batches))
-    assert net.calls == 2
+    assert net.calls == 3
     assert len(names(tmp_path)) == 2
 
 

@@ -218,9 +218,13 @@ def test_mlp_head_by_its_layers():
     assert first.out_features == 9
 
 
-@pytest.mark.parametrize(("channels", "hidden"), [(6, 64), (100, 100), (2048, 256)])
-def test_default_width_of_the_mlp_head(channels, hidden):
-    assert MLPHead(FeatureSpec((channels,), "NC"), N_CLASSES).net[1].out_features == hidden
+@pytest.mark.parametrize(
+    ("channels", "of_maps", "of_vectors"), [(6, 64, 16), (100, 100, 25), (2048, 256, 512), (64, 64, 16)]
+)
+def test_default_width_of_the_mlp_head(channels, of_maps, of_vectors):
+    assert MLPHead(FeatureSpec((channels, 3, 3), "NCHW"), N_CLASSES).net[1].out_features == of_maps
+    assert MLPHead(FeatureSpec((9, channels), "NLC"), N_CLASSES).net[1].out_features == of_maps
+    assert MLPHead(FeatureSpec((channels,), "NC"), N_CLASSES).net[1].out_features == of_vectors
 
 
 def test_dropout_of_the_mlp_head_acts_in_training_alone():

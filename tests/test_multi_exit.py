@@ -33,6 +33,7 @@ from tests.nets import (
 )
 
 TRAIN, VAL, TEST = digits()
+pytestmark = pytest.mark.filterwarnings("ignore::adaptexit.LabelWarning")
 BUDGETS = [None, 0.07, 0.2, 0.5, 1.0]
 STAGE_MACS = [1 * 8 * 9 * 64, 8 * 16 * 9 * 16, 16 * 32 * 9 * 16, 128 * 10]
 HEAD_MACS = [16 * 8 * 10, 16 * 16 * 10, 16 * 32 * 10]
@@ -1016,7 +1017,7 @@ class Counted:
         """Fit, and say whether the backbone ran over the data, and what was fitted."""
         self.count = 0
         fitted = branched(self.net, cache_dir=folder, **params).fit(*data)
-        assert self.count < 60 or 600 <= self.count < 660
+        assert self.count < 220 or 600 <= self.count < 780  # besides, the first batch to make sure, and the split's
         return self.count >= 600, fitted
 
 

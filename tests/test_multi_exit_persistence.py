@@ -37,6 +37,7 @@ from tests.nets import (
 )
 
 TRAIN, VAL, TEST = digits()
+pytestmark = pytest.mark.filterwarnings("ignore::adaptexit.LabelWarning")
 IRIS = load_iris(return_X_y=True)
 self_calibrated = pytest.mark.filterwarnings("ignore::adaptexit.CalibrationWarning")
 

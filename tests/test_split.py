@@ -1381,7 +1381,7 @@ def test_no_stages_are_handed_out_that_answer_differently():
             self.calls += 1
             return self.b(self.a(x)) * self.calls
 
-    with pytest.raises(SplitError, match=r"verification failed with all stages in a row: values differ by"):
+    with pytest.raises(SplitError, match=r"verification failed with .*: values differ by"):
         split(built(Cached), ["a"], vectors())
 
 

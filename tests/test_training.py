@@ -327,9 +327,9 @@ def test_a_bar_only_when_asked_for(capfd):
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"epochs": 0}, "epochs must be a whole number, at least 1; got 0"),
-        ({"epochs": 2.5}, r"epochs must be a whole number, at least 1; got 2\.5"),
-        ({"epochs": True}, "epochs must be a whole number, at least 1; got True"),
+        ({"epochs": 0}, "epochs must be a whole number, at least 1 or 'auto'; got 0"),
+        ({"epochs": 2.5}, r"epochs must be a whole number, at least 1 or 'auto'; got 2\.5"),
+        ({"epochs": True}, "epochs must be a whole number, at least 1 or 'auto'; got True"),
         ({"confidence_epochs": 0}, "confidence_epochs must be a whole number, at least 1; got 0"),
         ({"batch_size": 1}, "batch_size must be a whole number, at least 2; got 1"),
         ({"lr": 0.0}, r"lr must be a finite number above 0; got 0\.0"),

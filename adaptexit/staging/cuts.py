@@ -234,7 +234,7 @@ def propose_cuts(model: str | nn.Module, example: Rows | None = None, n: int = 3
     return sorted(choices, key=len, reverse=True)
 
 
-def check_names(model: nn.Module, names: Iterable[str]) -> list[str]:
+def check_names(model: nn.Module, names: Iterable[str], argument: str = "cuts") -> list[str]:
     """Names of cuts, checked against the modules that a model has.
 
     Parameters
@@ -242,6 +242,8 @@ def check_names(model: nn.Module, names: Iterable[str]) -> list[str]:
     model : nn.Module
         Wrappers are looked through, as in :func:`list_cuts`.
     names : sequence of str
+    argument : str
+        How errors name it.
 
     Returns
     -------
@@ -257,23 +259,25 @@ def check_names(model: nn.Module, names: Iterable[str]) -> list[str]:
     """
     module = unwrapped(model)
     if isinstance(names, str) or not isinstance(names, Iterable):
-        raise TypeError(f"cuts must be a list of module names; got {names!r}. Write [{names!r}] for a single one.")
+        raise TypeError(
+            f"{argument} must be a list of module names; got {names!r}. Write [{names!r}] for a single one."
+        )
     names = list(names)
     if not names:
-        raise ValueError("cuts must name at least one module; got none. See list_cuts(model) for what there is.")
+        raise ValueError(f"{argument} must name at least one module; got none. See list_cuts(model) for what there is.")
     if odd := [name for name in names if not isinstance(name, str)]:
-        raise TypeError(f"cuts must be module names (str); got {odd[0]!r} of type {type(odd[0]).__name__}.")
+        raise TypeError(f"{argument} must be module names (str); got {odd[0]!r} of type {type(odd[0]).__name__}.")
     modules = dict(module.named_modules(remove_duplicate=False))
     if wrong := [name for name in names if not name or name not in modules]:
         said = "; ".join(f"{name!r} ({_nearest(module, name)})" for name in wrong)
-        raise ValueError(f"cuts must be names of modules of {type(module).__name__}; it has no {said}.")
+        raise ValueError(f"{argument} must be names of modules of {type(module).__name__}; it has no {said}.")
     first = {id(part): name for name, part in module.named_modules()}
     found = [first[id(modules[name])] for name in names]
     for i, name in enumerate(found):
         if name in found[:i]:
             other = names[found.index(name)]
             also = "twice" if other == names[i] else f"also as {other!r}"
-            raise ValueError(f"cuts must be different modules; got {names[i]!r} {also}. Leave one out.")
+            raise ValueError(f"{argument} must be different modules; got {names[i]!r} {also}. Leave one out.")
     return found
 
 

@@ -29,16 +29,21 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 @contextmanager
 def exact_arithmetic() -> Iterator[None]:
-    """Convolutions and matrix products in full single precision on GPUs, where TF32 would differ by batch size."""
-    backends: tuple[Any, ...] = (torch.backends.cudnn, torch.backends.cuda.matmul)
-    before = [backend.allow_tf32 for backend in backends]
+    """Convolutions and matrix products in full single precision, where TF32 would differ by batch size."""
+    cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+    backends: list[Any] = [matmul, cudnn]
+    switch: str = "allow_tf32"
+    exact: Any = False
+    if hasattr(matmul, "fp32_precision") and hasattr(cudnn, "conv"):  # torch 2.9 and later refuse to mix both
+        backends, switch, exact = [matmul, cudnn.conv, cudnn.rnn], "fp32_precision", "ieee"
+    before = [getattr(backend, switch) for backend in backends]
     for backend in backends:
-        backend.allow_tf32 = False
+        setattr(backend, switch, exact)
     try:
         yield
     finally:
-        for backend, allowed in zip(backends, before, strict=True):
-            backend.allow_tf32 = allowed
+        for backend, value in zip(backends, before, strict=True):
+            setattr(backend, switch, value)
 
 
 def autocast_in_use(device: torch.device) -> torch.dtype | None:

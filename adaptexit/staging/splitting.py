@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import linecache
 import warnings
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,7 +24,7 @@ from adaptexit.staging.cuts import check_names, unwrapped
 from adaptexit.staging.live import Carried, Layout, Live, UnsupportedValueError, copied, layout_of
 from adaptexit.staging.modes import evaluating, exact_arithmetic
 from adaptexit.staging.tracing import CutCall, SplitError, Traced, trace
-from adaptexit.staging.verify import DifferenceError, difference_from_model, distinct
+from adaptexit.staging.verify import DifferenceError, difference_from_model, distinct, shuffled
 
 _SERIAL = count()
 
@@ -98,7 +99,7 @@ class Split:
     module : the model, shared
     cuts : tuple of K-1 names, in execution order
     example : tensor
-        The inputs that the split was verified on.
+        Inputs for making the stages anew after unpickling: the values that the split was verified on, shuffled.
     difference : largest difference from the model's answers that verification saw, relative to the largest answer
 
     Notes
@@ -115,23 +116,23 @@ class Split:
         self._source = source
         self._parts: list[nn.Module] | None = None
         self.cuts = source.cuts
-        self.example = inputs
         pieces = source.compiled((inputs[:2], inputs[2:5]))
         self._functions: list[Stage] | None = pieces.functions
         self._layouts = [_layouts(cut, values) for cut, values in zip(self.cuts, pieces.carried, strict=True)]
-        self.difference = self._verified([_layout_or_none(*pair) for pair in pieces.features])
+        self.difference = self._verified([_layout_or_none(*pair) for pair in pieces.features], inputs)
+        self.example = shuffled(inputs)
 
-    def _verified(self, features: list[Layout | None]) -> float:
+    def _verified(self, features: list[Layout | None], inputs: Tensor) -> float:
         """The largest difference from the model; float32 that is off by more than rounding is tried in float64."""
         try:
-            return difference_from_model(self.module, self.run, self.cuts, features, self.example)
+            return difference_from_model(self.module, self.run, self.cuts, features, inputs)
         except DifferenceError as error:
-            if self.example.dtype != torch.float32 or error.difference > _ILL_CONDITIONED:
+            if inputs.dtype != torch.float32 or error.difference > _ILL_CONDITIONED:
                 raise
-            twin = copy.deepcopy(self)
+            twin = copy.deepcopy(self)  # the functions of the stages are shared
             twin.module.double()
             try:
-                difference_from_model(twin.module, twin.run, self.cuts, features, self.example.double())
+                difference_from_model(twin.module, twin.run, self.cuts, features, inputs.double())
             except Exception:
                 raise error from None
             return error.difference
@@ -369,7 +370,9 @@ def _function(nodes: list[fx.Node], before: list[fx.Node], live: list[fx.Node], 
     linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)  # for tracebacks
     namespace = dict(code.globals)
     exec(compile(source, filename, "exec"), namespace)
-    return namespace["forward"]  # type: ignore[no-any-return]
+    function: Stage = namespace["forward"]
+    weakref.finalize(function, linecache.cache.pop, filename, None)
+    return function
 
 
 def _layout_or_none(two: Any, three: Any) -> Layout | None:

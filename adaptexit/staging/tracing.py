@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -71,7 +72,8 @@ def trace(module: nn.Module, cuts: Iterable[str], batches: tuple[Tensor, Tensor]
         If the forward cannot be traced.
     """
     tracer = _Tracer(set(cuts), batches)
-    with evaluating([module]), torch.no_grad():
+    parts = [module.get_submodule(name) for name in sorted({"", *tracer.ancestors})]
+    with evaluating([module]), torch.no_grad(), _attributes_restored(parts):
         try:
             graph = tracer.trace(module)
         except SplitError:
@@ -89,6 +91,18 @@ def trace(module: nn.Module, cuts: Iterable[str], batches: tuple[Tensor, Tensor]
 _CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "bool": bool, "int": int, "float": float, "index": operator.index, "len": len, "list": list,
 }  # fmt: skip
+
+
+@contextmanager
+def _attributes_restored(parts: list[nn.Module]) -> Iterator[None]:
+    """What a traced forward keeps on its module is a proxy, which must not stay there."""
+    before = [part.__dict__.copy() for part in parts]
+    try:
+        yield
+    finally:
+        for part, attributes in zip(parts, before, strict=True):
+            part.__dict__.clear()
+            part.__dict__.update(attributes)
 
 
 def check_unchanged(value: Any, expected: Any, conversion: str) -> None:

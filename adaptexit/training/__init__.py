@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from numpy.typing import ArrayLike
+from torch import nn
 
 from adaptexit.training.cache import FeatureCache, collect
 from adaptexit.training.frozen import FrozenRecipe
@@ -21,7 +22,10 @@ __all__ = ["RECIPES", "FeatureCache", "FrozenRecipe", "Recipe", "cache_key", "co
 
 @runtime_checkable
 class Recipe(Protocol):
-    """A way to train heads on cached features, in place; it returns losses as JSON holds them."""
+    """A way to train heads on cached features, in place; it returns losses as JSON holds them.
+
+    One that has a method ``check`` is asked there, before anything is run, to refuse settings that cannot be.
+    """
 
     def train(
         self,
@@ -57,7 +61,7 @@ def recipe_of(recipe: str | Recipe) -> Recipe:
             f"recipe must be one of {', '.join(map(repr, RECIPES))}, or a recipe object; got {recipe!r}."
             + (f" Near it is {', '.join(map(repr, near))}." if near else "")
         )
-    if isinstance(recipe, type) or not isinstance(recipe, Recipe):
+    if isinstance(recipe, (type, nn.Module)) or not isinstance(recipe, Recipe):
         raise TypeError(
             f"recipe must be a name ({', '.join(map(repr, RECIPES))}) or a recipe such as FrozenRecipe(); "
             f"got {recipe!r}."

@@ -26,6 +26,7 @@ MEMORY_LIMIT = 1 << 31
 
 Visit = Callable[[int, Tensor], None]
 Run = Callable[[Tensor, Visit], Tensor]
+Reducer = Callable[[Tensor], Tensor]
 
 
 class FeatureCache:
@@ -95,7 +96,7 @@ class FeatureCache:
 def collect(
     batches: Iterable[Tensor],
     run: Run,
-    reducers: Sequence[Callable[[Tensor], Tensor]],
+    reducers: Sequence[Reducer],
     *,
     half: bool = False,
     memory_limit: int = MEMORY_LIMIT,
@@ -139,7 +140,8 @@ def collect(
     Notes
     -----
     Where ``folder`` has an entry for the model, the data are read through and hashed to see whether they are the same,
-    batch by batch, which is cheap beside running the backbone; only if they are not, are they read once more and run.
+    batch by batch, which is cheap beside running the backbone, and the first batch is run and compared; only if they
+    are not the same, are they read once more and run. Data that are shuffled or augmented anew are never the same.
     For that ``batches`` must be iterable again (a list, a loader). A plain iterator is not, and is never looked up.
     """
     if not isinstance(memory_limit, (int, np.integer)) or memory_limit < 0:
@@ -154,9 +156,11 @@ def collect(
     shelf = Shelf(Path(folder), model_name(key, half, len(reducers)))
     n_read = None
     if shelf.has_entries() and not isinstance(batches, Iterator):
-        inputs, n_read = inputs_hash(batches)
-        if (found := shelf.find(inputs, check=True)) is not None:
-            return _kept(*found)
+        inputs, n_read, first = inputs_hash(batches)
+        if first is not None and (found := shelf.find(inputs, check=True)) is not None:
+            cache = _kept(*found)
+            if _holds(cache, first, run, reducers, half):
+                return cache
     with shelf.scratch() as scratch:
         digest = Digest()
         with _Collecting(reducers, half) as collecting:
@@ -174,6 +178,19 @@ def collect(
     if kept is None:
         raise OSError(f"the features written to {folder} cannot be read back. Look whether that disk is full or gone.")
     return _kept(*kept)
+
+
+def _holds(cache: FeatureCache, first: Tensor, run: Run, reducers: Sequence[Reducer], half: bool) -> bool:
+    """Whether the backbone, run on the first batch, still gives what is kept: no key sees a changed ``forward``."""
+    with _Collecting(reducers, half) as collecting:
+        collecting.run_over([first], run, memory_limit=MEMORY_LIMIT)
+        with collecting.in_memory_or_temporary() as anew:
+            return all(
+                kept.dtype == new.dtype
+                and kept.shape[1:] == new.shape[1:]
+                and np.allclose(kept[: len(new)], new, 1e-3, 1e-3)
+                for kept, new in zip([*cache.features, cache.logits], [*anew.features, anew.logits], strict=True)
+            )
 
 
 def _kept(arrays: list[NDArray[Any]], dtypes: list[torch.dtype]) -> FeatureCache:

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     from adaptexit.heads import Head, HeadOutput
 
 
+EPOCHS, MINIBATCHES = 20, 500
+"""Of training, at least, where the epochs are left open."""
+
+
 class FrozenRecipe(BaseEstimator):
     """Cross-entropy for the classes of every head, then binary cross-entropy for its confidence.
 
@@ -31,7 +35,8 @@ class FrozenRecipe(BaseEstimator):
 
     Parameters
     ----------
-    epochs : int, default=20
+    epochs : int or "auto", default="auto"
+        "auto" is 20, or as many as make 500 minibatches where the data are few.
     lr : float, default=1e-3
         Learning rate at the start; it falls to 0 along a half cosine.
     weight_decay : float, default=0.01
@@ -44,7 +49,7 @@ class FrozenRecipe(BaseEstimator):
 
     def __init__(
         self,
-        epochs: int = 20,
+        epochs: int | str = "auto",
         lr: float = 1e-3,
         weight_decay: float = 0.01,
         batch_size: int = 256,
@@ -93,11 +98,14 @@ class FrozenRecipe(BaseEstimator):
         FloatingPointError
             When a loss becomes NaN or infinite.
         """
-        settings = self._settings()
+        settings = self.check()
         if len(heads) != len(cache.features):
             raise ValueError(f"heads must be one for each of the {len(cache.features)} early exits; got {len(heads)}.")
         wanted, classes = _checked_rows(rows, targets, cache)
         target = torch.from_numpy(classes)
+        epochs = self.epochs
+        if isinstance(epochs, str):
+            epochs = max(EPOCHS, -(-MINIBATCHES // -(-len(wanted) // self.batch_size)))
         random = check_random_state(random_state)
         shared = settings | {"random_state": random, "verbose": verbose}
 
@@ -105,15 +113,15 @@ class FrozenRecipe(BaseEstimator):
             return _answers(heads, needed, cache, wanted[batch.numpy()], target[batch])
 
         everyone = [True] * len(heads)
-        confidence = [list(head.confidence_parameters()) for head in heads]
+        confidence = [[p for p in head.confidence_parameters() if p.requires_grad] for head in heads]
         sure = {id(parameter) for group in confidence for parameter in group}
         history: dict[str, list[list[float]]] = {name: [[] for _ in heads] for name in ("loss", "confidence_loss")}
-        if learning := [p for head in heads for p in head.parameters() if id(p) not in sure]:
+        if learning := [p for head in heads for p in head.parameters() if p.requires_grad and id(p) not in sure]:
             loss = minimise(
                 lambda batch: torch.stack([F.cross_entropy(out.logits, y) for out, y in answers(batch, everyone)]),
                 heads,
                 len(wanted),
-                epochs=self.epochs,
+                epochs=epochs,
                 parameters=learning,
                 description="training heads",
                 **shared,
@@ -125,7 +133,7 @@ class FrozenRecipe(BaseEstimator):
                 lambda batch: torch.stack([_confidence_loss(out, y) for out, y in answers(batch, having)]),
                 heads,
                 len(wanted),
-                epochs=self.epochs if self.confidence_epochs is None else self.confidence_epochs,
+                epochs=epochs if self.confidence_epochs is None else self.confidence_epochs,
                 parameters=[parameter for group in confidence for parameter in group],
                 training=False,
                 description="training confidence",
@@ -134,9 +142,10 @@ class FrozenRecipe(BaseEstimator):
             history["confidence_loss"] = _by_head(loss, having)
         return history
 
-    def _settings(self) -> dict[str, Any]:
-        """What the loop takes, checked."""
-        _check_whole("epochs", self.epochs, 1)
+    def check(self) -> dict[str, Any]:
+        """Refuse settings that cannot be; those that the loop takes."""
+        if not (isinstance(self.epochs, str) and self.epochs == "auto"):
+            _check_whole("epochs", self.epochs, 1, " or 'auto'")
         _check_whole("batch_size", self.batch_size, 2)
         if self.confidence_epochs is not None:
             _check_whole("confidence_epochs", self.confidence_epochs, 1)
@@ -212,6 +221,6 @@ def _checked_rows(rows: ArrayLike, targets: ArrayLike, cache: FeatureCache) -> t
     return wanted, classes.astype(np.int64)
 
 
-def _check_whole(name: str, value: Any, least: int) -> None:
+def _check_whole(name: str, value: Any, least: int, other: str = "") -> None:
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number, at least {least}; got {value!r}.")
+        raise ValueError(f"{name} must be a whole number, at least {least}{other}; got {value!r}.")

@@ -76,15 +76,16 @@ class Digest:
         return self._hash.hexdigest()
 
 
-def inputs_hash(batches: Iterable[Tensor]) -> tuple[str, int]:
-    """Hash and number of all samples, as they are cut into batches: rounding may depend on that."""
-    digest, count = Digest(), 0
+def inputs_hash(batches: Iterable[Tensor]) -> tuple[str, int, Tensor | None]:
+    """Hash and number of all samples, as they are cut into batches (rounding may depend on that); the first batch."""
+    digest, count, first = Digest(), 0, None
     with torch.inference_mode():
         for x in batches:
             if len(x):
                 digest.tensor(x)
                 count += len(x)
-    return digest.result(), count
+                first = x.clone() if first is None else first
+    return digest.result(), count, first
 
 
 def model_name(key: str, half: bool, n_cuts: int) -> str:
