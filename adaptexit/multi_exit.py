@@ -12,13 +12,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, clone
-from sklearn.frozen import FrozenEstimator
 from sklearn.neural_network import MLPClassifier
-from sklearn.utils import check_random_state
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from adaptexit.backbones.mlp import MLP, describe_mlp, mlp_of, new_mlp
+from adaptexit.backbones.mlp import describe_mlp, mlp_of, new_mlp
 from adaptexit.calibrators.base import Calibrator
 from adaptexit.core.frontier import checked_number
 from adaptexit.core.outputs import ExitOutputs
@@ -26,14 +24,16 @@ from adaptexit.core.scores import resolve_score
 from adaptexit.data import Batches, as_batches, is_stream, split_pair
 from adaptexit.estimator import AdaptiveClassifier, below, unchanged_on_failure
 from adaptexit.labels import class_indices, hold_out
-from adaptexit.models import TorchModel, build_model, is_fitted, is_scikit, restore_model, unspoiled
-from adaptexit.network import (
-    BranchedNetwork,
-    NativeNetwork,
-    Network,
+from adaptexit.models import TorchModel, build_model, is_fitted, restore_model
+from adaptexit.network import BranchedNetwork, NativeNetwork, Network, is_native
+from adaptexit.retrofit import (
+    as_mlp,
+    as_module,
     checked_exits,
-    is_native,
+    logits_width,
     new_heads,
+    restored_network,
+    seed_of,
     staged_backbone,
 )
 from adaptexit.staging.cost import StageLatencies
@@ -219,18 +219,18 @@ class MultiExitClassifier(AdaptiveClassifier):
         """
         with unchanged_on_failure(self), torch.inference_mode(False), torch.enable_grad():
             recipe = self._checked_parameters()
-            seed = self._seed()
+            seed = seed_of(self.random_state)
             X, y, mlp = self._fitted_mlp(X, y, seed)
             batches = as_batches(X, y, batch_size=self.batch_size, labels=None, ordered=False)
-            given = _as_module(self.backbone) if mlp is None else mlp_of(mlp)
+            given = as_module(self.backbone) if mlp is None else mlp_of(mlp)
             model = build_model(given, self.preprocess, "backbone", self.device)
             assert isinstance(model, TorchModel)
             self._mlp = mlp if mlp is None else describe_mlp(mlp)
             self._fitted_classes = None if mlp is None else mlp.classes_
-            self._unseen = mlp is not None and not is_fitted(_as_mlp(self.backbone))
+            self._unseen = mlp is not None and not is_fitted(as_mlp(self.backbone))
             with evaluating([model.module]), torch.no_grad():
                 example = batches.first()
-                classes = self._known_classes(_width(model, example[:8]))
+                classes = self._known_classes(logits_width(model, example[:8]))
                 if not is_stream(X) and y is not None:
                     class_indices(np.asarray(y), classes)  # refused before the backbone runs over everything
                 self._network = self._built(model, example, len(classes), seed)
@@ -252,7 +252,7 @@ class MultiExitClassifier(AdaptiveClassifier):
         """Refuse at once what would be met only after the backbone has run; the recipe."""
         checked_exits(self.exits)
         backbone = self.backbone
-        if _as_mlp(backbone) is None and isinstance(backbone, BaseEstimator):
+        if as_mlp(backbone) is None and isinstance(backbone, BaseEstimator):
             raise TypeError(
                 "backbone must be a module, or scikit-learn's MLPClassifier (a timm name, a factory or a list of "
                 f"stages will do too), as other estimators have no stages to stop between; got {backbone!r}. Use "
@@ -277,23 +277,10 @@ class MultiExitClassifier(AdaptiveClassifier):
         getattr(recipe, "check", lambda: None)()
         return recipe
 
-    def _seed(self) -> int:
-        """What splits, heads and training are seeded by: the same for the same integer."""
-        try:
-            if self.random_state is None:
-                return int(np.random.default_rng().integers(np.iinfo(np.int32).max))
-            random = check_random_state(self.random_state)
-            given = isinstance(self.random_state, (int, np.integer))
-            return int(self.random_state if given else random.randint(np.iinfo(np.int32).max))
-        except ValueError as error:
-            raise ValueError(
-                f"random_state must be an integer, a RandomState or None; got {self.random_state!r}."
-            ) from error
-
     def _fitted_mlp(self, X: Any, y: Any, seed: int) -> tuple[Any, Any, MLPClassifier | None]:
         """Checked data and, for tables, the fitted classifier whose layers are the backbone."""
         X, y = split_pair(X, y)
-        mlp = _as_mlp(self.backbone)
+        mlp = as_mlp(self.backbone)
         if mlp is None:
             return X, y, None
         if is_stream(X):
@@ -371,7 +358,7 @@ class MultiExitClassifier(AdaptiveClassifier):
     def _calibrate(self, batches: Batches) -> MultiExitClassifier:
         calibrator = self._fresh_calibrator()
         with evaluating(self._modules()):
-            classes = self._known_classes(_width(self._network.model, batches.first()[:8]))
+            classes = self._known_classes(logits_width(self._network.model, batches.first()[:8]))
             costs, unit = self._costs(batches.first())
         outputs = self._recorded(
             batches, classes, calibrator.needs_logits, "calibrating", chained=self._network.chained, **costs
@@ -463,7 +450,7 @@ class MultiExitClassifier(AdaptiveClassifier):
         return self.labelled_
 
     def _tabular(self, X: Any) -> bool:
-        return _as_mlp(self.backbone) is not None and not is_stream(X)
+        return as_mlp(self.backbone) is not None and not is_stream(X)
 
     def _point(self, budget: float | None) -> Any:
         point = super()._point(budget)
@@ -506,52 +493,21 @@ class MultiExitClassifier(AdaptiveClassifier):
         self._mlp, self._unseen, self.self_calibrated_ = state["mlp"], state["unseen"], state["self_calibrated"]
         self._fitted_classes = self.classes_ if state["fitted_classes"] else None
         self.history_, self.labelled_ = state["history"], state["labelled"]
-        if self._mlp and _as_mlp(self.backbone) is None:
+        if self._mlp and as_mlp(self.backbone) is None:
             raise ValueError(f"backbone must be the MLPClassifier that was saved; got {self.backbone!r}.")
-        given = new_mlp(self._mlp) if self._mlp else _as_module(self.backbone)
+        given = new_mlp(self._mlp) if self._mlp else as_module(self.backbone)
         weights = below("backbone.", tensors)
         if self._mlp:
             given = given.to(next(iter(weights.values())).dtype)
         model = restore_model(given, self.preprocess, "backbone", state["backbone"], weights, self.device)
         assert isinstance(model, TorchModel)
         if "cuts" in state:
-            self._network = BranchedNetwork.restored(
+            self._network = restored_network(
                 model, state, tensors, self.head, len(self.classes_), isinstance(self.backbone, (list, tuple))
             )
         else:
             self._network = NativeNetwork(model)
         self.exits_ = self._network.exit_names[:-1]
-
-
-def _as_mlp(backbone: Any) -> MLPClassifier | None:
-    """The classifier for tables that was asked for, if any."""
-    if isinstance(backbone, FrozenEstimator):
-        backbone = backbone.estimator
-    if isinstance(backbone, str) and backbone == "mlp":
-        return MLPClassifier(hidden_layer_sizes=(64, 64, 64, 64))
-    return backbone if is_scikit(backbone) and isinstance(backbone, MLPClassifier) else None
-
-
-def _as_module(backbone: Any) -> Any:
-    """A backbone given as its stages as one module."""
-    if isinstance(backbone, (list, tuple)):
-        if len(backbone) < 2 or not all(isinstance(stage, nn.Module) for stage in backbone):
-            raise ValueError(f"backbone must have at least two stages, all modules; got {backbone!r}.")
-        return nn.Sequential(*backbone)
-    return backbone
-
-
-def _width(model: TorchModel, x: Tensor) -> int:
-    """Number of classes that the backbone answers for; it has to leave its input alone."""
-    with torch.inference_mode(), unspoiled(x, "backbone"):
-        output = model.module(model.prepare(x)) if is_native(model.module) else model(x)
-    last = output[-1] if isinstance(output, (list, tuple)) else output
-    if not isinstance(last, Tensor) or last.ndim != 2:
-        came = tuple(last.shape) if isinstance(last, Tensor) else type(last).__name__
-        raise ValueError(f"backbone must answer with logits of shape (B, C); got {came}. Wrap it so that it does.")
-    if last.shape[1] < 2 and not isinstance(model.module, MLP):
-        raise ValueError("backbone must answer with at least 2 logits, one a class; got 1. Give two, as (0, z) for z.")
-    return int(last.shape[1])
 
 
 def _warn_of_labels(outputs: ExitOutputs) -> None:

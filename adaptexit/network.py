@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,21 +12,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from adaptexit.features import FeatureSpec, feature_spec
-from adaptexit.heads import Head, HeadOutput, make_head
+from adaptexit.heads import Head, HeadOutput
 from adaptexit.models import TorchModel, describe_model
 from adaptexit.staging.cost import count_macs, measure_latency
-from adaptexit.staging.cuts import check_names, propose_cuts, unwrapped
+from adaptexit.staging.cuts import unwrapped
 from adaptexit.staging.executor import ExitAnswer, StagedModel
 from adaptexit.staging.live import Along, Carried, Live
 from adaptexit.staging.modes import evaluating
 from adaptexit.staging.rows import tensors_in
-from adaptexit.staging.splitting import Split, from_stages, split
+from adaptexit.staging.splitting import Split
 from adaptexit.staging.tracing import SplitError
 from adaptexit.training.cache import FeatureCache
-
-N_AUTO_CUTS = 3
-"""Cuts that ``exits="auto"`` looks for."""
 
 Confidence = Callable[[Tensor], Tensor]
 Costs = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -168,35 +164,6 @@ class BranchedNetwork:
             tensors |= _named(f"heads.{k}", head)
         return state, tensors
 
-    @classmethod
-    def restored(
-        cls,
-        model: TorchModel,
-        state: dict[str, Any],
-        tensors: dict[str, Tensor],
-        head: Any,
-        n_classes: int,
-        given_as_stages: bool,
-    ) -> BranchedNetwork:
-        """The network that was described; the backbone is cut and verified anew."""
-        exits = None if given_as_stages else state["cuts"]
-        layout = dict(zip(state["cuts"], (told["layout"] for told in state["features"]), strict=True))
-        parts, _ = staged_backbone(model.module, exits, tensors["example"].to(model.device), layout)
-        specs = [FeatureSpec(**described) for described in state["features"]]
-        heads = new_heads(head, specs, model, n_classes, 0)
-        numbers = {str(k) for k in range(len(heads))}
-        if extra := sorted(n for n in tensors if n.startswith("heads.") and n.split(".")[1] not in numbers):
-            raise ValueError(f"the saved weights do not fit the {len(heads)} heads: {', '.join(extra)} belong to none.")
-        for k, made in enumerate(heads):
-            prefix = f"heads.{k}."
-            weights = {key.removeprefix(prefix): t for key, t in tensors.items() if key.startswith(prefix)}
-            try:
-                made.load_state_dict(weights, strict=True)
-            except RuntimeError as error:
-                raise ValueError(f"the saved weights do not fit the head at {parts.cuts[k]!r}: {error}") from error
-            made.eval()
-        return cls(model, parts, heads)
-
 
 @dataclass
 class NativeNetwork:
@@ -337,75 +304,3 @@ def _logits(output: Any) -> Tensor:
 
 def _named(prefix: str, module: nn.Module) -> dict[str, Tensor]:
     return {f"{prefix}.{key}": value for key, value in module.state_dict().items()}
-
-
-# -- making one --------------------------------------------------------------------------------------------------------
-
-
-def checked_exits(exits: Any) -> Any:
-    """The argument ``exits``: "auto", a number of exits, or names (which the backbone checks)."""
-    number = isinstance(exits, (int, np.integer)) and not isinstance(exits, bool) and exits >= 1
-    if not (number or isinstance(exits, (list, tuple)) or (isinstance(exits, str) and exits == "auto")):
-        raise ValueError(f"exits must be 'auto', a number of at least 1 or a list of module names; got {exits!r}.")
-    return exits
-
-
-def staged_backbone(module: nn.Module, exits: Any, example: Tensor, layout: Any) -> tuple[Split, list[FeatureSpec]]:
-    """A backbone in stages, and the layout of the feature at every cut.
-
-    Parameters
-    ----------
-    module : nn.Module
-    exits : "auto", int, list of str or None
-        Where to cut; None takes the children of the module as its stages.
-    example : tensor (B, ...)
-        Inputs as the module takes them.
-    layout : str, dict by cut, or None
-        Of the features, where it cannot be inferred.
-    """
-    if exits is None:
-        assert isinstance(module, nn.Sequential)
-        parts = from_stages(list(module), example)  # children() would leave out a stage that comes twice
-        return parts, feature_specs(parts, layout)
-    if not isinstance(exits, (str, int, np.integer)):
-        check_names(module, exits, "exits")
-        parts = split(module, exits, example)
-        return parts, feature_specs(parts, layout)
-    refused: list[str] = []
-    for cuts in propose_cuts(module, example[:1], N_AUTO_CUTS if isinstance(exits, str) else int(exits)):
-        try:
-            parts = split(module, cuts, example)
-            return parts, feature_specs(parts, layout)
-        except ValueError as error:  # a SplitError among them
-            refused.append(f"{cuts}: {error}")
-    raise SplitError("none of the exits that could be proposed works; name some yourself. " + " ".join(refused))
-
-
-def feature_specs(parts: Split, layout: Any = None) -> list[FeatureSpec]:
-    """Layout of the feature at every cut; ``layout`` tells it, for all cuts or by cut, where it cannot be inferred."""
-    features: list[Any] = []
-    with evaluating([parts.module]), torch.no_grad():
-        parts.visit(parts.example[:2].clone(), lambda k, feature: features.append(sole_tensor(feature)))
-    told = layout if isinstance(layout, dict) else dict.fromkeys(parts.cuts, layout)
-    if unknown := sorted(set(told) - set(parts.cuts)):
-        raise ValueError(f"layout must name cuts among {list(parts.cuts)}; got {unknown}.")
-    for cut, feature in zip(parts.cuts, features, strict=True):
-        if isinstance(feature, Tensor) and feature.shape[:1] != (2,):
-            raise SplitError(
-                f"no head can read the cut {cut!r}: its output has shape {tuple(feature.shape)} for 2 samples, which "
-                "must lie along its first axis. Cut elsewhere."
-            )
-    shape = tuple(parts.example.shape[1:])
-    return [
-        feature_spec(parts.module, cut, feature, shape, told.get(cut))
-        for cut, feature in zip(parts.cuts, features, strict=True)
-    ]
-
-
-def new_heads(head: Any, specs: Sequence[FeatureSpec], model: TorchModel, n_classes: int, seed: int) -> list[Head]:
-    """A head for every feature, in single precision (double where the model is) on the model's device."""
-    dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        heads = [make_head(head, spec, n_classes) for spec in specs]
-    return [made.to(model.device, dtype) for made in heads]

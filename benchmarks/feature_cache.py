@@ -33,7 +33,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adaptexit.models import TorchModel
-from adaptexit.network import BranchedNetwork, feature_specs, new_heads
+from adaptexit.network import BranchedNetwork
+from adaptexit.retrofit import feature_specs, new_heads
 from adaptexit.staging.splitting import split
 from adaptexit.training import FeatureCache, FrozenRecipe, collect
 from benchmarks.cifar import pretrained, tensors

@@ -41,7 +41,8 @@ from adaptexit.core.scores import max_proba
 from adaptexit.features import FeatureSpec, pooled
 from adaptexit.heads import Head, HeadOutput
 from adaptexit.models import build_model
-from adaptexit.network import BranchedNetwork, feature_specs, new_heads
+from adaptexit.network import BranchedNetwork
+from adaptexit.retrofit import feature_specs, new_heads
 from adaptexit.staging.executor import Answers, StagedModel, execute
 from adaptexit.staging.live import Carried, Live
 from adaptexit.staging.splitting import split
