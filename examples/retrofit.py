@@ -50,9 +50,10 @@ def main() -> None:
     shown = "test" if (args.data / "test").is_dir() else "val"
     frontier = model.pareto(batches("test")) if shown == "test" else model.pareto()
     costs, alone = frontier.fixed_cost, frontier.fixed_accuracy
+    measure = "accuracy" if model.labelled_ else "agreement"
     for name, cost, accuracy in zip(model.exit_names, costs, alone, strict=True):
-        print(f"{name}: accuracy {accuracy:.4f} ({shown}) at {cost:.3f} of the full model's MACs, everybody there")
-    print("budget | relative cost | accuracy | exit rates")
+        print(f"{name}: {measure} {accuracy:.4f} ({shown}) at {cost:.3f} of the full model's MACs, everybody there")
+    print(f"budget | relative cost | {measure} | exit rates")
     for budget in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
         if budget >= min(point.cost for point in model.pareto().points):
             point = frontier.at(budget=budget)

@@ -106,7 +106,8 @@ def retrofit(squares, folder, n_classes, *more):
 
 def alone(printed):
     """Name, accuracy and relative cost of every exit when it answers for everybody."""
-    lines = re.findall(r"^(\S+|full model): accuracy ([\d.]+) \((?:val|test)\) at ([\d.]+)", printed, re.MULTILINE)
+    line = r"^(\S+|full model): (?:accuracy|agreement) ([\d.]+) \((?:val|test)\) at ([\d.]+)"
+    lines = re.findall(line, printed, re.MULTILINE)
     return [(name, float(accuracy), float(cost)) for name, accuracy, cost in lines]
 
 
@@ -126,4 +127,4 @@ def test_retrofit_of_a_model_with_other_classes(squares, tmp_path):
     exits = alone(printed := retrofit(squares, tmp_path, 11))
     assert exits[-1] == ("full model", 1.0, 1.0)
     assert len(exits) >= 2
-    assert "(test)" in printed
+    assert "full model: agreement 1.0000 (test)" in printed
