@@ -31,6 +31,8 @@ def softmax(logits: Array, xp: Any = np) -> Array:
 
 def max_proba(logits: Array, xp: Any = np) -> Array:
     """Largest class probability, in (0, 1]: the confidence of TinySaver (eq. 7) and of MSDNet."""
+    if xp is not np:
+        return xp.amax(xp.softmax(logits, -1), -1)  # two operations instead of five, which tells for small batches
     return 1.0 / xp.sum(xp.exp(logits - xp.amax(logits, axis=-1, keepdims=True)), axis=-1)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -109,16 +110,25 @@ class StagedModel:
                 f"{tuple(logits.shape[:1])}, got {tuple(scores.shape)}."
             )
         batch = ExitBatch(
-            predictions=logits.argmax(dim=1).cpu().numpy(),
-            scores=scores.detach().cpu().numpy(),
-            logits=logits.detach().cpu().numpy() if keep_logits else None,
+            predictions=_array(logits.argmax(dim=1)),
+            scores=_array(scores),
+            logits=_array(logits) if keep_logits else None,
         )
-        if not np.isfinite(batch.scores).all():
+        if not _all_finite(batch.scores):
             raise ValueError(
                 f"exit {k} gave a score that is NaN or infinite. Look for NaN or inf in the weights of that model, for "
                 "an overflow in half precision, or for a confidence that is undefined on some outputs."
             )
         return batch, onward
+
+
+def _array(tensor: Tensor) -> NDArray[Any]:
+    return tensor.numpy() if tensor.device.type == "cpu" else tensor.cpu().numpy()
+
+
+def _all_finite(scores: NDArray[Any]) -> bool:
+    """Whether all are; Python is quicker than NumPy for a few."""
+    return all(map(math.isfinite, scores.tolist())) if len(scores) <= 16 else bool(np.isfinite(scores).all())
 
 
 def _widened(tensor: Tensor) -> Tensor:
@@ -148,16 +158,18 @@ class _Collected:
     keep_logits: bool
     rows: list[tuple[NDArray[Any], int, ExitBatch]] = field(default_factory=list)
 
-    def add(self, samples: NDArray[Any], k: int, batch: ExitBatch, leave: NDArray[np.bool_]) -> None:
-        if leave.any():
-            part = ExitBatch(
-                predictions=batch.predictions[leave],
-                scores=batch.scores[leave],
-                logits=batch.logits[leave] if self.keep_logits and batch.logits is not None else None,
-            )
-            self.rows.append((samples[leave], k, part))
+    def add(self, samples: NDArray[Any], k: int, batch: ExitBatch, leave: NDArray[np.bool_] | slice) -> None:
+        part = ExitBatch(
+            predictions=batch.predictions[leave],
+            scores=batch.scores[leave],
+            logits=batch.logits[leave] if self.keep_logits and batch.logits is not None else None,
+        )
+        self.rows.append((samples[leave], k, part))
 
     def in_order(self) -> Answers:
+        if len(self.rows) == 1:  # one batch that left together, in its order
+            samples, k, batch = self.rows[0]
+            return Answers(batch.predictions, np.full(len(samples), k), batch.scores, batch.logits)
         samples = np.concatenate([samples for samples, _, _ in self.rows])
         place = np.argsort(samples, kind="stable")
         return Answers(
@@ -196,6 +208,8 @@ class _Waiting:
             chosen.append((samples, carried))
             room -= len(samples)
         self.count -= at_most - room
+        if len(chosen) == 1:
+            return chosen[0]
         return np.concatenate([samples for samples, _ in chosen]), join([carried for _, carried in chosen])
 
 
@@ -245,15 +259,16 @@ def execute(
     def run(k: int, samples: NDArray[Any], carried: Rows) -> None:
         carried = model.advance(carried, preceding.get(k, -1), k, deepest)
         batch, carried = model.observe(k, carried, needs_logits or keep_logits)
-        if k not in following:
-            collected.add(samples, k, batch, np.ones(len(samples), dtype=bool))
-            return
-        leave = accept(k, batch)
-        collected.add(samples, k, batch, leave)
-        stay = np.flatnonzero(~leave)
-        if len(stay):
-            onward = carried if len(stay) == len(samples) else take(carried, stay)
-            waiting[following[k]].put(samples[stay], onward)
+        leave = accept(k, batch) if k in following else None
+        leaving = len(samples) if leave is None else int(np.count_nonzero(leave))
+        if leave is None or leaving == len(samples):
+            collected.add(samples, k, batch, slice(None))
+        elif not leaving:
+            waiting[following[k]].put(samples, carried)
+        else:
+            collected.add(samples, k, batch, leave)
+            stay = np.flatnonzero(~leave)
+            waiting[following[k]].put(samples[stay], take(carried, stay))
 
     def drain(full: int) -> None:
         """Run, deepest first, every exit for which at least ``full`` samples wait."""
