@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -94,13 +95,13 @@ class BranchedNetwork:
         return any(head.chained for head in self.heads)
 
     def staged(self, confidence: Confidence, own_confidence: bool) -> StagedModel:
-        """For the executor; ``own_confidence`` prefers that of the heads which have one."""
-        first, *later = self.split.stages
+        """For the executor, all modules in evaluation mode; ``own_confidence`` prefers that of the heads with one."""
+        first, *later = (partial(self.split.run, k, checked=False) for k in range(self.split.n_stages))
         answers = [
             _Branch(head, head.__call__, own_confidence, overwrites)
             for head, overwrites in zip(self.heads, self._overwrites, strict=True)
         ]
-        stages = [lambda x: first(self._prepared(x)), *later]
+        stages: list[Any] = [lambda x: first(self._prepared(x)), *later]
         return StagedModel(stages, [*answers, _full_model], confidence, self.chained)
 
     def staged_on(self, cache: FeatureCache, confidence: Confidence, own_confidence: bool) -> StagedModel:

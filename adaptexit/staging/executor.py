@@ -249,7 +249,7 @@ def execute(
     """
     if not isinstance(memory_limit, (int, np.integer)) or memory_limit < 0:
         raise ValueError(f"memory_limit must be a number of bytes; got {memory_limit!r}.")
-    running = [*np.flatnonzero(on[:-1]).tolist(), model.n_exits - 1]
+    running = [*(k for k, is_on in enumerate(np.asarray(on)[:-1].tolist()) if is_on), model.n_exits - 1]
     waiting = {k: _Waiting() for k in running[1:]}
     following = dict(pairwise(running))
     preceding = {after: before for before, after in following.items()}

@@ -49,6 +49,8 @@ def _leaves(rows: Rows) -> list[Any]:
 
 def n_rows(rows: Rows) -> int:
     """Number of samples."""
+    if isinstance(rows, Tensor):
+        return int(rows.shape[0])
     leaf = _leaves(rows)[0]
     return int(leaf.n_rows if hasattr(leaf, "n_rows") else leaf.shape[0])
 
