@@ -232,7 +232,8 @@ class MultiExitClassifier(AdaptiveClassifier):
                 example = batches.first()
                 classes = self._known_classes(logits_width(model, example[:8]))
                 if not is_stream(X) and y is not None:
-                    class_indices(np.asarray(y), classes)  # refused before the backbone runs over everything
+                    # Refused before the backbone runs over everything.
+                    class_indices(np.asarray(y.cpu() if isinstance(y, Tensor) else y), classes)
                 self._network = self._built(model, example, len(classes), seed)
             if isinstance(self._network, NativeNetwork):
                 self.history_, self.self_calibrated_ = {}, False
