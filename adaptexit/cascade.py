@@ -20,7 +20,7 @@ from adaptexit.core.saver import JobCurve, SaverReport, job_curve, saver_reports
 from adaptexit.core.scores import resolve_score
 from adaptexit.data import as_batches, is_stream
 from adaptexit.estimator import AdaptiveClassifier, below, unchanged_on_failure
-from adaptexit.labels import hold_out
+from adaptexit.labels import hold_out, known_classes
 from adaptexit.models import (
     ScikitModel,
     WholeModel,
@@ -240,17 +240,7 @@ class CascadeSaver(AdaptiveClassifier):
                     f"base and savers must be fitted on the same classes; {scikit[0].label} has "
                     f"{scikit[0].classes.tolist()}, {model.label} has {model.classes.tolist()}."
                 )
-        if self.classes is not None:
-            classes = np.asarray(self.classes)
-            if classes.shape != (width,) or len(np.unique(classes)) != width:
-                raise ValueError(f"classes must be {width} different labels, one an output; got {self.classes!r}.")
-            if scikit and not np.array_equal(classes, scikit[0].classes):
-                raise ValueError(
-                    f"classes must be those of the fitted classifiers, {scikit[0].classes.tolist()}; "
-                    f"got {classes.tolist()}."
-                )
-            return classes
-        return scikit[0].classes if scikit else np.arange(width)
+        return known_classes(self.classes, width, scikit[0].classes if scikit else None)
 
     def _costs(self, x: Tensor) -> tuple[NDArray[np.float64], str]:
         modules = [not isinstance(model, ScikitModel) for model in self._models]

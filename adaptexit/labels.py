@@ -31,6 +31,18 @@ def hold_out(y: NDArray[Any], size: float, random_state: int) -> tuple[NDArray[n
     return np.sort(np.concatenate([held_in, lone, moved])), np.setdiff1d(held_out, moved)
 
 
+def known_classes(given: Any, width: int, fitted: NDArray[Any] | None) -> NDArray[Any]:
+    """Labels in the order of ``width`` outputs: those given, those of fitted classifiers, or 0 ... width - 1."""
+    if given is None:
+        return np.arange(width) if fitted is None else fitted
+    classes = np.asarray(given)
+    if classes.shape != (width,) or len(np.unique(classes)) != width:
+        raise ValueError(f"classes must be {width} different labels, one an output; got {given!r}.")
+    if fitted is not None and not np.array_equal(classes, fitted):
+        raise ValueError(f"classes must be those of the fitted classifiers, {fitted.tolist()}; got {classes.tolist()}.")
+    return classes
+
+
 def class_indices(labels: NDArray[Any], classes: NDArray[Any]) -> NDArray[np.intp]:
     """Labels as positions in ``classes``."""
     if labels.ndim != 1:

@@ -203,12 +203,17 @@ def _preprocess_of(module: nn.Module, preprocess: Any, label: str) -> Callable[[
     )
 
 
+def writes_into(tensor: Tensor) -> int:
+    """How often a tensor was written into, also with the values that it had; 0 where torch does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
 @contextmanager
 def unspoiled(x: Tensor, label: str) -> Iterator[None]:
     """Refuse a model that writes into its input within the block; the input is mended."""
-    before = x.clone()
+    before, writes = x.clone(), writes_into(x)
     yield
-    if not torch.equal(x, before):
+    if writes_into(x) != writes or not torch.equal(x, before):
         x.copy_(before)
         raise ValueError(
             f"{label} must leave its input as it is; it, or its preprocessing, writes into it, which spoils the data "

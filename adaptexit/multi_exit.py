@@ -23,9 +23,9 @@ from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import resolve_score
 from adaptexit.data import Batches, as_batches, is_stream, split_pair
 from adaptexit.estimator import AdaptiveClassifier, below, unchanged_on_failure
-from adaptexit.labels import class_indices, hold_out
+from adaptexit.labels import class_indices, hold_out, known_classes
 from adaptexit.models import TorchModel, build_model, is_fitted, restore_model
-from adaptexit.network import BranchedNetwork, NativeNetwork, Network, is_native
+from adaptexit.network import BranchedNetwork, NativeNetwork, Network, is_native, priced
 from adaptexit.retrofit import (
     as_mlp,
     as_module,
@@ -230,7 +230,7 @@ class MultiExitClassifier(AdaptiveClassifier):
             self._unseen = mlp is not None and not is_fitted(as_mlp(self.backbone))
             with evaluating([model.module]), torch.no_grad():
                 example = batches.first()
-                classes = self._known_classes(logits_width(model, example[:8]))
+                classes = known_classes(self.classes, logits_width(model, example[:8]), self._fitted_classes)
                 if not is_stream(X) and y is not None:
                     # Refused before the backbone runs over everything.
                     class_indices(np.asarray(y.cpu() if isinstance(y, Tensor) else y), classes)
@@ -324,7 +324,7 @@ class MultiExitClassifier(AdaptiveClassifier):
     ) -> MultiExitClassifier:
         calibrator = self._fresh_calibrator()
         with evaluating(network.modules):
-            costs, unit = self._costs(batches.first())
+            costs, unit = priced(network, batches.first(), self.cost)
         with self._cached(network, batches) as cache:
             answered = cache.logits.argmax(axis=1)
             labels = batches.indices(classes, len(answered)) if batches.labelled else answered
@@ -359,8 +359,10 @@ class MultiExitClassifier(AdaptiveClassifier):
     def _calibrate(self, batches: Batches) -> MultiExitClassifier:
         calibrator = self._fresh_calibrator()
         with evaluating(self._modules()):
-            classes = self._known_classes(logits_width(self._network.model, batches.first()[:8]))
-            costs, unit = self._costs(batches.first())
+            example = batches.first()
+            width = logits_width(self._network.model, example[:8])
+            classes = known_classes(self.classes, width, self._fitted_classes)
+            costs, unit = priced(self._network, example, self.cost)
         outputs = self._recorded(
             batches, classes, calibrator.needs_logits, "calibrating", chained=self._network.chained, **costs
         )
@@ -378,38 +380,6 @@ class MultiExitClassifier(AdaptiveClassifier):
             _warn_of_labels(outputs)
         self.exits_ = self._network.exit_names[:-1]
         return self
-
-    def _known_classes(self, width: int) -> NDArray[Any]:
-        known = self._fitted_classes
-        if self.classes is None:
-            return np.arange(width) if known is None else known
-        classes = np.asarray(self.classes)
-        if classes.shape != (width,) or len(np.unique(classes)) != width:
-            raise ValueError(f"classes must be {width} different labels, one a logit; got {self.classes!r}.")
-        if known is not None and not np.array_equal(classes, known):
-            raise ValueError(f"classes must be those of the classifier, {known.tolist()}; got {classes.tolist()}.")
-        return classes
-
-    def _costs(self, x: Tensor) -> tuple[dict[str, Any], str]:
-        n_exits = len(self._network.exit_names)
-        if isinstance(self.cost, str):
-            if self.cost not in ("macs", "latency"):
-                raise ValueError(f"cost must be 'macs', 'latency' or a sequence of numbers; got {self.cost!r}.")
-            unit = "MACs" if self.cost == "macs" else "seconds"
-            stage_costs, exit_costs = self._network.costs(x[:1] if unit == "MACs" else x, unit)
-            if stage_costs.sum() + exit_costs[-1] <= 0:
-                raise ValueError("cost='macs' found no multiply-accumulates. Use cost='latency' or give the costs.")
-            return {"stage_costs": stage_costs, "exit_costs": exit_costs}, unit
-        try:
-            costs = np.asarray(self.cost, dtype=np.float64)
-        except (TypeError, ValueError):
-            costs = np.empty(0)
-        if costs.shape != (n_exits,) or not np.isfinite(costs).all() or costs[0] <= 0 or (np.diff(costs) < 0).any():
-            raise ValueError(
-                f"cost must be {n_exits} positive numbers that do not fall, what a sample has spent at each exit; "
-                f"got {self.cost!r}."
-            )
-        return {"stage_costs": np.diff(costs, prepend=0.0), "exit_costs": np.zeros(n_exits)}, "given"
 
     def latencies(self, X: Any, batch_sizes: Sequence[int] = (1, 8, 64)) -> StageLatencies:
         """Measured seconds of every stage and head on batches of several sizes, made from the first inputs of X.

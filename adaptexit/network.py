@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from adaptexit.heads import Head, HeadOutput
-from adaptexit.models import TorchModel, describe_model
+from adaptexit.models import TorchModel, describe_model, writes_into
 from adaptexit.staging.cost import count_macs, measure_latency
 from adaptexit.staging.cuts import unwrapped
 from adaptexit.staging.executor import ExitAnswer, StagedModel
@@ -56,13 +56,13 @@ class BranchedNetwork:
 
         def try_head(k: int, feature: Tensor) -> None:
             nonlocal state
-            feature = feature.clone()
-            before, head = feature.clone(), self.heads[k]
+            feature, head = feature.clone(), self.heads[k]
+            writes = writes_into(feature)
             output = head(feature, state) if head.chained else head(feature)
             state = state if output.state is None else output.state
-            found.append(not torch.equal(feature, before))
+            found.append(writes_into(feature) != writes)
 
-        with evaluating(self.modules), torch.no_grad():
+        with evaluating(self.modules), torch.inference_mode(False), torch.no_grad():
             self._look(self.split.example[:2].clone(), try_head)
         return found
 
@@ -96,13 +96,16 @@ class BranchedNetwork:
 
     def staged(self, confidence: Confidence, own_confidence: bool) -> StagedModel:
         """For the executor, all modules in evaluation mode; ``own_confidence`` prefers that of the heads with one."""
-        first, *later = (partial(self.split.run, k, checked=False) for k in range(self.split.n_stages))
-        answers = [
-            _Branch(head, head.__call__, own_confidence, overwrites)
-            for head, overwrites in zip(self.heads, self._overwrites, strict=True)
-        ]
+        first, *later = self._stages()
         stages: list[Any] = [lambda x: first(self._prepared(x)), *later]
-        return StagedModel(stages, [*answers, _full_model], confidence, self.chained)
+        return StagedModel(stages, [*self._branches(own_confidence), _full_model], confidence, self.chained)
+
+    def _stages(self) -> list[Callable[[Any], Carried]]:
+        return [partial(self.split.run, k, checked=False) for k in range(self.split.n_stages)]
+
+    def _branches(self, own_confidence: bool) -> list[_Branch]:
+        pairs = zip(self.heads, self._overwrites, strict=True)
+        return [_Branch(head, head.__call__, own_confidence, overwrites) for head, overwrites in pairs]
 
     def staged_on(self, cache: FeatureCache, confidence: Confidence, own_confidence: bool) -> StagedModel:
         """The same over cached features; its inputs are row numbers (B,)."""
@@ -142,19 +145,20 @@ class BranchedNetwork:
         measure = count_macs if unit == "MACs" else measure_latency
         stage_costs, exit_costs = [], []
         carried: Any = self.model.prepare(x)
-        for k, stage in enumerate(self.split.stages):
+        branches = self._branches(own_confidence=True)
+        for k, stage in enumerate(self._stages()):
             stage_costs.append(measure(stage, carried))
             with torch.inference_mode(unit != "MACs"), torch.no_grad():
                 carried = stage(carried)
-            if k < len(self.heads):
-                answer = _Branch(self.heads[k], self.heads[k].__call__, True)
+            if k < len(branches):
+                answer = branches[k]
                 exit_costs.append(measure(answer, carried))
                 with torch.inference_mode(unit != "MACs"), torch.no_grad():
                     carried = answer(carried).carried
         return np.array(stage_costs), np.array([*exit_costs, 0.0])
 
     def get_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
-        """What :meth:`restored` needs, as a JSON value and tensors."""
+        """What makes it anew (``restored_network``), as a JSON value and tensors."""
         state = {
             "backbone": describe_model(self.model),
             "cuts": list(self.split.cuts),
@@ -237,6 +241,38 @@ class NativeNetwork:
 
 
 Network = BranchedNetwork | NativeNetwork
+
+
+def priced(network: Network, x: Tensor, cost: Any) -> tuple[dict[str, Any], str]:
+    """Stage and exit costs as ``ExitOutputs`` takes them, and their unit.
+
+    Parameters
+    ----------
+    network : Network
+    x : tensor (B, ...)
+        Raw inputs to count or measure on.
+    cost : "macs", "latency" or K floats
+        Numbers are what a sample has spent at each exit, its head included.
+    """
+    n_exits = len(network.exit_names)
+    if isinstance(cost, str):
+        if cost not in ("macs", "latency"):
+            raise ValueError(f"cost must be 'macs', 'latency' or a sequence of numbers; got {cost!r}.")
+        unit = "MACs" if cost == "macs" else "seconds"
+        stage_costs, exit_costs = network.costs(x[:1] if unit == "MACs" else x, unit)
+        if stage_costs.sum() + exit_costs[-1] <= 0:
+            raise ValueError("cost='macs' found no multiply-accumulates. Use cost='latency' or give the costs.")
+        return {"stage_costs": stage_costs, "exit_costs": exit_costs}, unit
+    try:
+        costs = np.asarray(cost, dtype=np.float64)
+    except (TypeError, ValueError):
+        costs = np.empty(0)
+    if costs.shape != (n_exits,) or not np.isfinite(costs).all() or costs[0] <= 0 or (np.diff(costs) < 0).any():
+        raise ValueError(
+            f"cost must be {n_exits} positive numbers that do not fall, what a sample has spent at each exit; "
+            f"got {cost!r}."
+        )
+    return {"stage_costs": np.diff(costs, prepend=0.0), "exit_costs": np.zeros(n_exits)}, "given"
 
 
 def is_native(module: Any) -> bool:

@@ -308,7 +308,9 @@ def test_labels_that_the_classifier_does_not_know():
 
 
 def test_classes_that_are_not_the_classifiers():
-    with pytest.raises(ValueError, match=r"classes must be those of the classifier, \[0, 1, 2\]; got \[2, 1, 0\]"):
+    with pytest.raises(
+        ValueError, match=r"classes must be those of the fitted classifiers, \[0, 1, 2\]; got \[2, 1, 0\]"
+    ):
         MultiExitClassifier(fitted_mlp(), ["hidden.0"], classes=[2, 1, 0]).fit(*IRIS)
 
 

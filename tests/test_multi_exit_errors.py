@@ -315,7 +315,11 @@ BAD = {
     "layout: name": ({"layout": "NHCW"}, ValueError, "layout must be one of NC, NLC, .*got 'NHCW'"),
     "layout: axes": ({"layout": "NLC"}, ValueError, r"layout NLC needs 2 axes .*got shape \(8, 8, 8\)"),
     "layout: cut": ({"layout": {"uno": "NCHW"}}, ValueError, r"layout must name cuts among \['one'.*got \['uno'\]"),
-    "classes: few": ({"classes": ["a"]}, ValueError, r"classes must be 10 different labels, one a logit; got \['a'\]"),
+    "classes: few": (
+        {"classes": ["a"]},
+        ValueError,
+        r"classes must be 10 different labels, one an output; got \['a'\]",
+    ),
     "classes: twice": ({"classes": list("aabcdefghi")}, ValueError, "classes must be 10 different labels"),
     "calibration_size: 0": ({"calibration_size": 0}, ValueError, "calibration_size must lie between 0 and 1; got 0"),
     "calibration_size: 30": ({"calibration_size": 30}, ValueError, "calibration_size must lie between 0 and 1; got 30"),

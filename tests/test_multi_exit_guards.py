@@ -82,6 +82,8 @@ def test_a_head_that_writes_into_its_feature_spoils_nothing():
         return made
 
     fitted = branched(net, exits=[cut], head=head).fit(*TRAIN).calibrate(*VAL)
+    harmless_here = branched(net, exits=["one"], head=head).fit(*TRAIN)  # behind the ReLU, where nothing is below 0
+    assert harmless_here._network._overwrites == [True]
     with torch.inference_mode():
         expected = net(torch.from_numpy(TEST[0])).argmax(1).numpy()
     assert (fitted.record(*TEST).predictions[-1] == expected).all()

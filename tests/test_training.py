@@ -227,7 +227,10 @@ def test_confidence_of_a_chained_head_reads_the_head_before():
 
 @pytest.mark.parametrize("n", [2, 3, 33, 65, 129])
 def test_no_batch_breaks_batch_norm(n):
-    trained([SmallHead(32, norm=True), SmallHead(64, norm=True)], FrozenRecipe(epochs=2, batch_size=32), n=n)
+    heads = [SmallHead(32, norm=True), SmallHead(64, norm=True)]
+    history = trained(heads, FrozenRecipe(epochs=2, batch_size=32), n=n)
+    assert np.isfinite(history["loss"]).all()
+    assert all(parameter.isfinite().all() for head in heads for parameter in head.parameters())
 
 
 def test_features_of_another_type_are_cast_to_that_of_the_head():

@@ -168,7 +168,7 @@ class Split:
         """Run stage k on inputs (k = 0) or on what stage k-1 returned.
 
         That no part of the module is in training mode is looked for before the first stage, unless the caller sees to
-        it (``checked=False``): for tiny inputs that takes a per cent or two of the time.
+        it (``checked=False``).
         """
         if self._functions is None:
             self._functions = self._rebuilt()
