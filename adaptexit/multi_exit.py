@@ -406,10 +406,7 @@ class MultiExitClassifier(AdaptiveClassifier):
 
     def _confidences(self) -> tuple[Callable[[Tensor], Tensor], bool]:
         own = isinstance(self.confidence, str) and self.confidence == "auto"
-        try:
-            return resolve_score("max_proba" if own else self.confidence, "confidence", torch), own
-        except ValueError as error:
-            raise ValueError(str(error).replace("one of [", "one of ['auto', ")) from error
+        return resolve_score("max_proba" if own else self.confidence, "confidence", torch, also=("auto",)), own
 
     def _staged(self) -> StagedModel:
         return self._network.staged(*self._confidences())

@@ -60,7 +60,8 @@ def main() -> None:
             rates = " ".join(f"{rate:.2f}" for rate in point.exit_rates)
             print(f"{budget:6.1f} | {point.cost:13.3f} | {point.accuracy:8.4f} | {rates}")
     display = ParetoDisplay.from_frontier(frontier, exit_names=model.exit_names, name=f"{args.model} ({shown})")
-    display.plot().figure_.savefig(args.out, dpi=120)
+    display.plot().ax_.set_ylabel(measure)
+    display.figure_.savefig(args.out, dpi=120)
     print(f"picture: {args.out}")
 
 

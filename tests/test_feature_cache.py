@@ -305,15 +305,20 @@ def test_other_data_are_run_and_kept_beside(tmp_path, other):
         assert model.calls == 1
 
 
-def test_features_that_the_backbone_no_longer_gives_are_not_trusted(tmp_path):
-    """The key sees no change of a forward."""
+@pytest.mark.parametrize("scale", [1.0, 1e-6])
+def test_features_that_the_backbone_no_longer_gives_are_not_trusted(tmp_path, scale):
+    """The key sees no change of a forward, however small the features are."""
     batches = inputs([4, 4])
-    kept(tmp_path, batches)
+
+    class Small(Backbone):
+        def run(self, x, visit):
+            return super().run(x, lambda k, feature: visit(k, feature * scale))
 
     class Changed(Backbone):
         def run(self, x, visit):
-            return super().run(x, lambda k, feature: visit(k, feature + 0.1 if k else feature))
+            return super().run(x, lambda k, feature: visit(k, (feature + 0.1 if k else feature) * scale))
 
+    kept(tmp_path, batches, Small())
     net = Changed()
     cache = kept(tmp_path, batches, net)
     assert net.calls == 3

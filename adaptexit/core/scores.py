@@ -61,13 +61,19 @@ SCORES: dict[str, Callable[..., Array]] = {
 }
 
 
-def resolve_score(score: str | Callable[[Array], Array], argument: str, xp: Any = np) -> Callable[[Array], Array]:
-    """The function from logits to scores behind a name or a callable; ``argument`` names it in the error."""
+def resolve_score(
+    score: str | Callable[[Array], Array], argument: str, xp: Any = np, also: tuple[str, ...] = ()
+) -> Callable[[Array], Array]:
+    """The function from logits to scores behind a name or a callable.
+
+    The error names ``argument``, and the names in ``also`` that the caller knows besides.
+    """
     if callable(score):
         return score
     if isinstance(score, str) and score in SCORES:
         formula = SCORES[score]
         return lambda logits: formula(logits, xp)
     raise ValueError(
-        f"{argument} must be one of {sorted(SCORES)} or a callable from logits (N, C) to scores (N,); got {score!r}."
+        f"{argument} must be one of {[*also, *sorted(SCORES)]} or a callable from logits (N, C) to scores (N,); "
+        f"got {score!r}."
     )

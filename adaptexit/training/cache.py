@@ -188,7 +188,7 @@ def _holds(cache: FeatureCache, first: Tensor, run: Run, reducers: Sequence[Redu
             return all(
                 kept.dtype == new.dtype
                 and kept.shape[1:] == new.shape[1:]
-                and np.allclose(kept[: len(new)], new, 1e-3, 1e-3)
+                and np.allclose(kept[: len(new)], new, rtol=0, atol=1e-3 * float(np.abs(new).max(initial=0)))
                 for kept, new in zip([*cache.features, cache.logits], [*anew.features, anew.logits], strict=True)
             )
 
