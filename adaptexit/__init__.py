@@ -9,12 +9,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from adaptexit.calibrators import ThresholdCalibrator
+    from adaptexit.calibrators import (
+        CalibrationWarning,
+        CPMCalibrator,
+        TemperatureCalibrator,
+        ThresholdCalibrator,
+    )
     from adaptexit.cascade import CascadeSaver, SaverWarning
     from adaptexit.core.frontier import OperatingPoint, ParetoFrontier
     from adaptexit.core.outputs import ExitOutputs
     from adaptexit.displays import JobRatioDisplay, ParetoDisplay
-    from adaptexit.multi_exit import CalibrationWarning, LabelWarning, MultiExitClassifier
+    from adaptexit.multi_exit import LabelWarning, MultiExitClassifier
     from adaptexit.persistence import load
     from adaptexit.training import FrozenRecipe
 
@@ -24,10 +29,12 @@ _HOMES = {
     "CascadeSaver": "adaptexit.cascade",
     "SaverWarning": "adaptexit.cascade",
     "MultiExitClassifier": "adaptexit.multi_exit",
-    "CalibrationWarning": "adaptexit.multi_exit",
+    "CalibrationWarning": "adaptexit.calibrators",
     "LabelWarning": "adaptexit.multi_exit",
     "FrozenRecipe": "adaptexit.training",
     "ThresholdCalibrator": "adaptexit.calibrators",
+    "CPMCalibrator": "adaptexit.calibrators",
+    "TemperatureCalibrator": "adaptexit.calibrators",
     "ExitOutputs": "adaptexit.core.outputs",
     "OperatingPoint": "adaptexit.core.frontier",
     "ParetoFrontier": "adaptexit.core.frontier",
@@ -37,6 +44,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "CPMCalibrator",
     "CalibrationWarning",
     "CascadeSaver",
     "ExitOutputs",
@@ -48,6 +56,7 @@ __all__ = [
     "ParetoDisplay",
     "ParetoFrontier",
     "SaverWarning",
+    "TemperatureCalibrator",
     "ThresholdCalibrator",
     "__version__",
     "load",

@@ -17,7 +17,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
 from adaptexit.backbones.mlp import describe_mlp, mlp_of, new_mlp
-from adaptexit.calibrators.base import Calibrator
+from adaptexit.calibrators.base import CalibrationWarning, Calibrator
 from adaptexit.core.frontier import checked_number
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import resolve_score
@@ -51,10 +51,6 @@ MANY_LABELS = 50
 
 class LabelWarning(UserWarning):
     """The labels hardly fit the backbone's answers."""
-
-
-class CalibrationWarning(UserWarning):
-    """Thresholds come from data that the backbone may have been trained on."""
 
 
 class MultiExitClassifier(AdaptiveClassifier):

@@ -23,6 +23,8 @@ HOMES = {
     "CascadeSaver": "adaptexit.cascade",
     "MultiExitClassifier": "adaptexit.multi_exit",
     "ThresholdCalibrator": "adaptexit.calibrators",
+    "CPMCalibrator": "adaptexit.calibrators",
+    "TemperatureCalibrator": "adaptexit.calibrators",
     "FrozenRecipe": "adaptexit.training",
 }
 """The closed registry: classes that a folder may name, and the module of each."""

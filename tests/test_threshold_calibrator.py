@@ -61,7 +61,7 @@ def test_a_callable_score_is_given_the_logits(outputs):
     calibrator = ThresholdCalibrator(first_logit, n_points=10).fit(outputs)
     assert np.array_equal(calibrator.rescored(outputs).scores, LOGITS[:, :, 0])
     batch = ExitBatch(predictions=np.zeros(300, int), scores=np.zeros(300), logits=LOGITS[1])
-    assert np.array_equal(calibrator.rescored_batch(batch).scores, LOGITS[1, :, 0])
+    assert np.array_equal(calibrator.rescored_batch(1, batch).scores, LOGITS[1, :, 0])
 
 
 @pytest.mark.parametrize(("score", "needed"), [("recorded", False), ("entropy", True), (first_logit, True)])

@@ -1,5 +1,8 @@
 """Calibrators: thin estimators over :mod:`adaptexit.core` that learn thresholds from recorded outputs."""
 
+from adaptexit.calibrators.base import CalibrationWarning
+from adaptexit.calibrators.cpm import CPMCalibrator
+from adaptexit.calibrators.temperature import TemperatureCalibrator
 from adaptexit.calibrators.threshold import ThresholdCalibrator
 
-__all__ = ["ThresholdCalibrator"]
+__all__ = ["CPMCalibrator", "CalibrationWarning", "TemperatureCalibrator", "ThresholdCalibrator"]

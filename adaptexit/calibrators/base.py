@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,11 @@ from sklearn.utils.validation import check_is_fitted
 from adaptexit.core.frontier import OperatingPoint, ParetoFrontier
 from adaptexit.core.outputs import ExitBatch, ExitOutputs
 from adaptexit.core.routing import accepts, exit_index
+from adaptexit.core.scores import resolve_score, widened
+
+
+class CalibrationWarning(UserWarning):
+    """Calibration data say less than they seem to: the backbone may have learned from them, or classes are missing."""
 
 
 class Calibrator(BaseEstimator):
@@ -43,8 +50,8 @@ class Calibrator(BaseEstimator):
         """The outputs under the score that this calibrator thresholds."""
         return outputs
 
-    def rescored_batch(self, batch: ExitBatch) -> ExitBatch:
-        """The same of one batch at one exit."""
+    def rescored_batch(self, k: int, batch: ExitBatch) -> ExitBatch:
+        """The same of one batch at exit k."""
         return batch
 
     def get_state(self) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
@@ -77,7 +84,7 @@ class Calibrator(BaseEstimator):
         """
         check_is_fitted(self)
         cutoffs = (self.point_ if point is None else point).cutoffs
-        return accepts(self.rescored_batch(batch), cutoffs[k])
+        return accepts(self.rescored_batch(k, batch), cutoffs[k])
 
     def exit_index(self, outputs: ExitOutputs, point: OperatingPoint | None = None) -> NDArray[np.intp]:
         """The exit of every sample, shape (N,), on recorded outputs."""
@@ -92,6 +99,40 @@ class Calibrator(BaseEstimator):
             return self.frontier_
         check_outputs(outputs, len(self.point_.cutoffs))
         return self.frontier_.on(self.rescored(outputs))
+
+
+class ScoreCalibrator(Calibrator):
+    """Base of the calibrators with a parameter ``score``: what is compared with the thresholds."""
+
+    score: str | Callable[[Any], Any]
+
+    @property
+    def needs_logits(self) -> bool:  # type: ignore[override]
+        """Whether outputs and batches must carry logits."""
+        return not (isinstance(self.score, str) and self.score == "recorded")
+
+    def rescored(self, outputs: ExitOutputs) -> ExitOutputs:
+        if not self.needs_logits:
+            return outputs
+        formula = self._formula()
+        if outputs.logits is None:
+            raise ValueError(
+                f"score={self.score!r} needs logits, but the outputs have none. Record them (keep_logits=True), "
+                "or use score='recorded'."
+            )
+        return outputs.with_scores(
+            np.stack([np.asarray(formula(widened(exit_logits))) for exit_logits in outputs.logits])
+        )
+
+    def rescored_batch(self, k: int, batch: ExitBatch) -> ExitBatch:
+        if not self.needs_logits:
+            return batch
+        if batch.logits is None:
+            raise ValueError(f"score={self.score!r} needs logits, but the batch has none.")
+        return dataclasses.replace(batch, scores=np.asarray(self._formula()(widened(batch.logits))))
+
+    def _formula(self) -> Callable[[Any], NDArray[Any]]:
+        return resolve_score(self.score, "score", also=("recorded",))
 
 
 def check_outputs(outputs: Any, n_exits: int | None = None) -> None:

@@ -9,14 +9,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptexit.calibrators.base import Calibrator, check_outputs
+from adaptexit.calibrators.base import ScoreCalibrator, check_outputs
 from adaptexit.core.frontier import checked_number
-from adaptexit.core.outputs import ExitBatch, ExitOutputs
-from adaptexit.core.scores import resolve_score, widened
+from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.search import SEARCHES, SearchReport, search_thresholds
 
 
-class ThresholdCalibrator(Calibrator):
+class ThresholdCalibrator(ScoreCalibrator):
     """Thresholds on one score, chosen on calibration data for every budget at once.
 
     Parameters
@@ -74,11 +73,6 @@ class ThresholdCalibrator(Calibrator):
         self.n_points = n_points
         self.random_state = random_state
 
-    @property
-    def needs_logits(self) -> bool:  # type: ignore[override]
-        """Whether outputs and batches must carry logits."""
-        return not (isinstance(self.score, str) and self.score == "recorded")
-
     def fit(self, outputs: ExitOutputs, y: None = None) -> ThresholdCalibrator:
         """Search the frontier on calibration outputs and choose the point in use.
 
@@ -89,6 +83,11 @@ class ThresholdCalibrator(Calibrator):
             below the cheapest operating point.
         """
         check_outputs(outputs)
+        self._search(self.rescored(outputs))
+        return self
+
+    def _search(self, outputs: ExitOutputs) -> None:
+        """The frontier on outputs that have the scores to be thresholded, and the point in use."""
         if self.search != "auto" and self.search not in SEARCHES:
             raise ValueError(f"search must be one of {['auto', *SEARCHES]}; got {self.search!r}.")
         if self.budget is not None and self.max_drop is not None:
@@ -99,7 +98,7 @@ class ThresholdCalibrator(Calibrator):
         share = "a share of accuracy, at least 0 (0.01 is one point)"
         asked_drop = None if self.max_drop is None else checked_number("max_drop", self.max_drop, share, least=0.0)
         frontier, report = search_thresholds(
-            self.rescored(outputs),
+            outputs,
             self.search,
             n_points=self.n_points,
             drops=() if asked_drop is None else (asked_drop,),
@@ -111,7 +110,6 @@ class ThresholdCalibrator(Calibrator):
         else:
             point = frontier.at(max_drop=0.0 if self.max_drop is None else self.max_drop)
         self.frontier_, self.search_report_, self.point_ = frontier, report, point
-        return self
 
     def get_state(self) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
         state, arrays = super().get_state()
@@ -120,26 +118,3 @@ class ThresholdCalibrator(Calibrator):
     def set_state(self, state: dict[str, Any], arrays: dict[str, NDArray[np.float64]]) -> None:
         super().set_state(state, arrays)
         self.search_report_ = SearchReport(**state["search_report"])
-
-    def _formula(self) -> Callable[[Any], NDArray[Any]]:
-        return resolve_score(self.score, "score")
-
-    def rescored(self, outputs: ExitOutputs) -> ExitOutputs:
-        if not self.needs_logits:
-            return outputs
-        formula = self._formula()
-        if outputs.logits is None:
-            raise ValueError(
-                f"score={self.score!r} needs logits, but the outputs have none. Record them (keep_logits=True), "
-                "or use score='recorded'."
-            )
-        return outputs.with_scores(
-            np.stack([np.asarray(formula(widened(exit_logits))) for exit_logits in outputs.logits])
-        )
-
-    def rescored_batch(self, batch: ExitBatch) -> ExitBatch:
-        if not self.needs_logits:
-            return batch
-        if batch.logits is None:
-            raise ValueError(f"score={self.score!r} needs logits, but the batch has none.")
-        return dataclasses.replace(batch, scores=np.asarray(self._formula()(widened(batch.logits))))

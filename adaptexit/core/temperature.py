@@ -1,0 +1,39 @@
+"""Temperature scaling: one number an exit that makes its probabilities as honest as one number can."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy.optimize import minimize_scalar
+from scipy.special import logsumexp
+
+from adaptexit.core.scores import widened
+
+RANGE = (0.01, 100.0)
+"""Temperatures looked at; perfectly separated logits would ask for 0."""
+
+
+def fit_temperature(logits: NDArray[Any], labels: NDArray[Any]) -> float:
+    """The T with the least negative log-likelihood of ``softmax(logits / T)``, within ``RANGE``.
+
+    Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017), section 4.2. The loss is convex in 1/T, so it
+    has one minimum along log T, which is where it is looked for.
+
+    Parameters
+    ----------
+    logits : array (N, C)
+    labels : integer array (N,)
+    """
+    values = np.asarray(widened(logits), dtype=np.float64)
+    true = np.take_along_axis(values, np.asarray(labels, dtype=np.intp)[:, None], axis=1)[:, 0]
+    mean_true = float(true.mean())
+
+    def loss(log_temperature: float) -> float:
+        sharpness = float(np.exp(-log_temperature))
+        return float(logsumexp(sharpness * values, axis=1).mean()) - sharpness * mean_true
+
+    low, high = np.log(RANGE)
+    found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(found.x))
