@@ -1,4 +1,4 @@
-"""Pictures, as scikit-learn's display objects: data in, ``plot`` draws. They need matplotlib (the extra ``plot``)."""
+"""Curves: accuracy against cost, and a saver against its base."""
 
 from __future__ import annotations
 
@@ -8,16 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-Frontier = Any  # adaptexit.core.frontier.ParetoFrontier; this module imports nothing of the package
+from adaptexit.displays.shared import axes
+
+Frontier = Any  # adaptexit.core.frontier.ParetoFrontier, which this module does not import
 Curve = Any  # adaptexit.core.saver.JobCurve
-
-
-def _axes(ax: Any) -> Any:
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install matplotlib (the extra 'plot' brings it).") from error
-    return pyplot.subplots()[1] if ax is None else ax
 
 
 class ParetoDisplay:
@@ -95,7 +89,7 @@ class ParetoDisplay:
 
     def plot(self, ax: Any = None, *, name: str | None = None, **kwargs: Any) -> ParetoDisplay:
         """Draw on ``ax`` (a new figure unless given); ``kwargs`` go to the curve's ``Axes.plot``. Returns self."""
-        ax = _axes(ax)
+        ax = axes(ax)
         style = {"marker": ".", "label": name or self.name or "operating points"} | kwargs
         (self.line_,) = ax.plot(self.cost, self.accuracy, **style)
         last = len(self.fixed_cost) - 1
@@ -165,7 +159,7 @@ class JobRatioDisplay:
 
     def plot(self, ax: Any = None, **kwargs: Any) -> JobRatioDisplay:
         """Draw on ``ax`` (a new figure unless given); ``kwargs`` go to both curves. Returns self."""
-        ax = _axes(ax)
+        ax = axes(ax)
         (self.saver_line_,) = ax.plot(self.exit_ratio, self.saver_accuracy, **({"label": self.saver_name} | kwargs))
         (self.base_line_,) = ax.plot(self.exit_ratio, self.base_accuracy, **({"label": self.base_name} | kwargs))
         if self.job_ratio > 0:

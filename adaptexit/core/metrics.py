@@ -1,0 +1,275 @@
+"""What happens at the exits of one operating point: who leaves, how well scores match accuracy, who is left.
+
+CalexNet (2026), appendices A.1, A.2 and A.5, and the interpolation of its Table 4. Scores are those that the point's
+thresholds are compared with: where a calibrator rescores, pass ``calibrator.rescored(outputs)``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from adaptexit.core.frontier import TOLERANCE, OperatingPoint
+from adaptexit.core.outputs import ExitOutputs
+from adaptexit.core.routing import exit_index
+
+Floats = NDArray[np.float64]
+
+ROUNDING = 1e-6
+"""How far a probability in single precision may lie outside [0, 1]."""
+
+
+# -- calibration ------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class ExitCalibration:
+    """How well scores match accuracy among the samples that leave at each exit (CalexNet, appendix A.1, Table A1).
+
+    Attributes
+    ----------
+    ece : float array of shape (K,)
+        Expected calibration error; NaN where nobody leaves.
+    n : int array of shape (K,)
+        Samples that leave at each exit.
+    edges : float array of shape (K, n_bins + 1)
+        Of the bins, each closed on the right; NaN at an exit that is switched off.
+    accuracy, confidence : float arrays of shape (K, n_bins)
+        Mean quality and mean score of each bin; NaN where a bin is empty.
+    count : int array of shape (K, n_bins)
+        Samples in each bin.
+    """
+
+    ece: Floats
+    n: NDArray[np.int64]
+    edges: Floats
+    accuracy: Floats
+    confidence: Floats
+    count: NDArray[np.int64]
+
+
+def exit_calibration(outputs: ExitOutputs, point: OperatingPoint, n_bins: int = 10) -> ExitCalibration:
+    """Calibration error of every exit, on the samples that leave there (CalexNet, appendix A.1, Table A1).
+
+    ECE = sum_b n_b / n |accuracy_b - confidence_b| over equal bins between the exit's smallest threshold and 1. A
+    threshold of -inf counts as 0 and one of inf, which lets nobody leave, is not counted.
+
+    Parameters
+    ----------
+    outputs : ExitOutputs
+        With the scores that the point thresholds, which have to be probabilities.
+    point : OperatingPoint
+    n_bins : int, default=10
+
+    Raises
+    ------
+    ValueError
+        When a sample leaves with a score outside [0, 1], or when outputs and point do not fit together.
+    """
+    exits = _exits(outputs, point)
+    n_exits = outputs.n_exits
+    accuracy, confidence = np.full((2, n_exits, n_bins), np.nan)
+    count = np.zeros((n_exits, n_bins), dtype=np.int64)
+    edges = np.stack([np.linspace(_lower_edge(row), 1.0, n_bins + 1) for row in np.asarray(point.thresholds)])
+    edges[np.isnan(edges[:, 0])] = np.nan
+    for k in range(n_exits):
+        here = np.flatnonzero(exits == k)
+        if not len(here):
+            continue
+        scores = _probabilities(outputs.scores[k, here], k)
+        bins = np.clip(np.searchsorted(edges[k], scores, side="left") - 1, 0, n_bins - 1)
+        count[k] = np.bincount(bins, minlength=n_bins)
+        with np.errstate(invalid="ignore"):
+            accuracy[k] = np.bincount(bins, weights=outputs.graded[k, here], minlength=n_bins) / count[k]
+            confidence[k] = np.bincount(bins, weights=scores, minlength=n_bins) / count[k]
+    n = count.sum(axis=1)
+    with np.errstate(invalid="ignore"):
+        ece = np.nansum(count * np.abs(accuracy - confidence), axis=1) / n
+    return ExitCalibration(ece, n, edges, accuracy, confidence, count)
+
+
+def _lower_edge(thresholds: Any) -> float:
+    """Where the bins of an exit begin, from its threshold or its thresholds by class; NaN where it is off."""
+    used = np.atleast_1d(thresholds)
+    used = used[used < np.inf]
+    return float(np.clip(used.min(), 0.0, 1.0)) if len(used) else np.nan
+
+
+def _probabilities(scores: NDArray[Any], k: int) -> Floats:
+    values = np.asarray(scores, dtype=np.float64)
+    low, high = values.min(), values.max()
+    if low < -ROUNDING or high > 1.0 + ROUNDING:
+        raise ValueError(
+            f"scores must be probabilities in [0, 1] to be compared with accuracy; of those who leave, exit {k} has "
+            f"scores from {low:.4g} to {high:.4g}. Calibrate with a score that is a probability (score='max_proba'), "
+            "or, with a calibrator that rescores, pass calibrator.rescored(outputs)."
+        )
+    return values
+
+
+# -- who is left ------------------------------------------------------------------------------------------------------
+
+
+def flow(outputs: ExitOutputs, point: OperatingPoint) -> NDArray[np.int64]:
+    """How many samples of each true class reach each exit, shape (K, C); the first row is everybody.
+
+    CalexNet's Fig. 4, for outputs with labels.
+    """
+    if outputs.labels is None or outputs.n_classes is None:
+        raise ValueError("classes of survivors need labels and n_classes; the outputs have quality alone.")
+    shape = (outputs.n_exits, outputs.n_classes)
+    cells = _exits(outputs, point) * outputs.n_classes + outputs.labels
+    leaving = np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
+    return np.asarray(np.cumsum(leaving[::-1], axis=0)[::-1], dtype=np.int64)
+
+
+@dataclass(frozen=True, eq=False)
+class SurvivorShift:
+    """How the true classes of the samples that reach each exit differ from everybody's (CalexNet, Table A2).
+
+    Attributes
+    ----------
+    n : int array of shape (K,)
+        Samples that reach the exit; the first entry is everybody. Where it is 0 the others are NaN.
+    kl : float array of shape (K,)
+        KL(everybody || survivors) of the classes, in nats; inf where a class has no survivor.
+    gini : float array of shape (K,)
+        Gini coefficient of the class counts over all C classes: 0 for classes of equal size, 1 - 1/C for a single
+        class.
+    top3 : float array of shape (K,)
+        Share of the three commonest classes.
+    """
+
+    n: NDArray[np.int64]
+    kl: Floats
+    gini: Floats
+    top3: Floats
+
+
+def survivor_shift(outputs: ExitOutputs, point: OperatingPoint) -> SurvivorShift:
+    """Covariate shift by exit: what the exits before it leave over (CalexNet, appendix A.2, Table A2).
+
+    Parameters
+    ----------
+    outputs : ExitOutputs
+        With labels.
+    point : OperatingPoint
+    """
+    counts = flow(outputs, point)
+    n, n_classes = counts.sum(axis=1), counts.shape[1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        shares = counts / n[:, None]
+        present = counts[0] > 0
+        kl = (shares[0] * np.log(shares[0] / shares))[:, present].sum(axis=1)
+        rising = np.sort(shares, axis=1)
+        gini = rising @ (2.0 * np.arange(1, n_classes + 1) - n_classes - 1) / n_classes
+        top3 = rising[:, -3:].sum(axis=1)
+    return SurvivorShift(n, kl, gini, top3)
+
+
+# -- accuracy at equal cost -------------------------------------------------------------------------------------------
+
+
+def accuracy_at_reduction(
+    reduction: ArrayLike,
+    accuracy: ArrayLike,
+    full_accuracy: float,
+    at: ArrayLike,
+    *,
+    below: float = 0.08,
+    clamp: bool = False,
+) -> Floats:
+    """Accuracy of a curve at given cost reductions, as CalexNet's Tables 4 and 5 compare methods; shape of ``at``.
+
+    Linear between measured points and the full model, which is a point at reduction 0 whatever was measured. Of
+    points at equal reduction the most accurate counts.
+
+    Parameters
+    ----------
+    reduction : float array of shape (P,)
+        1 - mean relative cost of every measured point, in any order, heads and routers included: it is negative where
+        those cost more than the exits save.
+    accuracy : float array of shape (P,)
+    full_accuracy : float
+        Accuracy of the full model.
+    at : float array
+        Reductions asked for.
+    below : float, default=0.08
+        How far under the smallest measured reduction an answer is given, on the line to the full model. Under
+        reduction 0 there is no such line: if nothing was measured there, there is no answer.
+    clamp : bool, default=False
+        Give the last accuracy up to ``below`` above the largest measured reduction.
+
+    Returns
+    -------
+    float array of the shape of ``at``
+        NaN outside the measured range and what the two arguments add to it.
+    """
+    measured, accuracies, targets = (np.asarray(values, dtype=np.float64) for values in (reduction, accuracy, at))
+    if measured.ndim != 1 or measured.shape != accuracies.shape or not measured.size:
+        raise ValueError(
+            f"reduction and accuracy must have one shape (P,) with P >= 1; got {measured.shape} and {accuracies.shape}."
+        )
+    least, largest = measured.min(), measured.max()
+    knots, places = np.unique(np.append(measured, 0.0), return_inverse=True)
+    best = np.full(len(knots), -np.inf)
+    np.maximum.at(best, places, np.append(accuracies, full_accuracy))
+    found = np.interp(np.minimum(targets, largest), knots, best)
+    lowest = min(least, max(least - below, 0.0))
+    highest = largest + below if clamp else largest
+    answered = (targets >= lowest - TOLERANCE) & (targets <= highest + TOLERANCE)
+    return np.asarray(np.where(answered, found, np.nan), dtype=np.float64)
+
+
+# -- examples ---------------------------------------------------------------------------------------------------------
+
+
+def exemplars(
+    outputs: ExitOutputs, point: OperatingPoint, n: int = 6
+) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+    """Samples that leave barely and samples that leave with ease (CalexNet, appendix A.5, Fig. A1).
+
+    Parameters
+    ----------
+    outputs : ExitOutputs
+    point : OperatingPoint
+    n : int, default=6
+        Samples in each array at most.
+
+    Returns
+    -------
+    list of K - 1 pairs (near, deep)
+        Indices of samples that leave at the early exit and are answered rightly (quality 1): ``near`` those whose
+        score is least above the threshold that let them leave (their class's, where there is one a class; -inf counts
+        as 0), rising, and ``deep`` those with the highest scores, falling. Equals come in the order of the samples.
+    """
+    exits = _exits(outputs, point)
+    pairs = []
+    for k in range(outputs.n_exits - 1):
+        right = np.flatnonzero((exits == k) & (np.asarray(outputs.graded[k]) >= 1))
+        scores = np.asarray(outputs.scores[k, right], dtype=np.float64)
+        thresholds = np.asarray(point.thresholds[k], dtype=np.float64)
+        if thresholds.ndim:
+            assert outputs.predictions is not None
+            thresholds = thresholds[outputs.predictions[k, right]]
+        excess = scores - np.where(thresholds == -np.inf, 0.0, thresholds)
+        near, deep = (right[np.argsort(key, kind="stable")[:n]] for key in (excess, -scores))
+        pairs.append((near, deep))
+    return pairs
+
+
+def _exits(outputs: ExitOutputs, point: OperatingPoint) -> NDArray[np.intp]:
+    """The exit of every sample, shape (N,)."""
+    shape: tuple[int, ...] = np.shape(point.cutoffs)
+    fitting: list[tuple[int, ...]] = [(outputs.n_exits,)]
+    if outputs.predictions is not None and outputs.n_classes is not None:
+        fitting.append((outputs.n_exits, outputs.n_classes))
+    if shape not in fitting:
+        raise ValueError(
+            f"the point's thresholds must have shape {' or '.join(map(str, fitting))} to fit the outputs; got {shape}. "
+            "Take outputs and operating point from the same model."
+        )
+    return exit_index(outputs, point.cutoffs)

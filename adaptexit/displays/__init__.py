@@ -1,0 +1,12 @@
+"""Pictures, as scikit-learn's display objects: data in, ``plot`` draws. They need matplotlib (the extra ``plot``).
+
+Nothing else of the package is imported here, except that constructors named ``from_...`` import
+:mod:`adaptexit.core.metrics` when they are called.
+"""
+
+from adaptexit.displays.curves import JobRatioDisplay, ParetoDisplay
+from adaptexit.displays.exemplars import ExemplarDisplay
+from adaptexit.displays.flow import ExitFlowDisplay
+from adaptexit.displays.reliability import ReliabilityDisplay
+
+__all__ = ["ExemplarDisplay", "ExitFlowDisplay", "JobRatioDisplay", "ParetoDisplay", "ReliabilityDisplay"]

@@ -1,0 +1,180 @@
+"""Samples that leave barely and samples that leave with ease, as thumbnails."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from adaptexit.displays.shared import axes, calibrated, exit_labels
+
+Pairs = Sequence[tuple[Any, Any]]
+
+_CAPTION, _EMPTY = 0.42, 0.42
+"""Heights, in widths of a thumbnail: of the two lines beneath it, and of a strip without any."""
+
+_SIDES = ("just above", "far above")
+
+
+class ExemplarDisplay:
+    """For each early exit, samples just above its threshold and samples far above it (CalexNet's Fig. A1).
+
+    Make one with :meth:`from_estimator` or :meth:`from_outputs`.
+
+    Parameters
+    ----------
+    images : list of K - 1 pairs (near, deep) of arrays (m, H, W) or (m, H, W, 3)
+        Thumbnails in [0, 1] of each early exit; m may differ, and be 0.
+    scores : list of K - 1 pairs of arrays (m,)
+    labels : list of K - 1 pairs of sequences of m str
+        Their classes.
+    exit_names : sequence of K str, optional
+
+    Attributes
+    ----------
+    thumbnails_ : list of K - 1 pairs of lists of AxesImage
+    ax_, figure_ : matplotlib Axes and Figure
+        All after :meth:`plot`.
+    """
+
+    def __init__(self, *, images: Pairs, scores: Pairs, labels: Pairs, exit_names: Sequence[str] | None = None) -> None:
+        self.images = images
+        self.scores = scores
+        self.labels = labels
+        self.exit_names = exit_names
+
+    @classmethod
+    def from_outputs(
+        cls,
+        outputs: Any,
+        point: Any,
+        images: ArrayLike,
+        *,
+        n: int = 6,
+        exit_names: Sequence[str] | None = None,
+        class_names: Sequence[Any] | None = None,
+    ) -> ExemplarDisplay:
+        """From recorded outputs under the score that the operating point thresholds, and the images they are of.
+
+        Parameters
+        ----------
+        outputs : ExitOutputs
+        point : OperatingPoint
+        images : array or tensor (N, H, W), (N, H, W, 3), (N, 3, H, W) or (N, 1, H, W)
+            In the order of the outputs. Bytes are read as 0 ... 255; other values outside [0, 1] are stretched, image
+            by image, to their range.
+        n : int, default=6
+            Samples in each strip.
+        exit_names : sequence of K str, optional
+        class_names : sequence of C str, optional
+            The class indices unless given.
+        """
+        from adaptexit.core.metrics import exemplars
+
+        shape = _checked_shape(images)
+        if shape[0] != outputs.n_samples:
+            raise ValueError(f"images must be one a sample, {outputs.n_samples} in all; got {shape[0]}.")
+        pairs = exemplars(outputs, point, n)
+
+        def names(samples: NDArray[np.intp]) -> list[str]:
+            if outputs.labels is None:
+                return [""] * len(samples)
+            return [str(c if class_names is None else class_names[c]) for c in outputs.labels[samples]]
+
+        return cls(
+            images=[(_pictures(images, near), _pictures(images, deep)) for near, deep in pairs],
+            scores=[(outputs.scores[k, near], outputs.scores[k, deep]) for k, (near, deep) in enumerate(pairs)],
+            labels=[(names(near), names(deep)) for near, deep in pairs],
+            exit_names=exit_names,
+        )
+
+    @classmethod
+    def from_estimator(
+        cls,
+        estimator: Any,
+        X: Any,
+        y: Any = None,
+        *,
+        n: int = 6,
+        budget: float | None = None,
+        images: ArrayLike | None = None,
+        class_names: Sequence[Any] | None = None,
+    ) -> ExemplarDisplay:
+        """From a fitted estimator at a budget, on (X, y).
+
+        Parameters
+        ----------
+        estimator : fitted estimator
+        X, y : as for its ``record``
+            X is what is shown as well, unless ``images`` are given.
+        n : int, default=6
+        budget : float, optional
+        images : array or tensor, optional
+            What to show instead of X, as in :meth:`from_outputs`, in the order of X (which may not shuffle).
+        class_names : sequence of C str, optional
+        """
+        images = X if images is None else images
+        _checked_shape(images)
+        outputs, point = calibrated(estimator, X, y, budget)
+        names = estimator.classes_ if class_names is None else class_names
+        return cls.from_outputs(outputs, point, images, n=n, exit_names=estimator.exit_names, class_names=names)
+
+    def plot(self, ax: Any = None, **kwargs: Any) -> ExemplarDisplay:
+        """Draw on ``ax`` (a new figure unless given); ``kwargs`` go to every ``Axes.imshow``. Returns self."""
+        strips = [strip for pair in self.images for strip in pair]
+        columns = max([1, *map(len, strips)])
+        height = next((strip.shape[1] / strip.shape[2] for strip in strips if len(strip)), 1.0)
+        heights = [height + _CAPTION if len(strip) else _EMPTY for strip in strips]
+        tops = np.cumsum([0.0, *heights])
+        ax = axes(ax, figsize=(1.3 + 1.05 * columns, 0.3 + 1.05 * tops[-1]), layout="constrained")
+        names = exit_labels(self.exit_names, len(self.images) + 1)
+        self.thumbnails_: list[tuple[list[Any], list[Any]]] = [([], []) for _ in self.images]
+        for row, (strip, top) in enumerate(zip(strips, tops[:-1], strict=True)):
+            k, side = divmod(row, 2)
+            middle = top + (height if len(strip) else _EMPTY) / 2
+            ax.text(-0.08, middle, f"{names[k]}\n{_SIDES[side]}", ha="right", va="center", fontsize=8)
+            if not len(strip):
+                ax.text(0.04, middle, "none", ha="left", va="center", color="0.6", fontsize=8)
+            for i, image in enumerate(strip):
+                style = {"cmap": "gray", "vmin": 0.0, "vmax": 1.0} | kwargs
+                where = (i + 0.04, i + 0.96, top + 0.96 * height, top + 0.04 * height)
+                self.thumbnails_[k][side].append(ax.imshow(image, extent=where, **style))
+                caption = f"{self.scores[k][side][i]:.3f}\n{self.labels[k][side][i]}"
+                ax.text(i + 0.5, top + height, caption, ha="center", va="top", fontsize=7, linespacing=1.1)
+        ax.set(xlim=(0, columns), ylim=(tops[-1], 0), aspect="equal")
+        ax.set_axis_off()
+        self.ax_, self.figure_ = ax, ax.figure
+        return self
+
+
+def _checked_shape(images: Any) -> tuple[int, ...]:
+    shape = tuple(getattr(images, "shape", ()))
+    if len(shape) == 3 or (len(shape) == 4 and (shape[1] in (1, 3) or shape[3] == 3)):
+        return shape
+    what = f"shape {shape}" if shape else type(images).__name__
+    raise ValueError(
+        "images must be an array or tensor of shape (N, H, W), (N, H, W, 3), (N, 3, H, W) or (N, 1, H, W); "
+        f"got {what}. Where X is something else, give the pictures as images=..., in the order of X."
+    )
+
+
+def _pictures(images: Any, samples: NDArray[np.intp]) -> NDArray[Any]:
+    """Some of the images as arrays (m, H, W) or (m, H, W, 3) in [0, 1]."""
+    chosen = images[samples]
+    array = np.asarray(chosen.detach().cpu() if hasattr(chosen, "detach") else chosen)
+    if array.ndim == 4 and array.shape[1] in (1, 3):
+        array = np.moveaxis(array, 1, -1)
+    if array.ndim == 4 and array.shape[3] == 1:
+        array = array[..., 0]
+    if array.dtype == np.uint8:
+        return array / 255.0
+    return np.array([_stretched(image) for image in array.astype(np.float64)]).reshape(array.shape)
+
+
+def _stretched(image: NDArray[np.float64]) -> NDArray[np.float64]:
+    low, high = image.min(), image.max()
+    if low >= 0.0 and high <= 1.0:
+        return image
+    return (image - low) / (high - low if high > low else 1.0)

@@ -1,0 +1,385 @@
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from adaptexit.core.frontier import evaluate
+from adaptexit.core.metrics import accuracy_at_reduction, exemplars, exit_calibration, flow, survivor_shift
+from adaptexit.core.outputs import ExitOutputs
+from adaptexit.core.routing import cutoffs_above
+from tests import reference
+
+INF = math.inf
+
+
+def recorded(scores, predictions=None, labels=None, n_classes=None, quality=None):
+    n_exits = len(scores)
+    return ExitOutputs(
+        scores=np.array(scores, dtype=float), predictions=None if predictions is None else np.array(predictions),
+        labels=None if labels is None else np.array(labels), n_classes=n_classes,
+        quality=None if quality is None else np.array(quality, dtype=float), costs=np.arange(1.0, n_exits + 1),
+    )  # fmt: skip
+
+
+def at(outputs, thresholds):
+    """The operating point whose cutoffs are its thresholds."""
+    array = np.array(thresholds, dtype=float)
+    return evaluate(outputs, array, array)
+
+
+def random_outputs(seed=0, n=300, n_exits=3, n_classes=4):
+    rng = np.random.default_rng(seed)
+    labels = rng.choice(n_classes, size=n, p=[0.4, 0.3, 0.2, 0.1])
+    right = rng.random((n_exits, n)) < 0.7
+    predictions = np.where(right, labels, rng.integers(n_classes, size=(n_exits, n)))
+    scores = np.round(128 * rng.random((n_exits, n)) ** (0.2 + 0.2 * labels)) / 128  # no bin's edge is rounded to them
+    return recorded(scores, predictions, labels, n_classes)
+
+
+PER_EXIT = [0.75, 0.5, -INF]
+PER_CLASS = [[0.75, INF, 0.875, -INF], [0.625, 0.75, INF, 0.5], [-INF] * 4]
+
+
+# -- calibration ------------------------------------------------------------------------------------------------------
+
+
+def naive_calibration(outputs, thresholds, n_bins):
+    """Sample by sample: n, ECE and what is in each bin, of every exit."""
+    rows = []
+    exits = reference.route(outputs, thresholds)
+    for k, limit in enumerate(thresholds):
+        used = [x for x in np.atleast_1d(limit) if x != INF]
+        low = max(min(used), 0.0) if used else math.nan
+        bins = [[] for _ in range(n_bins)]
+        for i, taken in enumerate(exits):
+            if taken == k:
+                score = float(outputs.scores[k][i])
+                b = 0
+                while b < n_bins - 1 and score > low + (b + 1) * (1 - low) / n_bins:
+                    b += 1
+                bins[b].append((score, reference.quality_of(outputs, k, i)))
+        n = sum(map(len, bins))
+        ece = 0.0 if n else math.nan
+        for held in filter(None, bins):
+            gap = abs(sum(q for _, q in held) / len(held) - sum(s for s, _ in held) / len(held))
+            ece += len(held) / n * gap
+        rows.append((n, ece, bins))
+    return rows
+
+
+@pytest.mark.parametrize("thresholds", [PER_EXIT, PER_CLASS], ids=["by exit", "by class"])
+@pytest.mark.parametrize("n_bins", [1, 8, 10])
+def test_calibration_equals_counting_sample_by_sample(thresholds, n_bins):
+    outputs = random_outputs()
+    found = exit_calibration(outputs, at(outputs, thresholds), n_bins)
+    expected = naive_calibration(outputs, thresholds, n_bins)
+    assert found.n.tolist() == [n for n, _, _ in expected]
+    assert all(n > 20 for n in found.n)
+    assert found.ece == pytest.approx([ece for _, ece, _ in expected])
+    for k, (_, _, bins) in enumerate(expected):
+        assert found.count[k].tolist() == [len(held) for held in bins]
+        means = [np.mean(held, axis=0) if held else (math.nan, math.nan) for held in bins]
+        assert found.confidence[k] == pytest.approx([score for score, _ in means], nan_ok=True)
+        assert found.accuracy[k] == pytest.approx([quality for _, quality in means], nan_ok=True)
+
+
+def test_bins_lie_between_the_smallest_threshold_and_one():
+    outputs = random_outputs()
+    assert exit_calibration(outputs, at(outputs, PER_EXIT), 4).edges == pytest.approx(
+        np.array([[0.75, 0.8125, 0.875, 0.9375, 1.0], [0.5, 0.625, 0.75, 0.875, 1.0], [0.0, 0.25, 0.5, 0.75, 1.0]])
+    )
+    edges = exit_calibration(outputs, at(outputs, PER_CLASS), 2).edges
+    assert edges == pytest.approx(np.array([[0.0, 0.5, 1.0], [0.5, 0.75, 1.0], [0.0, 0.5, 1.0]]))
+
+
+def test_bins_are_closed_on_the_right():
+    scores = [0.25, 0.5, 0.5 + 2**-40, 0.75, 1.0]
+    outputs = recorded([scores], [[0] * 5], [0, 0, 1, 1, 0], 2)
+    found = exit_calibration(outputs, at(outputs, [-INF]), 4)
+    assert found.count.tolist() == [[1, 1, 2, 1]]
+    assert found.accuracy.tolist() == [[1.0, 1.0, 0.0, 1.0]]
+    assert found.ece[0] == pytest.approx((0.75 + 0.5 + 2 * 0.625 + 0.0) / 5)
+
+
+def test_a_score_of_zero_is_in_the_first_bin():
+    outputs = recorded([[0.0, 0.9]], [[0, 0]], [0, 0], 1)
+    assert exit_calibration(outputs, at(outputs, [-INF]), 2).count.tolist() == [[1, 1]]
+
+
+def test_a_class_of_threshold_minus_infinity_brings_scores_below_the_others():
+    outputs = recorded([[0.1, 0.95], [0.5, 0.5]], [[0, 1], [0, 1]], [0, 1], 2)
+    found = exit_calibration(outputs, at(outputs, [[-INF, 0.9], [-INF, -INF]]), 10)
+    assert found.count[0].tolist() == [1, *8 * [0], 1]
+
+
+def test_where_nobody_leaves_there_is_no_error():
+    outputs = random_outputs()
+    found = exit_calibration(outputs, at(outputs, [INF, 1.0, -INF]), 5)
+    assert found.n.tolist() == [0, 0, 300]
+    assert np.isnan(found.ece).tolist() == [True, True, False]
+    assert np.isnan(found.accuracy[:2]).all()
+    assert np.isnan(found.confidence[:2]).all()
+    assert not found.count[:2].any()
+    assert np.isnan(found.edges).all(axis=1).tolist() == [True, False, False]
+
+
+def test_the_cutoffs_decide_who_leaves_and_the_thresholds_where_bins_begin():
+    outputs = recorded([[0.6, 0.7, 0.9], [0.5] * 3], 2 * [[0] * 3], [0] * 3, 1)
+    thresholds = np.array([0.6, -INF])
+    cutoffs = np.array([cutoffs_above(thresholds[0], np.array([0.6, 0.7, 0.9])), -INF])
+    assert cutoffs[0] == pytest.approx(0.65)
+    moved = evaluate(outputs, thresholds, np.array([0.8, -INF]))
+    for point, n in ((evaluate(outputs, thresholds, cutoffs), 2), (moved, 1)):
+        found = exit_calibration(outputs, point)
+        assert found.edges[0, 0] == 0.6
+        assert found.n.tolist() == [n, 3 - n]
+
+
+def test_accuracy_averages_quality():
+    outputs = recorded([[0.5, 0.5, 0.9]], quality=[[0.25, 0.5, 1.0]])
+    found = exit_calibration(outputs, at(outputs, [-INF]), 2)
+    assert found.accuracy.tolist() == [[0.375, 1.0]]
+    assert found.ece[0] == pytest.approx((2 * 0.125 + 0.1) / 3)
+
+
+@pytest.mark.parametrize("bad", [-0.1, 1.1])
+def test_scores_that_are_no_probabilities(bad):
+    outputs = recorded([[0.5, 0.5], [bad, 0.5]], 2 * [[0, 0]], [0, 0], 1)
+    with pytest.raises(ValueError, match=r"must be probabilities in \[0, 1\].*exit 1 has scores.*max_proba"):
+        exit_calibration(outputs, at(outputs, [INF, -INF]))
+    everybody_before = exit_calibration(outputs, at(outputs, [-INF, -INF]))
+    assert everybody_before.n.tolist() == [2, 0]
+
+
+def test_a_probability_may_be_rounded_past_one():
+    outputs = recorded([[1.0 + 1e-7]], [[0]], [0], 1)
+    assert exit_calibration(outputs, at(outputs, [-INF])).count[0, -1] == 1
+
+
+MEASURES = [exit_calibration, survivor_shift, flow, exemplars]
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_point_of_another_model(measure):
+    outputs = random_outputs()
+    for shape in ((2,), (3, 5), (4, 4)):
+        foreign = SimpleNamespace(thresholds=np.full(shape, -INF), cutoffs=np.full(shape, -INF))
+        with pytest.raises(ValueError, match=r"shape \(3,\) or \(3, 4\) to fit the outputs"):
+            measure(outputs, foreign)
+
+
+def test_thresholds_by_class_need_classes():
+    outputs = recorded([[0.5], [0.5]], quality=[[1], [1]])
+    by_class = SimpleNamespace(thresholds=np.zeros((2, 2)), cutoffs=np.zeros((2, 2)))
+    with pytest.raises(ValueError, match=r"shape \(2,\) to fit"):
+        exit_calibration(outputs, by_class)
+
+
+# -- survivors --------------------------------------------------------------------------------------------------------
+
+
+def naive_shift(outputs, thresholds):
+    exits = reference.route(outputs, thresholds)
+    n_classes = outputs.n_classes
+
+    def shares(k):
+        held = [int(label) for label, taken in zip(outputs.labels, exits, strict=True) if taken >= k]
+        return len(held), [held.count(c) / len(held) for c in range(n_classes)]
+
+    _, full = shares(0)
+    for k in range(outputs.n_exits):
+        n, left = shares(k)
+        kl = sum(p * math.log(p / q) if q else INF for p, q in zip(full, left, strict=True) if p)
+        gini = sum(abs(a - b) for a in left for b in left) / (2 * n_classes)
+        yield n, kl, gini, sum(sorted(left, reverse=True)[:3])
+
+
+@pytest.mark.parametrize("thresholds", [PER_EXIT, PER_CLASS], ids=["by exit", "by class"])
+def test_survivors_equal_counting_sample_by_sample(thresholds):
+    outputs = random_outputs()
+    found = survivor_shift(outputs, at(outputs, thresholds))
+    expected = list(naive_shift(outputs, thresholds))
+    assert found.n.tolist() == [row[0] for row in expected]
+    for i, name in enumerate(("kl", "gini", "top3"), start=1):
+        assert getattr(found, name) == pytest.approx([row[i] for row in expected])
+    assert found.kl[0] == 0.0
+    assert (found.kl[1:] > 1e-3).all()
+
+
+def test_a_class_without_survivors_is_infinitely_far():
+    outputs = recorded([[0.9, 0.1, 0.1], [0.5] * 3], 2 * [[0, 1, 1]], [0, 1, 1], 3)
+    found = survivor_shift(outputs, at(outputs, [0.5, -INF]))
+    assert found.kl.tolist() == [0.0, INF]
+    assert found.gini[1] == pytest.approx(1 - 1 / 3)
+    assert found.top3.tolist() == [1.0, 1.0]
+
+
+def test_classes_of_equal_size():
+    outputs = recorded([[0.5] * 8], [[0] * 8], [0, 1, 2, 3] * 2, 4)
+    found = survivor_shift(outputs, at(outputs, [-INF]))
+    assert found.gini == pytest.approx([0.0], abs=1e-15)
+    assert found.top3.tolist() == [0.75]
+
+
+def test_classes_that_never_occur_make_the_counts_uneven():
+    outputs = recorded([[0.5] * 4], [[0] * 4], [0, 0, 1, 1], 4)
+    assert survivor_shift(outputs, at(outputs, [-INF])).gini.tolist() == [0.5]
+
+
+def test_nobody_left():
+    outputs = random_outputs()
+    point = at(outputs, [0.5, -INF, -INF])
+    found = survivor_shift(outputs, point)
+    assert found.n[0] == 300
+    assert found.n[1] > 0
+    assert found.n[2] == 0
+    for values in (found.kl, found.gini, found.top3):
+        assert np.isnan(values).tolist() == [False, False, True]
+    assert flow(outputs, point)[2].tolist() == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("thresholds", [PER_EXIT, PER_CLASS], ids=["by exit", "by class"])
+def test_flow_equals_counting_sample_by_sample(thresholds):
+    outputs = random_outputs()
+    exits = reference.route(outputs, thresholds)
+    expected = [
+        [sum(e >= k and label == c for e, label in zip(exits, outputs.labels, strict=True)) for c in range(4)]
+        for k in range(3)
+    ]
+    found = flow(outputs, at(outputs, thresholds))
+    assert found.tolist() == expected
+    assert found.dtype == np.int64
+    assert found[2].all()
+
+
+@pytest.mark.parametrize("measure", [flow, survivor_shift])
+def test_survivors_without_labels(measure):
+    outputs = recorded([[0.5]], quality=[[1]])
+    with pytest.raises(ValueError, match="need labels and n_classes"):
+        measure(outputs, at(outputs, [-INF]))
+
+
+# -- accuracy at equal cost -------------------------------------------------------------------------------------------
+
+REDUCTION, ACCURACY = [0.6, 0.2, 0.4], [0.7, 0.88, 0.82]
+
+
+def matched(targets, reduction=REDUCTION, accuracy=ACCURACY, full=0.9, **options):
+    return accuracy_at_reduction(reduction, accuracy, full, targets, **options).tolist()
+
+
+def test_matched_accuracy_is_linear_between_points_in_any_order():
+    assert matched([0.2, 0.3, 0.4, 0.45, 0.6]) == pytest.approx([0.88, 0.85, 0.82, 0.79, 0.7])
+
+
+def test_the_anchor_is_the_full_model():
+    assert matched([0.15, 0.125]) == pytest.approx([0.885, 0.8875])
+    assert matched([0.15], full=0.96) == pytest.approx([0.9])
+
+
+def test_nothing_far_outside_the_measured_range():
+    found = matched([-0.01, 0.0, 0.11, 0.12, 0.6, 0.61])
+    assert np.isnan(found).tolist() == [True, True, True, False, False, True]
+    assert np.isnan(matched([0.11, 0.0, -0.01], below=0.2)).tolist() == [False, False, True]
+    assert np.isnan(matched([0.19], below=0.0)).all()
+    assert matched([0.2], below=0.0) == pytest.approx([0.88])
+
+
+def test_the_edge_of_what_is_allowed_is_not_lost_to_rounding():
+    assert 0.38 - 0.08 > 0.3 - 1e-16
+    for least in (0.38, 0.18, 0.48, 0.28, 0.98):
+        (found,) = matched([round(least - 0.08, 2)], [least], [0.8])
+        assert found == pytest.approx(0.9 - 0.1 * (least - 0.08) / least)
+
+
+def test_clamping_gives_the_last_accuracy():
+    found = matched([0.6, 0.61, 0.68, 0.69], clamp=True)
+    assert found[:3] == pytest.approx([0.7] * 3)
+    assert math.isnan(found[3])
+    assert np.isnan(matched([0.65], clamp=True, below=0.01)).all()
+
+
+def test_of_equal_reductions_the_most_accurate_counts():
+    assert matched([0.4, 0.5], [0.4, 0.6, 0.4, 0.4], [0.8, 0.7, 0.85, 0.6]) == pytest.approx([0.85, 0.775])
+
+
+def test_the_shape_is_that_of_the_targets():
+    assert accuracy_at_reduction(REDUCTION, ACCURACY, 0.9, 0.4).shape == ()
+    assert accuracy_at_reduction(REDUCTION, ACCURACY, 0.9, [[0.4], [0.2]]).tolist() == [[0.82], [0.88]]
+    assert math.isnan(accuracy_at_reduction(REDUCTION, ACCURACY, 0.9, math.nan))
+
+
+def test_the_full_model_lies_among_points_that_cost_more_and_points_that_cost_less():
+    found = matched([-0.1, -0.05, 0.0, 0.1, 0.2], [-0.1, 0.2], [0.86, 0.8])
+    assert found == pytest.approx([0.86, 0.88, 0.9, 0.85, 0.8])
+    assert np.isnan(matched([-0.11, -0.15], [-0.1, 0.2], [0.86, 0.8])).all()
+
+
+def test_a_point_that_saves_nothing_is_compared_with_the_full_model():
+    assert matched([0.0], [0.0, 0.5], [0.85, 0.7]) == [0.9]
+    assert matched([0.0], [0.0, 0.5], [0.95, 0.7]) == [0.95]
+
+
+def test_points_that_all_cost_more_than_the_full_model():
+    found = matched([-0.3, -0.2, -0.15, -0.1, -0.05, 0.0], [-0.2, -0.1], [0.9, 0.8], clamp=True)
+    assert found[1:5] == pytest.approx([0.9, 0.85, 0.8, 0.8])
+    assert np.isnan(found).tolist() == [True, False, False, False, False, True]
+    assert np.isnan(matched([-0.05], [-0.2, -0.1], [0.9, 0.8])).all()
+
+
+@pytest.mark.parametrize(("reduction", "accuracy"), [([], []), ([0.1, 0.2], [0.9]), ([[0.1]], [[0.9]])])
+def test_curves_that_are_none(reduction, accuracy):
+    with pytest.raises(ValueError, match=r"one shape \(P,\) with P >= 1"):
+        accuracy_at_reduction(reduction, accuracy, 0.9, 0.1)
+
+
+# -- examples ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("thresholds", [PER_EXIT, PER_CLASS], ids=["by exit", "by class"])
+@pytest.mark.parametrize("n", [1, 6, 400])
+def test_exemplars_equal_sorting_sample_by_sample(thresholds, n):
+    outputs = random_outputs()
+    exits = reference.route(outputs, thresholds)
+    found = exemplars(outputs, at(outputs, thresholds), n)
+    assert len(found) == 2
+    for k, (near, deep) in enumerate(found):
+        right = [i for i, e in enumerate(exits) if e == k and reference.quality_of(outputs, k, i) == 1]
+
+        def excess(i, k=k):
+            return outputs.scores[k][i] - max(reference.threshold_of(outputs, thresholds, k, i), 0.0)
+
+        assert len(near) == min(n, len(right))
+        assert near.tolist() == sorted(right, key=excess)[:n]
+        assert deep.tolist() == sorted(right, key=lambda i, k=k: -outputs.scores[k][i])[:n]
+
+
+def test_exemplars_of_a_class_are_near_its_own_threshold():
+    outputs = recorded([[0.95, 0.5, 0.55], [0.5] * 3], 2 * [[0, 1, 1]], [0, 1, 1], 2)
+    ((near, deep),) = exemplars(outputs, at(outputs, [[0.94, 0.2], [-INF, -INF]]))
+    assert near.tolist() == [0, 1, 2]
+    assert deep.tolist() == [0, 2, 1]
+    ((near, _),) = exemplars(outputs, at(outputs, [[-INF, 0.2], [-INF, -INF]]))
+    assert near.tolist() == [1, 2, 0]
+
+
+def test_exemplars_come_in_order_where_scores_are_equal():
+    outputs = recorded([[0.5, 0.9, 0.5, 0.9], [0.5] * 4], 2 * [[0] * 4], [0] * 4, 1)
+    ((near, deep),) = exemplars(outputs, at(outputs, [-INF, -INF]), 3)
+    assert near.tolist() == [0, 2, 1]
+    assert deep.tolist() == [1, 3, 0]
+
+
+def test_exemplars_of_quality_are_wholly_right():
+    outputs = recorded([[0.5, 0.6, 0.7], [0.5] * 3], quality=[[1, 0.5, 1], [0, 0, 0]])
+    ((near, deep),) = exemplars(outputs, at(outputs, [0.4, -INF]))
+    assert (near.tolist(), deep.tolist()) == ([0, 2], [2, 0])
+
+
+def test_no_exemplars_where_nobody_leaves_and_none_without_early_exits():
+    outputs = recorded([[0.5], [0.5]], 2 * [[0]], [0], 1)
+    ((near, deep),) = exemplars(outputs, at(outputs, [INF, -INF]))
+    assert (near.shape, deep.shape) == ((0,), (0,))
+    alone = recorded([[0.5]], [[0]], [0], 1)
+    assert exemplars(alone, at(alone, [-INF])) == []
