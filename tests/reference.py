@@ -4,6 +4,8 @@ import itertools
 import math
 from fractions import Fraction
 
+from scipy.stats import binomtest
+
 
 def quality_of(outputs, k, i):
     """What sample i is worth when exit k answers."""
@@ -144,3 +146,58 @@ def msdnet_rule(scores, quotas):
             if not gone[i] and scores[k][i] >= threshold:
                 gone[i], exits[i] = True, k
     return exits
+
+
+def class_target(outputs, margin, c):
+    """(1 - margin) times the full model's precision on class c; infinite where it never answers with it."""
+    answered = [i for i in range(outputs.n_samples) if outputs.predictions[-1][i] == c]
+    right = sum(bool(outputs.labels[i] == c) for i in answered)
+    return (1.0 - margin) * (right / len(answered)) if answered else math.inf
+
+
+def margin_thresholds(outputs, margin, cascade_aware, cell):
+    """Thresholds (K, C) of one margin: ``cell(scores, right, target)`` chooses for one exit and predicted class."""
+    alive, rows = set(range(outputs.n_samples)), []
+    for k in range(outputs.n_exits - 1):
+        row = []
+        for c in range(outputs.n_classes):
+            here = [i for i in sorted(alive) if outputs.predictions[k][i] == c]
+            scores = [float(outputs.scores[k][i]) for i in here]
+            row.append(cell(scores, [bool(outputs.labels[i] == c) for i in here], class_target(outputs, margin, c)))
+        rows.append(row)
+        if cascade_aware:
+            alive = {i for i in alive if float(outputs.scores[k][i]) <= row[outputs.predictions[k][i]]}
+    return [*rows, [-math.inf] * outputs.n_classes]
+
+
+def smallest_feasible(scores, right, target, min_support=1, estimate=lambda right, n: right / n):
+    """Of -inf and the scores, the smallest above which enough samples lie, with an estimate above the target."""
+    for t in [-math.inf, *sorted(set(scores))]:
+        leaving = [r for s, r in zip(scores, right, strict=True) if s > t]
+        if len(leaving) >= min_support and leaving and estimate(sum(leaving), len(leaving)) > target:
+            return t
+    return math.inf
+
+
+def wilson_lower(right, n, delta):
+    """Lower end of the one-sided Wilson interval at level 1 - delta."""
+    return float(binomtest(right, n).proportion_ci(1 - 2 * delta, method="wilson").low) if right else 0.0
+
+
+def fixed_sequence(scores, right, target, min_support, delta):
+    """Tests from the surest samples on, each with a tenth more of them; the last success before a failure."""
+    if target >= 1 or len(scores) < min_support:
+        return math.inf
+    if target <= 0:
+        return -math.inf
+    values = [*sorted(set(scores), reverse=True), -math.inf]
+    needed = max(min_support, 30, math.ceil(2 * math.log(delta) / math.log(target)))
+    chosen, tested = math.inf, False
+    for value, below in itertools.pairwise(values):
+        leaving = [r for s, r in zip(scores, right, strict=True) if s >= value]
+        if len(leaving) >= needed or (tested and below == -math.inf):
+            tested = True
+            if binomtest(sum(leaving), len(leaving), target, alternative="greater").pvalue > delta:
+                return chosen
+            chosen, needed = below, -(-11 * len(leaving) // 10)
+    return chosen

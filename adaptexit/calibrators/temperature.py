@@ -94,6 +94,4 @@ def _scaled(outputs: ExitOutputs, temperatures: NDArray[np.float64]) -> ExitOutp
 
 
 def _confidence(logits: NDArray[Any], temperature: float) -> NDArray[Any]:
-    # The temperature in the logits' own precision: a float64 would widen them offline or online only.
-    values = widened(logits)
-    return np.asarray(max_proba(values / values.dtype.type(temperature)))
+    return np.asarray(max_proba(widened(logits) / temperature))

@@ -26,8 +26,8 @@ MARGINS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
 
 BOUNDS = ("none", "wilson", "fixed_sequence")
 
-LEAST_TESTED, GROWTH = 30, 1.1
-"""Of the fixed sequence: samples that leave in its first test, and the step from one test to the next."""
+LEAST_TESTED = 30
+"""Samples that leave in the first test of the fixed sequence, at least."""
 
 
 @dataclass(frozen=True)
@@ -124,7 +124,8 @@ class _Cells:
     @classmethod
     def sorted(cls, predictions: NDArray[Any], scores: NDArray[Any], labels: NDArray[Any], n_classes: int) -> _Cells:
         sure = np.asarray(scores, dtype=np.float64)
-        order = np.lexsort((-sure, predictions))
+        falling = np.argsort(-sure)
+        order = falling[np.argsort(predictions[falling], kind="stable")]  # several times faster than lexsort
         answered = predictions[order]
         return cls(order, answered.astype(np.intp), sure[order], answered == labels[order], n_classes)
 
@@ -216,7 +217,8 @@ def _wilson_lower(precision: Floats, count: NDArray[np.int64], delta: float) -> 
     """Lower end of the one-sided Wilson interval at level 1 - delta."""
     z = float(stats.norm.isf(delta))
     spread = z * np.sqrt(precision * (1.0 - precision) / count + (z / (2 * count)) ** 2)
-    return np.asarray((precision + z**2 / (2 * count) - spread) / (1.0 + z**2 / count))
+    lower = (precision + z**2 / (2 * count) - spread) / (1.0 + z**2 / count)
+    return np.where(precision > 0.0, lower, 0.0)  # exactly 0, which a target of 0 asks for
 
 
 def _first_size(target: float, delta: float) -> int:
@@ -230,7 +232,7 @@ def _tested(count: NDArray[np.int64], start: int) -> list[int]:
     size = start
     while size <= count[-1]:
         tested.append(int(np.searchsorted(count, size)))
-        size = math.ceil(GROWTH * int(count[tested[-1]]))
+        size = -(-11 * int(count[tested[-1]]) // 10)
     if tested and tested[-1] != len(count) - 1:
         tested.append(len(count) - 1)
     return tested

@@ -1,5 +1,7 @@
 """What the laws are tried on: hypothesis draws sizes and kinds, a drawn seed fills the arrays."""
 
+import dataclasses
+
 import numpy as np
 from hypothesis import strategies as st
 
@@ -109,3 +111,36 @@ def saver_pairs(draw, max_samples=20):
     confidence = draw(score_rows(1, n))[0]
     saver, base = draw(generators).random((2, n)) < draw(st.sampled_from([0.5, 0.8]))
     return confidence, saver, base
+
+
+@st.composite
+def class_outputs(draw, min_exits=1, max_exits=4, max_samples=24, **options):
+    """Recorded outputs by classes, every exit right about twice in three."""
+    outputs = draw(exit_outputs(min_exits, max_exits, max_samples, graded=False, **options))
+    rng = draw(generators)
+    right = rng.random(outputs.predictions.shape) < rng.choice([0.4, 0.6, 0.8], size=(outputs.n_exits, 1))
+    return dataclasses.replace(outputs, predictions=np.where(right, outputs.labels, outputs.predictions))
+
+
+@st.composite
+def large_outputs(draw, max_exits=3, max_samples=600):
+    """Recorded outputs of some hundred samples in two classes, where surer samples are more often right."""
+    n_exits, n_samples = draw(sizes(2, max_exits)), draw(sizes(100, max_samples))
+    rng = draw(generators)
+    labels, sure = rng.integers(2, size=n_samples), rng.random((n_exits, n_samples))
+    worst, best = draw(st.sampled_from([(0.5, 1.0), (0.7, 1.0), (0.9, 1.0), (0.6, 0.8), (1.0, 1.0)]))
+    right = rng.random(sure.shape) < worst + (best - worst) * sure
+    levels = draw(st.sampled_from([12, 64, 2**20]))
+    return ExitOutputs(
+        predictions=np.where(right, labels, 1 - labels),
+        scores=np.ceil(sure * levels) / levels,
+        labels=labels,
+        n_classes=2,
+        costs=np.arange(1.0, n_exits + 1),
+    )
+
+
+def margins(max_size=4):
+    """Rising margins of class precision, those with exact ties of precision and target among them."""
+    known = st.sampled_from([0.0, 0.01, 0.05, 0.1, 0.2, 0.25, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5])
+    return st.lists(known | st.floats(0, 1), min_size=1, max_size=max_size, unique=True).map(sorted)
