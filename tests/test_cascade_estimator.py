@@ -221,7 +221,8 @@ def test_answers_are_those_of_evaluation_mode(cascade):
     "data", [lambda: VAL, lambda: (loader_of(*VAL), None), lambda: (loader_of(*VAL).dataset, None)]
 )
 def test_refit_and_clone_are_bit_equal(data):
-    one = CascadeSaver(large_trained(), [small_trained(), middle_trained()]).fit(*data())
+    calibrator = ThresholdCalibrator(n_points=20)
+    one = CascadeSaver(large_trained(), [small_trained(), middle_trained()], calibrator=calibrator).fit(*data())
     copied = clone(one)
     assert not hasattr(copied, "calibrator_")
     labels, proba = one.predict(TEST[0], budget=0.3), one.predict_proba(TEST[0])
@@ -243,12 +244,12 @@ def random_states():
 
 @pytest.mark.parametrize("bagged", [False, True])
 def test_global_random_states_are_untouched(iris, bagged):
-    n = 500 if bagged else 600
-    calibrator = ThresholdCalibrator(search="coord") if bagged else None
+    calibrator = ThresholdCalibrator(search="coord" if bagged else "geometric", n_points=20)
     before = random_states()
     fitted = CascadeSaver(large_trained(), [small_trained(), middle_trained()], calibrator=calibrator)
-    for data in ((VAL[0][:n], VAL[1][:n]), (loader_of(*VAL), None), (loader_of(*VAL, shuffle=True), None)):
+    for data in (VAL, (loader_of(*VAL), None), (loader_of(*VAL, shuffle=True), None)):
         fitted.fit(*data)
+        assert fitted.calibrator_.search_report_.bagged == bagged
         fitted.predict(TEST[0])
         fitted.predict(loader_of(*TEST))
         fitted.predict(loader_of(*TEST).dataset)

@@ -1,3 +1,4 @@
+import json
 import os
 import re
 import subprocess
@@ -18,15 +19,39 @@ ROOT = Path(adaptexit.__file__).parents[1]
 pytestmark = pytest.mark.skipif(not (ROOT / "examples").is_dir(), reason="an installed package comes without examples")
 
 
-def run(script, *arguments, folder):
-    """What an example prints and what it says on stderr, run from another folder."""
+def done_in(folder, *command):
+    """What a Python started in another folder prints and what it says on stderr."""
     environment = os.environ | {"MPLBACKEND": "Agg", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / script, *map(str, arguments)],
-        cwd=folder, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+        [sys.executable, *map(str, command)], cwd=folder, env=environment, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout, done.stderr
+
+
+def run(script, *arguments, folder):
+    """What an example prints and what it says on stderr."""
+    return done_in(folder, ROOT / "examples" / script, *arguments)
+
+
+SEVERAL = """
+import json, runpy, sys
+script, separator, *runs = sys.argv[1:]
+for arguments in runs:
+    sys.argv = [script, *json.loads(arguments)]
+    runpy.run_path(script, run_name="__main__")
+    print(separator)
+"""
+
+
+def run_several(script, *runs, folder):
+    """What an example prints at each of several runs, in one process: most of a run's time is spent on imports."""
+    separator = "-- next --"
+    arguments = [json.dumps([str(argument) for argument in given]) for given in runs]
+    printed, _ = done_in(folder, "-c", SEVERAL, ROOT / "examples" / script, separator, *arguments)
+    *all_printed, rest = printed.split(separator + "\n")
+    assert (len(all_printed), rest) == (len(runs), "")
+    return all_printed
 
 
 def rows_of(printed):
@@ -80,7 +105,7 @@ def squares(tmp_path_factory):
     """An image folder of four classes, told by where a square lies and, for half of the images, hard to see."""
     folder = tmp_path_factory.mktemp("squares")
     rng = np.random.default_rng(0)
-    for split, n in (("train", 30), ("val", 15), ("test", 15)):
+    for split, n in (("train", 10), ("val", 5), ("test", 5)):
         for k in range(4):
             (folder / split / f"class{k}").mkdir(parents=True)
             for i in range(n):
@@ -99,9 +124,18 @@ def checkpoint_of(n_classes, path):
 
 
 def retrofit(squares, folder, n_classes, *more):
-    checkpoint = checkpoint_of(n_classes, folder / "model.safetensors")
+    """Arguments for a model of so many classes; the picture is named after them."""
+    checkpoint = checkpoint_of(n_classes, folder / f"model{n_classes}.safetensors")
     given = ("--model", "test_resnet", "--data", squares, "--checkpoint", checkpoint, "--num-classes", n_classes)
-    return run("retrofit.py", *given, "--out", "curve.png", *more, folder=folder)[0]
+    return (*given, "--out", f"curve{n_classes}.png", *more)
+
+
+@pytest.fixture(scope="module")
+def retrofitted(squares, tmp_path_factory):
+    """What is printed for a model with the folder's classes and for one with others, and where the pictures are."""
+    folder = tmp_path_factory.mktemp("retrofitted")
+    same = retrofit(squares, folder, 4, "--exits", "layer1", "layer3", "--head", "refined_prototype")
+    return *run_several("retrofit.py", same, retrofit(squares, folder, 11), folder=folder), folder
 
 
 def alone(printed):
@@ -111,20 +145,21 @@ def alone(printed):
     return [(name, float(accuracy), float(cost)) for name, accuracy, cost in lines]
 
 
-def test_retrofit_with_the_folders_classes(squares, tmp_path):
-    printed = retrofit(squares, tmp_path, 4, "--exits", "layer1", "layer3", "--head", "refined_prototype")
+def test_retrofit_with_the_folders_classes(retrofitted):
+    printed, _, folder = retrofitted
     exits = alone(printed)
     assert [name for name, _, _ in exits] == ["layer1", "layer3", "full model"]
     assert 0 < exits[0][2] < exits[1][2] < exits[2][2] == 1
     assert "(test)" in printed
     assert re.search(r"^   1\.0 \| ", printed, re.MULTILINE)
-    with Image.open(tmp_path / "curve.png") as picture:
+    with Image.open(folder / "curve4.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 5
 
 
-def test_retrofit_of_a_model_with_other_classes(squares, tmp_path):
+def test_retrofit_of_a_model_with_other_classes(retrofitted):
     """The heads learn the model's answers: the full model agrees with itself."""
-    exits = alone(printed := retrofit(squares, tmp_path, 11))
+    _, printed, _ = retrofitted
+    exits = alone(printed)
     assert exits[-1] == ("full model", 1.0, 1.0)
     assert len(exits) >= 2
     assert "full model: agreement 1.0000 (test)" in printed

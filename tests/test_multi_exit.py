@@ -2,7 +2,7 @@ import copy
 import io
 import random
 from contextlib import redirect_stderr, redirect_stdout, suppress
-from functools import partial
+from functools import cache, partial
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from adaptexit import CalibrationWarning, ExitOutputs, FrozenRecipe, MultiExitCl
 from adaptexit.core.scores import max_proba, softmax
 from adaptexit.heads import Head, HeadOutput, MLPHead
 from adaptexit.labels import hold_out
+from adaptexit.staging.cost import measure_latency
 from tests.nets import (
     EXITS,
     QUICK,
@@ -44,6 +45,17 @@ self_calibrated = pytest.mark.filterwarnings("ignore::adaptexit.CalibrationWarni
 def model():
     """Tests only ask it questions."""
     return branched_model()
+
+
+@cache
+def fitted_once():
+    return branched().fit(*TRAIN)
+
+
+@pytest.fixture
+def uncalibrated():
+    """A copy of ``branched().fit(*TRAIN)``, which tests may calibrate."""
+    return copy.deepcopy(fitted_once())
 
 
 def heads_of(fitted):
@@ -390,11 +402,16 @@ def plain_answers(X):
         return branched_trained()(torch.from_numpy(X)).argmax(dim=1).numpy()
 
 
+@cache
+def fitted_to_plain_answers():
+    return branched().fit(TRAIN[0], plain_answers(TRAIN[0]))
+
+
 @pytest.mark.parametrize("source", UNLABELLED)
 def test_without_labels_heads_learn_the_backbones_answers(source):
     given = UNLABELLED[source]
     fitted = branched().fit(given(TRAIN[0]))
-    told = branched().fit(TRAIN[0], plain_answers(TRAIN[0]))
+    told = copy.deepcopy(fitted_to_plain_answers())
     assert plain_answers(VAL[0]).tolist() != VAL[1].tolist()
     assert_same_branches(fitted, told)
     assert fitted.outputs_.full_accuracy == 1.0
@@ -419,9 +436,9 @@ def test_labels_of_any_kind(model, classes):
     assert fitted.score(TEST[0], names[TEST[1]]) == model.score(*TEST)
 
 
-def test_validation_data_may_lack_a_class(model):
+def test_validation_data_may_lack_a_class(uncalibrated):
     few = VAL[1] < 7
-    fitted = branched().fit(*TRAIN).calibrate(VAL[0][few], VAL[1][few])
+    fitted = uncalibrated.calibrate(VAL[0][few], VAL[1][few])
     assert fitted.classes_.tolist() == list(range(10))
     assert fitted.predict_proba(TEST[0]).shape == (len(TEST[0]), 10)
 
@@ -440,8 +457,8 @@ WARNING = {
 
 
 @pytest.mark.parametrize("call", WARNING)
-def test_using_thresholds_of_the_held_out_part_warns_where_it_is_done(call):
-    fitted = branched().fit(*TRAIN)
+def test_using_thresholds_of_the_held_out_part_warns_where_it_is_done(uncalibrated, call):
+    fitted = uncalibrated
     assert fitted.self_calibrated_ is True
     with pytest.warns(CalibrationWarning, match="call calibrate with data that it has not seen") as seen:
         getattr(fitted, call.split()[0])(*WARNING[call])
@@ -452,8 +469,8 @@ def test_using_thresholds_of_the_held_out_part_warns_where_it_is_done(call):
     getattr(fitted, call.split()[0])(*WARNING[call])
 
 
-def test_what_needs_no_thresholds_does_not_warn():
-    fitted = branched().fit(*TRAIN)
+def test_what_needs_no_thresholds_does_not_warn(uncalibrated):
+    fitted = uncalibrated
     fitted.record(*TEST)
     fitted.predict_anytime(TEST[0], 0.5)
     assert fitted.fit(*TRAIN).self_calibrated_ is True
@@ -471,17 +488,17 @@ def test_the_held_out_part_is_recorded_from_cached_features(size, head):
     np.testing.assert_allclose(live.scores, fitted.outputs_.scores, rtol=1e-4)
 
 
-def test_heads_do_not_learn_from_the_held_out_part():
+def test_heads_do_not_learn_from_the_held_out_part(uncalibrated):
     _, held_out = hold_out(TRAIN[1], 0.25, 0)
     spoilt = TRAIN[0].copy()
     spoilt[held_out] = 0
-    one, other = branched().fit(*TRAIN), branched().fit(spoilt, TRAIN[1])
+    one, other = uncalibrated, branched().fit(spoilt, TRAIN[1])
     assert one.history_ == other.history_
     assert other.outputs_.full_accuracy < 0.3
 
 
-def test_calibrate_leaves_the_heads_as_they_are():
-    fitted = branched().fit(*TRAIN)
+def test_calibrate_leaves_the_heads_as_they_are(uncalibrated):
+    fitted = uncalibrated
     before = [copy.deepcopy(head.state_dict()) for head in heads_of(fitted)]
     assert fitted.calibrate(*VAL) is fitted
     for head, state in zip(heads_of(fitted), before, strict=True):
@@ -963,7 +980,7 @@ DRAWING = {
     "chosen exits": lambda: branched(exits=1).fit(*TRAIN),
     "native": lambda: MultiExitClassifier(native_net(), cost=[1, 2, 3]).fit(loader_of(*TRAIN)),
     "calibrate": lambda: branched().fit(*TRAIN).calibrate(loader_of(*VAL)),
-    "bagged": lambda: branched(calibrator=ThresholdCalibrator(search="coord")).fit(*TRAIN),
+    "bagged": lambda: branched(calibrator=ThresholdCalibrator(search="coord", n_points=20)).fit(*TRAIN),
     "answers": lambda: [call(loader_of(*TEST)) for call in (branched_model().predict, branched_model().score)],
     "records": lambda: branched_model().pareto(loader_of(*TEST).dataset),
 }
@@ -1021,14 +1038,14 @@ class Counted:
         return self.count >= 600, fitted
 
 
-def test_a_second_fit_does_not_run_the_backbone(tmp_path):
+def test_a_second_fit_does_not_run_the_backbone(tmp_path, uncalibrated):
     counted = Counted()
     ran, first = counted.runs(tmp_path)
     assert ran
     again, second = counted.runs(tmp_path)
     assert not again
     assert_same_branches(first, second)
-    assert_same_branches(first, branched().fit(*TRAIN))
+    assert_same_branches(first, uncalibrated)
     ran, by_loader = Counted().runs(tmp_path, (loader_of(*TRAIN, batch_size=128),))
     assert not ran
     assert_same_branches(first, by_loader)
@@ -1090,10 +1107,10 @@ def test_a_head_that_keeps_more_of_a_feature_is_not_given_less(tmp_path):
     assert_same_branches(fitted, branched(head=partial(Keeping, n=5)).fit(*TRAIN))
 
 
-def test_features_recorded_under_autocast_do_not_serve_without(tmp_path):
+def test_features_recorded_under_autocast_do_not_serve_without(tmp_path, uncalibrated):
     with torch.autocast("cpu", dtype=torch.bfloat16):
         branched(cache_dir=tmp_path).fit(*TRAIN)
-    assert_same_branches(branched(cache_dir=tmp_path).fit(*TRAIN), branched().fit(*TRAIN))
+    assert_same_branches(branched(cache_dir=tmp_path).fit(*TRAIN), uncalibrated)
 
 
 def test_features_that_outgrow_memory_go_to_disk(monkeypatch):
@@ -1114,9 +1131,9 @@ def test_features_that_outgrow_memory_go_to_disk(monkeypatch):
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
-def test_features_in_half_precision(model):
+def test_features_in_half_precision(model, uncalibrated):
     fitted = branched(cache_half=True).fit(*TRAIN)
-    assert fitted.outputs_.scores.tolist() != branched().fit(*TRAIN).outputs_.scores.tolist()
+    assert fitted.outputs_.scores.tolist() != uncalibrated.outputs_.scores.tolist()
     assert fitted.calibrate(*VAL).score(*TEST) == pytest.approx(model.score(*TEST), abs=0.02)
 
 
@@ -1154,7 +1171,8 @@ def test_a_random_state_object_draws_anew_and_none_is_allowed():
     branched(random_state=None).fit(*TRAIN)
 
 
-def test_latencies_by_batch_size(model):
+def test_latencies_by_batch_size(model, monkeypatch):
+    monkeypatch.setattr("adaptexit.network.measure_latency", partial(measure_latency, min_seconds=0.02))
     measured = model.latencies(TEST[0], batch_sizes=(1, 4, 700))
     assert measured.stage_s.shape == measured.exit_s.shape == (4, 3)
     assert (measured.stage_s > 0).all()

@@ -184,7 +184,7 @@ def test_what_belongs_to_a_machine_may_be_given_to_load(tmp_path):
 
 
 def test_small_data_get_more_epochs():
-    few, many = (branched(recipe="frozen").fit(TRAIN[0][:n], TRAIN[1][:n]) for n in (120, 600))
+    few, many = (branched(exits=["one"], recipe="frozen").fit(TRAIN[0][:n], TRAIN[1][:n]) for n in (120, 600))
     assert len(few.history_["loss"][0]) == 500  # one minibatch of the 90 held in
     assert len(many.history_["loss"][0]) == 250  # two of the 450
     assert len(branched(recipe=FrozenRecipe(epochs=2)).fit(*TRAIN).history_["loss"][0]) == 2
