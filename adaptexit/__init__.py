@@ -18,10 +18,16 @@ if TYPE_CHECKING:
     from adaptexit.cascade import CascadeSaver, SaverWarning
     from adaptexit.core.frontier import OperatingPoint, ParetoFrontier
     from adaptexit.core.outputs import ExitOutputs
-    from adaptexit.displays import JobRatioDisplay, ParetoDisplay
+    from adaptexit.displays import (
+        ExemplarDisplay,
+        ExitFlowDisplay,
+        JobRatioDisplay,
+        ParetoDisplay,
+        ReliabilityDisplay,
+    )
     from adaptexit.multi_exit import LabelWarning, MultiExitClassifier
     from adaptexit.persistence import load
-    from adaptexit.training import FrozenRecipe
+    from adaptexit.training import BoostNetRecipe, CalexNetRecipe, FrozenRecipe, PTEERecipe, ZTWRecipe
 
 __version__ = "0.1.0"
 
@@ -32,6 +38,10 @@ _HOMES = {
     "CalibrationWarning": "adaptexit.calibrators",
     "LabelWarning": "adaptexit.multi_exit",
     "FrozenRecipe": "adaptexit.training",
+    "CalexNetRecipe": "adaptexit.training",
+    "PTEERecipe": "adaptexit.training",
+    "ZTWRecipe": "adaptexit.training",
+    "BoostNetRecipe": "adaptexit.training",
     "ThresholdCalibrator": "adaptexit.calibrators",
     "CPMCalibrator": "adaptexit.calibrators",
     "TemperatureCalibrator": "adaptexit.calibrators",
@@ -40,24 +50,34 @@ _HOMES = {
     "ParetoFrontier": "adaptexit.core.frontier",
     "ParetoDisplay": "adaptexit.displays",
     "JobRatioDisplay": "adaptexit.displays",
+    "ExitFlowDisplay": "adaptexit.displays",
+    "ReliabilityDisplay": "adaptexit.displays",
+    "ExemplarDisplay": "adaptexit.displays",
     "load": "adaptexit.persistence",
 }
 
 __all__ = [
+    "BoostNetRecipe",
     "CPMCalibrator",
+    "CalexNetRecipe",
     "CalibrationWarning",
     "CascadeSaver",
+    "ExemplarDisplay",
+    "ExitFlowDisplay",
     "ExitOutputs",
     "FrozenRecipe",
     "JobRatioDisplay",
     "LabelWarning",
     "MultiExitClassifier",
     "OperatingPoint",
+    "PTEERecipe",
     "ParetoDisplay",
     "ParetoFrontier",
+    "ReliabilityDisplay",
     "SaverWarning",
     "TemperatureCalibrator",
     "ThresholdCalibrator",
+    "ZTWRecipe",
     "__version__",
     "load",
 ]

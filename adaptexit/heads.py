@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.resnet import BasicBlock
 
 from adaptexit.features import FeatureSpec, as_map, map_size, pooled, positions
 
@@ -48,8 +50,18 @@ class Head(nn.Module):
 
     def __init__(self, spec: FeatureSpec, n_classes: int) -> None:
         super().__init__()
-        _check_size("n_classes", n_classes)
+        check_size("n_classes", n_classes)
         self.spec, self.n_classes = spec, n_classes
+
+    def place(self, k: int) -> None:
+        """Told once, when the head is made, that it answers at exit k."""
+
+    @property
+    def reduction(self) -> str:
+        """What ``reduce`` does, by the class that defines it and by all that the head was made with."""
+        reduce = type(self).reduce
+        made_with = {key: value for key, value in vars(self).items() if key[0] != "_" and key != "training"}
+        return f"{reduce.__module__}.{reduce.__qualname__} {made_with}"
 
     def reduce(self, feature: Tensor) -> Tensor:
         """The smallest form of a feature (B, *spec.shape) that loses nothing for this head, samples first."""
@@ -86,7 +98,7 @@ class MLPHead(Head):
         super().__init__(spec, n_classes)
         if hidden is None:
             hidden = max(16, spec.channels // 4) if spec.layout == "NC" else min(256, max(64, spec.channels))
-        _check_size("hidden", hidden)
+        check_size("hidden", hidden)
         self.net = nn.Sequential(
             nn.LayerNorm(spec.channels),
             nn.Linear(spec.channels, hidden),
@@ -123,7 +135,7 @@ class ConvHead(Head):
 
     def __init__(self, spec: FeatureSpec, n_classes: int, channels: int = 128) -> None:
         super().__init__(spec, n_classes)
-        _check_size("channels", channels)
+        check_size("channels", channels)
         rows, columns = map_size(spec)
         layers: list[nn.Module] = []
         width = spec.channels
@@ -158,7 +170,7 @@ class _QuadraticHead(Head):
 
     def __init__(self, spec: FeatureSpec, n_classes: int, n_prototypes: int) -> None:
         super().__init__(spec, n_classes)
-        _check_size("n_prototypes", n_prototypes)
+        check_size("n_prototypes", n_prototypes)
         self.prototypes = nn.Linear(spec.channels, n_prototypes, bias=False)
         self.classification = nn.Linear(n_prototypes, n_classes)
         self.confidence = nn.Linear(n_prototypes, n_classes)
@@ -250,6 +262,55 @@ class RefinedPrototypeHead(_QuadraticHead):
         return self.refine(aggregates)
 
 
+class BlockHead(Head):
+    """Base of the heads that read a map, pooled to a few positions, through a residual block.
+
+    Parameters
+    ----------
+    spec : FeatureSpec
+        Tokens need a grid.
+    n_classes : int
+    size : int
+        Maps are pooled to at most this many rows and columns first.
+    """
+
+    def __init__(self, spec: FeatureSpec, n_classes: int, size: int = 4) -> None:
+        super().__init__(spec, n_classes)
+        check_size("size", size)
+        rows, columns = map_size(spec)
+        self.size = (min(rows, size), min(columns, size))
+        self.block = BasicBlock(spec.channels, spec.channels)
+
+    def reduce(self, feature: Tensor) -> Tensor:
+        """The feature as a map, pooled: (B, C, rows, columns)."""
+        return F.adaptive_avg_pool2d(as_map(feature, self.spec), self.size).contiguous()
+
+    def read(self, reduced: Tensor) -> Tensor:
+        """What the block makes of a pooled map, (B, C)."""
+        return self.block(reduced).mean(dim=(2, 3))
+
+
+class ResidualHead(BlockHead):
+    """A pooled map, a residual block (He et al. 2016) and linear outputs for class and confidence.
+
+    Unlike the prototype heads it sees where in the image something is. Parameters as for :class:`BlockHead`.
+    """
+
+    def __init__(self, spec: FeatureSpec, n_classes: int, size: int = 4) -> None:
+        super().__init__(spec, n_classes, size)
+        self.classification = nn.Linear(spec.channels, n_classes)
+        self.confidence = nn.Linear(spec.channels, n_classes)
+
+    def answer(self, reduced: Tensor, state: Any = None) -> HeadOutput:
+        """Logits of class and confidence from a pooled map."""
+        read = self.read(reduced)
+        return HeadOutput(self.classification(read), self.confidence(read))
+
+    def confidence_parameters(self) -> list[nn.Parameter]:
+        """Those of the confidence output; the block is shared."""
+        return list(self.confidence.parameters())
+
+
 class WrappedHead(Head):
     """Any module that returns logits (B, n_classes) for a feature, as a head; it reads the feature as it is."""
 
@@ -275,6 +336,7 @@ HEADS: dict[str, type[Head]] = {
     "conv": ConvHead,
     "prototype": PrototypeHead,
     "refined_prototype": RefinedPrototypeHead,
+    "residual": ResidualHead,
 }
 """The heads that have a name."""
 
@@ -284,7 +346,7 @@ def make_head(head: str | Callable[[FeatureSpec, int], nn.Module], spec: Feature
 
     Parameters
     ----------
-    head : {"mlp", "conv", "prototype", "refined_prototype"} or callable
+    head : {"mlp", "conv", "prototype", "refined_prototype", "residual"} or callable
         A callable gets ``spec`` and ``n_classes`` and returns a :class:`Head`, or any module that turns a feature
         (B, *spec.shape) into logits (B, n_classes).
     spec : FeatureSpec
@@ -328,6 +390,7 @@ def make_head(head: str | Callable[[FeatureSpec, int], nn.Module], spec: Feature
     return WrappedHead(spec, n_classes, made)
 
 
-def _check_size(name: str, value: int) -> None:
+def check_size(name: str, value: int) -> None:
+    """Refuse what is no whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be an integer of at least 1; got {value!r}. Give the number of them.")

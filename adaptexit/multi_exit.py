@@ -45,6 +45,9 @@ CACHE_MEMORY = 1 << 30
 """Bytes of cached features above which they move to disk."""
 
 
+DEFAULT_HEAD = "mlp"
+"""Where neither the user nor the recipe says what is to answer at a cut."""
+
 MANY_LABELS = 50
 """Calibration samples from which on a backbone that is no better than guessing is remarked on."""
 
@@ -71,11 +74,13 @@ class MultiExitClassifier(AdaptiveClassifier):
     exits : "auto", int or list of str, default="auto"
         Dotted names of the modules to answer after, in execution order (``adaptexit.staging.list_cuts`` shows what
         there is); a number of exits to choose at even cost, or fewer where the model has fewer places; "auto" is 3.
-    head : str or callable, default="mlp"
-        What answers at a cut: "mlp", "conv", "prototype", "refined_prototype" (see ``adaptexit.heads``), or a factory
-        ``(FeatureSpec, n_classes) -> nn.Module``.
-    recipe : "frozen" or Recipe, default="frozen"
-        How the heads are trained. "frozen" is ``FrozenRecipe()``: cross-entropy, the backbone untouched.
+    head : str or callable, default="auto"
+        What answers at a cut: "mlp", "conv", "prototype", "refined_prototype", "residual" (see ``adaptexit.heads``), or
+        a factory ``(FeatureSpec, n_classes) -> nn.Module``. "auto" is the recipe's own: "mlp" for "frozen".
+    recipe : str or Recipe, default="frozen"
+        How the heads are trained, the backbone untouched: "frozen" (cross-entropy with the labels), "calexnet",
+        "calexnet_reference", "ptee", "ztw", "boostnet", or a recipe with settings of its own, as ``CalexNetRecipe()``.
+        Some are published with a calibrator, which they make: ``CalexNetRecipe().calibrator(margin=0.1)``.
     calibrator : Calibrator, optional
         ``ThresholdCalibrator()`` unless given.
     confidence : {"auto", "max_proba", "entropy", "margin"} or callable, default="auto"
@@ -156,7 +161,7 @@ class MultiExitClassifier(AdaptiveClassifier):
         backbone: Any,
         exits: Any = "auto",
         *,
-        head: str | Callable[..., nn.Module] = "mlp",
+        head: str | Callable[..., nn.Module] = "auto",
         recipe: str | Recipe = "frozen",
         calibrator: Calibrator | None = None,
         confidence: str | Callable[[Any], Any] = "auto",
@@ -299,6 +304,11 @@ class MultiExitClassifier(AdaptiveClassifier):
             mlp.set_params(random_state=seed)
         return X, y, mlp.fit(X[held_in], y[held_in])
 
+    def _head(self, recipe: Recipe) -> Any:
+        """What answers at a cut: the user's choice, the recipe's own, or what the recipe makes of either."""
+        chosen = getattr(recipe, "head_for", lambda head: head)(self.head)
+        return DEFAULT_HEAD if isinstance(chosen, str) and chosen == "auto" else chosen
+
     def _built(self, model: TorchModel, example: Tensor, n_classes: int, seed: int) -> Network:
         """The network with new heads."""
         given_as_stages = isinstance(self.backbone, (list, tuple))
@@ -313,7 +323,10 @@ class MultiExitClassifier(AdaptiveClassifier):
                 return network
         exits = None if given_as_stages else self.exits
         parts, specs = staged_backbone(model.module, exits, model.prepare(example), self.layout)
-        return BranchedNetwork(model, parts, new_heads(self.head, specs, model, n_classes, seed))
+        recipe = recipe_of(self.recipe)
+        heads = new_heads(self._head(recipe), specs, model, n_classes, seed)
+        getattr(recipe, "check_heads", lambda heads: None)(heads)
+        return BranchedNetwork(model, parts, heads)
 
     def _train(
         self, network: BranchedNetwork, recipe: Recipe, batches: Batches, classes: NDArray[Any], seed: int
@@ -467,7 +480,12 @@ class MultiExitClassifier(AdaptiveClassifier):
         assert isinstance(model, TorchModel)
         if "cuts" in state:
             self._network = restored_network(
-                model, state, tensors, self.head, len(self.classes_), isinstance(self.backbone, (list, tuple))
+                model,
+                state,
+                tensors,
+                self._head(recipe_of(self.recipe)),
+                len(self.classes_),
+                isinstance(self.backbone, (list, tuple)),
             )
         else:
             self._network = NativeNetwork(model)

@@ -83,7 +83,7 @@ class BranchedNetwork:
     @property
     def reductions(self) -> list[str]:
         """What is kept of the feature at every cut, in words that change when it does."""
-        return [_reduction(head) for head in self.heads]
+        return [head.reduction for head in self.heads]
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -304,13 +304,6 @@ class _Branch:
             scores = output.confidence_logits.gather(1, answer).squeeze(1).sigmoid()
         state = carried.state if output.state is None else output.state
         return ExitAnswer(output.logits, scores, Carried(carried.live, None, state))
-
-
-def _reduction(head: Head) -> str:
-    """What the head's ``reduce`` does, by the class that defines it and by all that the head was made with."""
-    reduce = type(head).reduce
-    made_with = {name: value for name, value in vars(head).items() if not name.startswith("_") and name != "training"}
-    return f"{reduce.__module__}.{reduce.__qualname__} {made_with}"
 
 
 def sole_tensor(feature: Any) -> Any:

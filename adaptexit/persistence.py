@@ -26,6 +26,10 @@ HOMES = {
     "CPMCalibrator": "adaptexit.calibrators",
     "TemperatureCalibrator": "adaptexit.calibrators",
     "FrozenRecipe": "adaptexit.training",
+    "CalexNetRecipe": "adaptexit.training",
+    "PTEERecipe": "adaptexit.training",
+    "ZTWRecipe": "adaptexit.training",
+    "BoostNetRecipe": "adaptexit.training",
 }
 """The closed registry: classes that a folder may name, and the module of each."""
 

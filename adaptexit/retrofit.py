@@ -134,6 +134,8 @@ def new_heads(head: Any, specs: Sequence[FeatureSpec], model: TorchModel, n_clas
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         heads = [make_head(head, spec, n_classes) for spec in specs]
+        for k, made in enumerate(heads):
+            made.place(k)
     return [made.to(model.device, dtype) for made in heads]
 
 

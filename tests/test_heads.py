@@ -451,7 +451,7 @@ class Chained(Head):
 
 def test_heads_by_name():
     assert {name: type(make_head(name, MAP, N_CLASSES)) for name in HEADS} == HEADS
-    assert list(HEADS) == ["mlp", "conv", "prototype", "refined_prototype"]
+    assert list(HEADS) == ["mlp", "conv", "prototype", "refined_prototype", "residual"]
 
 
 def test_a_factory_of_a_module_is_wrapped():

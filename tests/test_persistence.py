@@ -432,7 +432,7 @@ def test_another_format(scratch, version):
 @pytest.mark.parametrize("name", ["MultiHead", "os.system", "ExitOutputs"])
 def test_a_class_outside_the_registry(scratch, name):
     rewrite(scratch, **{"class": name})
-    with pytest.raises(ValueError, match=rf"the folder holds a '{name}'; this version knows \['CascadeSaver', "):
+    with pytest.raises(ValueError, match=rf"the folder holds a '{name}'; this version knows \['BoostNetRecipe', "):
         load_again(scratch)
 
 
@@ -459,7 +459,7 @@ def test_a_subclass_is_not_saved_under_its_parents_name(tmp_path):
         pass
 
     fitted = Derived(large_trained(), small_trained()).fit(*VAL)
-    with pytest.raises(TypeError, match=r"save knows \['CascadeSaver', .*\]; got Derived"):
+    with pytest.raises(TypeError, match=r"save knows \['BoostNetRecipe', .*\]; got Derived"):
         fitted.save(tmp_path / "cascade")
     assert not (tmp_path / "cascade").exists()
 

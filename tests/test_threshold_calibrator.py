@@ -82,7 +82,8 @@ def test_a_batch_without_the_logits_needed_is_refused(outputs):
 
 
 def test_an_unknown_score_is_refused(outputs):
-    with pytest.raises(ValueError, match=r"score must be one of \['recorded', 'entropy', 'margin', 'max_proba'\].*got 'gini'"):
+    names = r"\['recorded', 'entropy', 'margin', 'max_proba'\]"
+    with pytest.raises(ValueError, match=f"score must be one of {names}.*got 'gini'"):
         ThresholdCalibrator("gini").fit(outputs)
 
 

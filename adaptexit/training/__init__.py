@@ -3,43 +3,44 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+from collections.abc import Callable
 
-from numpy.typing import ArrayLike
 from torch import nn
 
+from adaptexit.training.boostnet import BoostNetRecipe
 from adaptexit.training.cache import FeatureCache, collect
+from adaptexit.training.calexnet import CalexNetRecipe
 from adaptexit.training.frozen import FrozenRecipe
 from adaptexit.training.loop import minimise
+from adaptexit.training.ptee import PTEERecipe
+from adaptexit.training.recipe import Recipe
 from adaptexit.training.shelf import cache_key
+from adaptexit.training.ztw import ZTWRecipe
 
-if TYPE_CHECKING:
-    from adaptexit.heads import Head
-
-__all__ = ["RECIPES", "FeatureCache", "FrozenRecipe", "Recipe", "cache_key", "collect", "minimise", "recipe_of"]
-
-
-@runtime_checkable
-class Recipe(Protocol):
-    """A way to train heads on cached features, in place; it returns losses as JSON holds them.
-
-    One that has a method ``check`` is asked there, before anything is run, to refuse settings that cannot be.
-    """
-
-    def train(
-        self,
-        heads: Sequence[Head],
-        cache: FeatureCache,
-        rows: ArrayLike,
-        targets: ArrayLike,
-        *,
-        random_state: Any = 0,
-        verbose: int = 0,
-    ) -> dict[str, Any]: ...
+__all__ = [
+    "RECIPES",
+    "BoostNetRecipe",
+    "CalexNetRecipe",
+    "FeatureCache",
+    "FrozenRecipe",
+    "PTEERecipe",
+    "Recipe",
+    "ZTWRecipe",
+    "cache_key",
+    "collect",
+    "minimise",
+    "recipe_of",
+]
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"frozen": FrozenRecipe}
+RECIPES: dict[str, Callable[[], Recipe]] = {
+    "frozen": FrozenRecipe,
+    "calexnet": CalexNetRecipe,
+    "calexnet_reference": CalexNetRecipe.reference,
+    "ptee": PTEERecipe,
+    "ztw": ZTWRecipe,
+    "boostnet": BoostNetRecipe,
+}
 """Recipes by name, as they are with their default settings."""
 
 

@@ -1,0 +1,172 @@
+"""What recipes share: settings, the head and the calibrator that belong to them, and training in two phases."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from sklearn.base import BaseEstimator
+from sklearn.utils import check_random_state
+
+from adaptexit.calibrators.base import Calibrator
+from adaptexit.calibrators.cpm import CPMCalibrator
+from adaptexit.core.frontier import checked_number
+from adaptexit.training.cache import FeatureCache
+from adaptexit.training.lesson import Lesson, checked_rows, class_loss
+
+if TYPE_CHECKING:
+    from adaptexit.heads import Head
+
+History = dict[str, Any]
+
+
+@runtime_checkable
+class Recipe(Protocol):
+    """A way to train heads on cached features, in place; it returns losses as JSON holds them.
+
+    It may have more: ``check()``, asked before anything is run, refuses settings that cannot be; ``head_for(head)``
+    turns the user's choice of a head, "auto" included, into what ``make_head`` takes; ``check_heads(heads)`` refuses
+    heads that it cannot train.
+    """
+
+    def train(
+        self,
+        heads: Sequence[Head],
+        cache: FeatureCache,
+        rows: ArrayLike,
+        targets: ArrayLike,
+        *,
+        random_state: Any = 0,
+        verbose: int = 0,
+    ) -> History: ...
+
+
+class HeadRecipe(BaseEstimator):
+    """Base of the recipes: all heads learn classes together, one pass a minibatch, and then confidence.
+
+    Heads share no parameters, and a chained head reads the previous head's state without a gradient, so each learns as
+    if it were trained alone. A subclass has the parameters ``epochs``, ``lr``, ``weight_decay``, ``batch_size`` and
+    ``confidence_epochs``.
+    """
+
+    usual_epochs: int
+    """Where ``epochs`` is "auto", unless more are needed for 500 minibatches."""
+
+    own_head: str
+    """The head that the recipe takes where the user leaves it open."""
+
+    learn_from: str = "labels"
+    """"labels", or "backbone": what the full model answers."""
+
+    epochs: int | str
+    lr: float
+    weight_decay: float
+    batch_size: int
+    confidence_epochs: int | None
+
+    def head_for(self, head: Any) -> Any:
+        """What answers at a cut, for :func:`adaptexit.heads.make_head`: the user's choice, or the recipe's own."""
+        return self.own_head if isinstance(head, str) and head == "auto" else head
+
+    def check_heads(self, heads: Sequence[Head]) -> None:
+        """Refuse heads that the recipe cannot train."""
+
+    def check(self) -> dict[str, Any]:
+        """Refuse settings that cannot be; those that the loop takes."""
+        if not (isinstance(self.epochs, str) and self.epochs == "auto"):
+            check_whole("epochs", self.epochs, 1, " or 'auto'")
+        check_whole("batch_size", self.batch_size, 2)
+        if self.confidence_epochs is not None:
+            check_whole("confidence_epochs", self.confidence_epochs, 1)
+        if self.learn_from not in ("backbone", "labels"):
+            raise ValueError(f"learn_from must be 'backbone' or 'labels'; got {self.learn_from!r}.")
+        lr = checked_number("lr", self.lr, "a finite number above 0", np.nextafter(0, 1))
+        weight_decay = checked_number("weight_decay", self.weight_decay, "a finite number, 0 or above", 0.0)
+        return {"lr": lr, "weight_decay": weight_decay, "batch_size": self.batch_size}
+
+    def train(
+        self,
+        heads: Sequence[Head],
+        cache: FeatureCache,
+        rows: ArrayLike,
+        targets: ArrayLike,
+        *,
+        random_state: Any = 0,
+        verbose: int = 0,
+    ) -> History:
+        """Train the heads in place; they are in evaluation mode afterwards.
+
+        Parameters
+        ----------
+        heads : sequence of K - 1 Heads
+        cache : FeatureCache
+        rows : integer array (n,)
+            Samples of the cache to train on.
+        targets : integer array (n,)
+            Class index of each of them; only where the recipe learns from labels do heads learn it.
+        random_state : int, RandomState or None
+        verbose : int
+            From 1 on, a bar over epochs.
+
+        Returns
+        -------
+        dict
+            ``"loss"`` and ``"confidence_loss"``: for each head, its mean loss in every epoch; empty for a head without
+            a confidence output. Some recipes add to it.
+
+        Raises
+        ------
+        ValueError
+            For parameters, rows, targets or logits outside what is allowed.
+        FloatingPointError
+            When a loss becomes NaN or infinite.
+        """
+        lesson = self._lesson(heads, cache, rows, targets, random_state, verbose)
+        return self._taught(lesson)
+
+    def _taught(self, lesson: Lesson) -> History:
+        epochs = lesson.epochs(self.epochs, self.usual_epochs)
+        return {
+            "loss": lesson.learn_classes(class_loss, lesson.everyone, epochs=epochs),
+            "confidence_loss": lesson.learn_confidence(lesson.everyone, epochs=self.confidence_epochs or epochs),
+        }
+
+    def _lesson(
+        self,
+        heads: Sequence[Head],
+        cache: FeatureCache,
+        rows: ArrayLike,
+        targets: ArrayLike,
+        random_state: Any,
+        verbose: int,
+    ) -> Lesson:
+        settings = self.check()
+        if len(heads) != len(cache.features):
+            raise ValueError(f"heads must be one for each of the {len(cache.features)} early exits; got {len(heads)}.")
+        self.check_heads(heads)
+        wanted, classes = checked_rows(rows, targets, cache)
+        if self.learn_from == "backbone":
+            classes = cache.logits[wanted].argmax(axis=1)
+        loop = settings | {"random_state": check_random_state(random_state), "verbose": verbose}
+        return Lesson(heads, cache, wanted, torch.from_numpy(classes), loop)
+
+
+class MarginRecipe(HeadRecipe):
+    """Base of the recipes whose paper leaves by class precision margins."""
+
+    cascade_aware: bool = False
+    """Whether precision is counted on survivors."""
+
+    def calibrator(self, margin: float = 0.1, **settings: Any) -> Calibrator:
+        """The calibrator that the recipe is published with; ``settings`` are further ones of CPMCalibrator."""
+        return CPMCalibrator(margin, **({"cascade_aware": self.cascade_aware} | settings))
+
+
+def check_whole(name: str, value: Any, least: int, other: str = "") -> None:
+    """Refuse what is no whole number of at least ``least``."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number, at least {least}{other}; got {value!r}.")
