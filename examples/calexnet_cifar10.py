@@ -1,0 +1,222 @@
+"""CalexNet beside the methods that it is compared with, on a frozen ResNet: accuracy lost for computation saved.
+
+    python examples/calexnet_cifar10.py --data DIR --weights DIR [--images 20000] [--seeds 3] [--out PNG]
+    python examples/calexnet_cifar10.py --digits
+
+``--data`` holds ``train``, ``val`` and ``test``, each with ``<class>/*.jpg`` of CIFAR-10; ``--weights`` holds
+``resnet56.safetensors``. Heads at four exits learn on ``train`` (cached features: the backbone runs over it once for
+each kind of head), thresholds are found on ``val``, and everything is reported on ``test``. ``--digits`` does the same
+with scikit-learn's digits and a ResNet-20 that is trained first: a minute, and no download.
+
+Every method leaves by class precision margins, as CalexNet (2026) compares them (its Tables 4 and A3, Fig. 2), and once
+more by one threshold an exit, searched for every budget."""
+
+import argparse
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from matplotlib import pyplot
+from safetensors.torch import load_file
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader
+from torchvision.datasets import ImageFolder
+from torchvision.transforms import v2
+from tqdm import tqdm
+
+from adaptexit import (
+    BoostNetRecipe,
+    CalexNetRecipe,
+    ExitFlowDisplay,
+    MultiExitClassifier,
+    ParetoFrontier,
+    PTEERecipe,
+    ThresholdCalibrator,
+    ZTWRecipe,
+)
+from adaptexit.backbones import resnet20_cifar, resnet56_cifar
+from adaptexit.core.metrics import accuracy_at_reduction
+
+METHODS: dict[str, Callable[[], Any]] = {
+    "CalexNet": CalexNetRecipe,
+    "CalexNet, reference": CalexNetRecipe.reference,
+    "PTEEnet": PTEERecipe,
+    "ZTW": ZTWRecipe,
+    "BoostNet": lambda: BoostNetRecipe(rescale="learnable"),
+}
+"""Those of the paper's Table 4; the reference has neither alignment nor distillation."""
+
+ABLATION: dict[str, Callable[[], Any]] = {
+    "CalexNet, alignment only": lambda: CalexNetRecipe(distillation=False),
+    "CalexNet, distillation only": lambda: CalexNetRecipe(alignment=None, cascade_aware=False),
+}
+"""What the paper's Table A3 has besides."""
+
+SHOWN = 0.2
+"""Margin at which the picture shows who leaves where."""
+
+NOISE = 0.8
+"""On the digits, whose values lie between -1 and 1: the largest standard deviation."""
+
+RULES = ("margins", "searched")
+Data = tuple[Tensor, Tensor]
+Curves = dict[str, ParetoFrontier]
+
+
+def main() -> None:
+    """Train all methods, calibrate, report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder with train, val and test")
+    parser.add_argument("--weights", type=Path, help="folder with resnet56.safetensors")
+    parser.add_argument("--digits", action="store_true", help="small, without any download")
+    parser.add_argument("--images", type=int, default=20_000, help="of train, to learn on")
+    parser.add_argument("--seeds", type=int, default=3, help="of the heads")
+    parser.add_argument("--out", default="calexnet.png", help="where the picture goes")
+    args = parser.parse_args()
+    if args.digits:
+        net, exits = digits_net(), ["layer1.0", "layer1.2", "layer2.0", "layer2.2"]
+        settings = {"epochs": 30, "batch_size": 64, "distillation_batch_size": 64}
+        train, val, test = digits()
+        classes, reductions = None, (0.5, 0.6, 0.7, 0.8)
+    elif args.data and args.weights:
+        net, exits, settings = resnet56_cifar(), ["layer1.4", "layer1.8", "layer2.4", "layer2.8"], {}
+        net.load_state_dict(load_file(args.weights / "resnet56.safetensors"))
+        train, val, test = (images(args.data, split) for split in ("train", "val", "test"))
+        train = (train[0][: args.images].clone(), train[1][: args.images].clone())
+        classes, reductions = ImageFolder(args.data / "test").classes, (0.3, 0.4, 0.5, 0.6)
+    else:
+        parser.error("give --data and --weights, or --digits")
+
+    methods = METHODS | ABLATION
+    frontiers: dict[str, list[Curves]] = {name: [] for name in methods}
+    with tempfile.TemporaryDirectory() as features:
+        for seed, name in tqdm([(seed, name) for seed in range(args.seeds) for name in methods]):
+            recipe = methods[name]()
+            recipe.set_params(**{key: settings[key] for key in settings.keys() & recipe.get_params().keys()})
+            model = trained(net.eval(), exits, recipe, train, val, seed, features)
+            frontiers[name].append(tested(model, test))
+            if (seed, name) == (0, "CalexNet"):
+                (point,) = [p for p in model.pareto().points if p.params.get("margin") == SHOWN]
+                flow = ExitFlowDisplay.from_outputs(
+                    model.record(*test), point, exit_names=model.exit_names, class_names=classes
+                )
+    full = frontiers["CalexNet"][0]["margins"].full_accuracy
+    print(f"the backbone alone: {full:.4f} on {len(test[1])} test images, one is {100 / len(test[1]):.2f} points")
+    report(frontiers, reductions)
+    draw({name: frontiers[name] for name in METHODS}, full, flow, args.out)
+
+
+def trained(
+    net: nn.Module, exits: list[str], recipe: Any, train: Data, val: Data, seed: int, features: str
+) -> MultiExitClassifier:
+    """One method's heads and margins."""
+    model = MultiExitClassifier(
+        net, exits, recipe=recipe, calibrator=recipe.calibrator(), random_state=seed, batch_size=64,
+        calibration_size=0.02, cache_dir=features,
+    )  # fmt: skip
+    return model.fit(*train).calibrate(*val)
+
+
+def tested(model: MultiExitClassifier, test: Data) -> Curves:
+    """Test curves of the same heads with margins, and with searched thresholds."""
+    answers = model.record(*test)
+    searched = ThresholdCalibrator().fit(model.outputs_)
+    return {"margins": model.calibrator_.pareto(answers), "searched": searched.pareto(answers)}
+
+
+def accuracy_at(frontier: ParetoFrontier, reductions: Any) -> np.ndarray:
+    """Interpolated accuracy at FLOPs reductions; NaN where the sweep does not reach."""
+    swept = [point for point in frontier.points if point.params]  # all but the plain full model
+    return accuracy_at_reduction(
+        [1 - point.cost for point in swept], [point.accuracy for point in swept], frontier.full_accuracy, reductions
+    )
+
+
+def losses(runs: list[Curves], rule: str, reductions: Sequence[float]) -> np.ndarray:
+    """Points of accuracy lost at the matched reductions, (seeds, reductions)."""
+    return 100 * np.stack([run[rule].full_accuracy - accuracy_at(run[rule], reductions) for run in runs])
+
+
+def report(frontiers: dict[str, list[Curves]], reductions: Sequence[float]) -> None:
+    """The table: mean and standard deviation over seeds."""
+    header = [f"{rule} at {r}" for rule in RULES for r in reductions]
+    print("Test accuracy lost (points) at matched FLOPs reduction, mean (standard deviation) over seeds")
+    print(f"| {'method':27} | " + " | ".join(f"{name:>15}" for name in header) + " |")
+    for name, runs in frontiers.items():
+        cells = [cell(column) for rule in RULES for column in losses(runs, rule, reductions).T]
+        print(f"| {name:27} | " + " | ".join(f"{text:>15}" for text in cells) + " |")
+
+
+def cell(values: np.ndarray) -> str:
+    """Mean and spread of what was measured by every seed."""
+    if np.isnan(values).any():
+        return "-"
+    return f"{values.mean():.1f} ({values.std(ddof=1):.1f})" if len(values) > 1 else f"{values.mean():.1f}"
+
+
+def draw(frontiers: dict[str, list[Curves]], full: float, flow: ExitFlowDisplay, out: str) -> None:
+    """Both kinds of thresholds side by side, mean curve and spread over seeds; and who leaves where."""
+    figure = pyplot.figure(figsize=(16, 4.6), layout="constrained")
+    axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.3))
+    axes[0].sharex(axes[1])
+    axes[0].sharey(axes[1])
+    grid = np.linspace(0, 0.9, 91)
+    titles = ("class precision margins", "one threshold an exit, searched")
+    for ax, rule, title in zip(axes[:2], RULES, titles, strict=True):
+        for name, runs in frontiers.items():
+            curves = np.stack([accuracy_at(run[rule], grid) for run in runs])
+            mean, spread = curves.mean(axis=0), curves.std(axis=0)
+            (line,) = ax.plot(grid, mean, label=name)
+            ax.fill_between(grid, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0)
+        ax.axhline(full, color="grey", linewidth=0.8, linestyle="--")
+        ax.set(title=title, xlabel="FLOPs reduction (1 - relative cost)")
+    axes[0].set_ylabel("test accuracy")
+    axes[0].legend(loc="lower left", fontsize="small")
+    flow.plot(axes[2], name=f"CalexNet, margin {SHOWN}: who is left")
+    figure.savefig(out, dpi=120)
+    print(f"picture: {out}")
+
+
+def images(data: Path, split: str) -> Data:
+    """Normalised images (N, 3, 32, 32) and labels (N,), shuffled once."""
+    steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
+    normalised = v2.Compose([*steps, v2.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))])
+    x, y = zip(*DataLoader(ImageFolder(data / split, normalised), batch_size=500), strict=True)
+    order = torch.randperm(sum(map(len, y)), generator=torch.Generator().manual_seed(0))
+    return torch.cat(x)[order], torch.cat(y)[order]
+
+
+def digits() -> tuple[Data, Data, Data]:
+    """800 images (3, 8, 8) to learn on, 500 to calibrate on, 497 to test; noise makes some of them hard."""
+    x, y = load_digits(return_X_y=True)
+    rng = np.random.default_rng(0)
+    noisy = x / 8 - 1 + rng.uniform(0, NOISE, (len(x), 1)) * rng.normal(size=x.shape)
+    pictures = torch.from_numpy(noisy.astype(np.float32)).reshape(-1, 1, 8, 8).repeat(1, 3, 1, 1)
+    learn, rest = train_test_split(np.arange(len(y)), train_size=800, stratify=y, random_state=0)
+    tune, hold = train_test_split(rest, train_size=500, stratify=y[rest], random_state=0)
+    return tuple((pictures[rows], torch.from_numpy(y[rows])) for rows in (learn, tune, hold))
+
+
+def digits_net(epochs: int = 8) -> nn.Module:
+    """A ResNet-20 that knows the digits."""
+    x, y = digits()[0]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = resnet20_cifar()
+        rate = torch.optim.Adam(net.parameters(), 3e-3)
+        for _ in range(epochs):
+            for rows in torch.randperm(len(y)).split(64):
+                rate.zero_grad()
+                F.cross_entropy(net(x[rows]), y[rows]).backward()
+                rate.step()
+    return net
+
+
+if __name__ == "__main__":
+    main()
