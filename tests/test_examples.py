@@ -163,3 +163,21 @@ def test_retrofit_of_a_model_with_other_classes(retrofitted):
     assert exits[-1] == ("full model", 1.0, 1.0)
     assert len(exits) >= 2
     assert "full model: agreement 1.0000 (test)" in printed
+
+
+def test_calexnet_on_digits(tmp_path):
+    printed, _ = run("calexnet_cifar10.py", "--digits", "--seeds", "1", "--out", "curves.png", folder=tmp_path)
+    rows = {
+        line[0]: line[1:] for line in (list(map(str.strip, row.split("|")[1:-1])) for row in printed.splitlines()[2:-1])
+    }
+    names = ["CalexNet", "CalexNet, reference", "PTEEnet", "ZTW", "BoostNet"]
+    assert list(rows)[1:6] == names
+    assert len(rows) == 8
+    assert list(rows["method"]) == [f"{rule} at {r}" for rule in ("margins", "searched") for r in (0.5, 0.6, 0.7, 0.8)]
+    lost = {name: [float(cell) for cell in cells if cell != "-"] for name, cells in rows.items() if name != "method"}
+    assert all(len(cells) >= 2 for cells in lost.values())
+    assert all(-8 < cell < 60 for cells in lost.values() for cell in cells)
+    assert lost["CalexNet"][-1] < lost["PTEEnet"][-1]  # a head with a perceptron beats one without
+    with Image.open(tmp_path / "curves.png") as picture:
+        assert picture.width > 1500
+        assert np.asarray(picture.convert("L")).std() > 5
