@@ -213,6 +213,7 @@ def test_calibrators_of_the_papers():
         (CalexNetRecipe(filter_margin=-1), "filter_margin must be a share of precision, at least 0; got -1"),
         (CalexNetRecipe(filter_size=1.0), "filter_size must lie between 0 and 1; got 1.0"),
         (CalexNetRecipe(learn_from="teacher"), "learn_from must be 'backbone' or 'labels'; got 'teacher'"),
+        (PTEERecipe(clamp=0.5), "clamp must lie between 0 and 0.5; got 0.5"),
         (PTEERecipe(epochs=0), "epochs must be a whole number, at least 1 or 'auto'; got 0"),
         (PTEERecipe(lr=-1.0), "lr must be a finite number above 0; got -1.0"),
         (ZTWRecipe(size=0), "size must be a whole number, at least 1; got 0"),
@@ -233,6 +234,19 @@ def test_heads_that_the_recipe_cannot_train_are_refused(recipe, name):
     plain = [MLPHead(spec, 10) for spec in SPECS]
     with pytest.raises(ValueError, match=f"heads must be {name}.*MLPHead"):
         recipe.train(plain, CACHE, LESSON, Y[LESSON])
+
+
+def test_confidence_counts_as_no_nearer_to_0_and_1_than_the_clamp():
+    entry = torch.tensor([[40.0, 0.0], [-40.0, 0.0], [0.5, 0.0]], requires_grad=True)
+    output = HeadOutput(torch.tensor([[1.0, 0.0]] * 3), entry)
+    answer = Answer(0, output, torch.tensor([1, 0, 0]), torch.zeros(3, 2))
+    loss = lesson.confidence_loss(answer, clamp=1e-3)
+    assert float(loss.detach()) == pytest.approx((2 * np.log(1000) + np.log1p(np.exp(-0.5))) / 3, rel=1e-5)
+    loss.backward()
+    assert entry.grad[:, 0].tolist()[:2] == [0.0, 0.0]
+    assert entry.grad[2, 0] != 0
+    unclamped = lesson.confidence_loss(answer, clamp=0.0)
+    assert float(unclamped.detach()) == pytest.approx((80 + np.log1p(np.exp(-0.5))) / 3)
 
 
 # -- CalexNet ----------------------------------------------------------------------------------------------------------

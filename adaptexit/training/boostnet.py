@@ -44,6 +44,8 @@ class BoostNetRecipe(MarginRecipe):
     confidence_epochs : int or None, default=None
         None takes ``epochs``.
     learn_from : {"backbone", "labels"}, default="backbone"
+    clamp : float, default=1e-7
+        Confidence counts as no nearer to 0 and 1 than this in its loss.
 
     Notes
     -----
@@ -69,6 +71,7 @@ class BoostNetRecipe(MarginRecipe):
         batch_size: int = 2048,
         confidence_epochs: int | None = None,
         learn_from: str = "backbone",
+        clamp: float = 1e-7,
     ) -> None:
         self.weight = weight
         self.rescale = rescale
@@ -78,6 +81,7 @@ class BoostNetRecipe(MarginRecipe):
         self.batch_size = batch_size
         self.confidence_epochs = confidence_epochs
         self.learn_from = learn_from
+        self.clamp = clamp
 
     def head_for(self, head: Any) -> Any:
         return partial(BoostedHead, head=super().head_for(head), weight=self.weight)
@@ -110,7 +114,7 @@ class BoostNetRecipe(MarginRecipe):
         )
         return {
             "loss": loss,
-            "confidence_loss": lesson.learn_confidence(lesson.everyone, epochs=self.confidence_epochs or epochs),
+            "confidence_loss": self._confidence(lesson, epochs),
             "rescale": factors.values().tolist(),
         }
 

@@ -57,6 +57,8 @@ class CalexNetRecipe(MarginRecipe):
         None takes ``epochs``.
     learn_from : {"backbone", "labels"}, default="backbone"
         What an answer has to be to count as right, and what is learned without distillation.
+    clamp : float, default=1e-7
+        Confidence counts as no nearer to 0 and 1 than this in its loss.
     filter_margin : float, default=0.2
         Margin of the hard filter's thresholds.
     filter_size : float, default=0.2
@@ -88,6 +90,7 @@ class CalexNetRecipe(MarginRecipe):
         distillation_batch_size: int = 256,
         confidence_epochs: int | None = None,
         learn_from: str = "backbone",
+        clamp: float = 1e-7,
         filter_margin: float = 0.2,
         filter_size: float = 0.2,
     ) -> None:
@@ -102,6 +105,7 @@ class CalexNetRecipe(MarginRecipe):
         self.distillation_batch_size = distillation_batch_size
         self.confidence_epochs = confidence_epochs
         self.learn_from = learn_from
+        self.clamp = clamp
         self.filter_margin = filter_margin
         self.filter_size = filter_size
 
@@ -145,7 +149,7 @@ class CalexNetRecipe(MarginRecipe):
             sample_weight=weights,
         )
         epochs = self.confidence_epochs or lesson.epochs(self.epochs, self.usual_epochs)
-        return loss[k], lesson.learn_confidence([k], epochs=epochs, sample_weight=weights)[k]
+        return loss[k], lesson.learn_confidence([k], self.clamp, epochs=epochs, sample_weight=weights)[k]
 
     def _distilled(self, answer: Answer) -> Tensor:
         """Equation 13: T^2 KL between the softened probabilities of the full model and of the head."""

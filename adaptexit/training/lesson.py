@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -93,13 +95,12 @@ class Lesson:
         learning = [p for k in exits for p in self.class_parameters(k)]
         return self.learn(loss, exits, learning, description="training heads", **options)
 
-    def learn_confidence(self, exits: Sequence[int], **options: Any) -> list[list[float]]:
+    def learn_confidence(self, exits: Sequence[int], clamp: float, **options: Any) -> list[list[float]]:
         """Train the confidence outputs of those of the heads that have one on whether their answer is right."""
         having = [k for k in exits if self.confidence_parameters(k)]
         learning = [p for k in having for p in self.confidence_parameters(k)]
-        return self.learn(
-            confidence_loss, having, learning, training=False, description="training confidence", **options
-        )
+        loss = partial(confidence_loss, clamp=clamp)
+        return self.learn(loss, having, learning, training=False, description="training confidence", **options)
 
     def learn(
         self, loss: Loss, exits: Sequence[int], parameters: Sequence[nn.Parameter], **options: Any
@@ -167,9 +168,15 @@ def class_loss(answer: Answer) -> Tensor:
     return F.cross_entropy(answer.output.logits, answer.target)
 
 
-def confidence_loss(answer: Answer) -> Tensor:
-    """Binary cross-entropy of the predicted class's entry against whether that class is right."""
+def confidence_loss(answer: Answer, clamp: float) -> Tensor:
+    """Binary cross-entropy of the predicted class's entry against whether that class is right.
+
+    Confidence counts as no nearer to 0 and 1 than ``clamp``.
+    """
     entry, predicted = _entry(answer.output)
+    if clamp > 0:
+        most = math.log((1 - clamp) / clamp)
+        entry = entry.clamp(-most, most)
     return F.binary_cross_entropy_with_logits(entry, (predicted == answer.target).to(entry.dtype))
 
 

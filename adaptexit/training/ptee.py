@@ -25,6 +25,8 @@ class PTEERecipe(MarginRecipe):
         None takes ``epochs``.
     learn_from : {"backbone", "labels"}, default="backbone"
         What the heads are to answer: what the full model answers, or the labels.
+    clamp : float, default=1e-7
+        Confidence counts as no nearer to 0 and 1 than this in its loss.
     """
 
     usual_epochs = 200
@@ -38,6 +40,7 @@ class PTEERecipe(MarginRecipe):
         batch_size: int = 2048,
         confidence_epochs: int | None = None,
         learn_from: str = "backbone",
+        clamp: float = 1e-7,
     ) -> None:
         self.epochs = epochs
         self.lr = lr
@@ -45,3 +48,4 @@ class PTEERecipe(MarginRecipe):
         self.batch_size = batch_size
         self.confidence_epochs = confidence_epochs
         self.learn_from = learn_from
+        self.clamp = clamp

@@ -62,6 +62,9 @@ class HeadRecipe(BaseEstimator):
     learn_from: str = "labels"
     """"labels", or "backbone": what the full model answers."""
 
+    clamp: float = 0.0
+    """How near to 0 and 1 a confidence counts in its loss, at least."""
+
     epochs: int | str
     lr: float
     weight_decay: float
@@ -84,6 +87,8 @@ class HeadRecipe(BaseEstimator):
             check_whole("confidence_epochs", self.confidence_epochs, 1)
         if self.learn_from not in ("backbone", "labels"):
             raise ValueError(f"learn_from must be 'backbone' or 'labels'; got {self.learn_from!r}.")
+        if not 0 <= checked_number("clamp", self.clamp, "a number from 0 to below 0.5") < 0.5:
+            raise ValueError(f"clamp must lie between 0 and 0.5; got {self.clamp!r}.")
         lr = checked_number("lr", self.lr, "a finite number above 0", np.nextafter(0, 1))
         weight_decay = checked_number("weight_decay", self.weight_decay, "a finite number, 0 or above", 0.0)
         return {"lr": lr, "weight_decay": weight_decay, "batch_size": self.batch_size}
@@ -132,8 +137,12 @@ class HeadRecipe(BaseEstimator):
         epochs = lesson.epochs(self.epochs, self.usual_epochs)
         return {
             "loss": lesson.learn_classes(class_loss, lesson.everyone, epochs=epochs),
-            "confidence_loss": lesson.learn_confidence(lesson.everyone, epochs=self.confidence_epochs or epochs),
+            "confidence_loss": self._confidence(lesson, epochs),
         }
+
+    def _confidence(self, lesson: Lesson, epochs: int) -> list[list[float]]:
+        """The second phase of all heads."""
+        return lesson.learn_confidence(lesson.everyone, self.clamp, epochs=self.confidence_epochs or epochs)
 
     def _lesson(
         self,
