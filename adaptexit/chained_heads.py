@@ -45,9 +45,12 @@ class BoostedHead(Head):
             )
         self.weight = weight
 
+    def place(self, k: int) -> None:
+        self.inner.place(k)
+
     @property
-    def reduction(self) -> str:
-        return self.inner.reduction
+    def reduction_key(self) -> str:
+        return self.inner.reduction_key
 
     def reduce(self, feature: Tensor) -> Tensor:
         """What the inner head keeps of a feature."""

@@ -20,6 +20,15 @@ from tqdm import tqdm
 from adaptexit.calibrators import ThresholdCalibrator
 from adaptexit.calibrators.base import Calibrator
 from adaptexit.core.frontier import TOLERANCE, OperatingPoint, ParetoFrontier, checked_number
+from adaptexit.core.metrics import (
+    Exemplars,
+    ExitCalibration,
+    SurvivorShift,
+    exemplars,
+    exit_calibration,
+    flow,
+    survivor_shift,
+)
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import softmax
 from adaptexit.data import Batches, as_batches, is_stream, split_pair
@@ -87,7 +96,8 @@ class AdaptiveClassifier(ClassifierMixin, BaseEstimator):
         X : array (N, ...), Dataset or DataLoader (not shuffling)
         budget : float, optional
             Mean relative cost to keep to: the stored point of best calibrated accuracy within it. Without one the
-            constructor's budget counts, and without that the calibrator's point (no calibrated loss of accuracy).
+            constructor's budget counts, and without that the calibrator's point: no calibrated loss of accuracy, or
+            the calibrator's own setting (CPM's margin).
 
         Raises
         ------
@@ -161,13 +171,42 @@ class AdaptiveClassifier(ClassifierMixin, BaseEstimator):
             return self.calibrator_.pareto()
         return self.calibrator_.pareto(self.record(X, y))
 
+    def exit_calibration(
+        self, X: Any = None, y: Any = None, *, budget: float | None = None, n_bins: int = 10
+    ) -> ExitCalibration:
+        """How well scores match accuracy among those who leave at each exit, on (X, y) or the calibration data."""
+        point = self._point(budget)
+        return exit_calibration(self._thresholded(X, y), point, n_bins)
+
+    def exit_flow(self, X: Any = None, y: Any = None, *, budget: float | None = None) -> NDArray[np.int64]:
+        """How many samples of each true class reach each exit, (K, C), on (X, y) or the calibration data."""
+        point = self._point(budget)
+        return flow(self._thresholded(X, y), point)
+
+    def survivor_shift(self, X: Any = None, y: Any = None, *, budget: float | None = None) -> SurvivorShift:
+        """How the classes of those who reach each exit differ from everybody's, on (X, y) or the calibration data."""
+        point = self._point(budget)
+        return survivor_shift(self._thresholded(X, y), point)
+
+    def exemplars(self, X: Any = None, y: Any = None, *, budget: float | None = None, n: int = 6) -> Exemplars:
+        """Who leaves each early exit barely and who with ease, on (X, y), not shuffling, or the calibration data."""
+        point = self._point(budget)
+        return exemplars(self._thresholded(X, y, ordered=True), point, n)
+
+    def _thresholded(self, X: Any, y: Any, ordered: bool = False) -> ExitOutputs:
+        """Outputs on (X, y) or the calibration data, under the score that is thresholded."""
+        return self.calibrator_.rescored(self.outputs_ if X is None else self._record(X, y, ordered))
+
     def record(self, X: Any, y: Any = None) -> ExitOutputs:
         """What every exit answers on (X, y), as :class:`ExitOutputs` for calibrators, metrics and pictures."""
+        return self._record(X, y, ordered=False)
+
+    def _record(self, X: Any, y: Any, ordered: bool) -> ExitOutputs:
         check_is_fitted(self)
         needed = self._labels_needed()
         X, y = split_pair(X, y)
         X, y = self._validated(X, y, reset=False) if needed or y is not None else (self._validated_inputs(X), None)
-        batches = as_batches(X, y, batch_size=self.batch_size, labels=needed or None, ordered=False)
+        batches = as_batches(X, y, batch_size=self.batch_size, labels=needed or None, ordered=ordered)
         known = self.outputs_
         described = {"stage_costs": known.stage_costs, "exit_costs": known.exit_costs, "chained": known.chained}
         return self._recorded(batches, self.classes_, self.calibrator_.needs_logits, "recording", **described)

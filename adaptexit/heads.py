@@ -54,10 +54,10 @@ class Head(nn.Module):
         self.spec, self.n_classes = spec, n_classes
 
     def place(self, k: int) -> None:
-        """Told once, when the head is made, that it answers at exit k."""
+        """Told, once all heads are made and before they are trained, that this one answers at exit k."""
 
     @property
-    def reduction(self) -> str:
+    def reduction_key(self) -> str:
         """What ``reduce`` does, by the class that defines it and by all that the head was made with."""
         reduce = type(self).reduce
         made_with = {key: value for key, value in vars(self).items() if key[0] != "_" and key != "training"}
@@ -246,15 +246,17 @@ class RefinedPrototypeHead(_QuadraticHead):
     n_classes : int
     n_prototypes : int
         K.
+    dropout : float
+        In the perceptron.
     """
 
-    def __init__(self, spec: FeatureSpec, n_classes: int, n_prototypes: int = 64) -> None:
+    def __init__(self, spec: FeatureSpec, n_classes: int, n_prototypes: int = 64, dropout: float = 0.1) -> None:
         super().__init__(spec, n_classes, n_prototypes)
         self.refine = nn.Sequential(
             nn.LayerNorm(n_prototypes, eps=1e-10),
             nn.Linear(n_prototypes, 2 * n_prototypes),
             nn.GELU(),
-            nn.Dropout(0.1),
+            nn.Dropout(dropout),
             nn.Linear(2 * n_prototypes, n_prototypes),
         )
 

@@ -83,7 +83,7 @@ class BranchedNetwork:
     @property
     def reductions(self) -> list[str]:
         """What is kept of the feature at every cut, in words that change when it does."""
-        return [head.reduction for head in self.heads]
+        return [head.reduction_key for head in self.heads]
 
     @property
     def modules(self) -> list[nn.Module]:

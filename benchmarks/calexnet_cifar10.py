@@ -18,7 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from adaptexit import BoostNetRecipe, CalexNetRecipe, MultiExitClassifier, TemperatureCalibrator, ThresholdCalibrator
+from adaptexit import (
+    BoostNetRecipe,
+    CalexNetRecipe,
+    CalibrationWarning,
+    MultiExitClassifier,
+    TemperatureCalibrator,
+    ThresholdCalibrator,
+)
 from adaptexit.core.frontier import ParetoFrontier
 from adaptexit.core.metrics import exit_calibration, survivor_shift
 from benchmarks.cifar import pretrained, tensors
@@ -179,5 +186,5 @@ def spread(values: Any, digits: int = 2) -> str:
 
 
 if __name__ == "__main__":
-    warnings.simplefilter("ignore")
+    warnings.simplefilter("ignore", CalibrationWarning)
     main()

@@ -198,7 +198,7 @@ margin_refused = "margin must be a share of the full model's precision, at least
 margins_refused = "margins must be numbers, each a share of the full model's precision, at least 0 .*; got "
 sequence_refused = "margins must be a sequence of numbers, each a share of the full model's precision.*; got "
 support_refused = "min_support must be a whole number of samples, at least 1; got "
-delta_refused = "delta must lie between 0 and 1, both left out; got "
+delta_refused = "delta must lie above 0 and be at most 0.5; got "
 
 
 @pytest.mark.parametrize(
@@ -221,7 +221,7 @@ delta_refused = "delta must lie between 0 and 1, both left out; got "
         ({"bound": "hoeffding"}, r"bound must be one of \['none', 'wilson', 'fixed_sequence'\]; got 'hoeffding'"),
         ({"bound": None}, r"bound must be one of \['none', 'wilson', 'fixed_sequence'\]; got None"),
         ({"delta": 0}, delta_refused + "0"),
-        ({"delta": 1}, delta_refused + "1"),
+        ({"delta": 0.6}, delta_refused + "0.6"),
         ({"delta": np.nan}, delta_refused + "nan"),
         ({"delta": "0.1"}, delta_refused + r"'0\.1'"),
         ({"score": "gini"}, r"score must be one of \['recorded', 'entropy', 'margin', 'max_proba'\].*got 'gini'"),
@@ -265,28 +265,31 @@ def test_nothing_works_before_fit(outputs, call):
 # -- classes that the full model never answers ------------------------------------------------------------------------
 
 
-def with_classes(n_classes):
+def with_classes(n_classes, labels):
     """The full model answers 0 and 2 of so many classes."""
-    answers = np.array([0, 2, 0, 2])
+    answers = np.tile([0, 2], len(labels))[: len(labels)]
     return ExitOutputs(
-        predictions=[answers, answers], scores=np.ones((2, 4)), labels=answers, n_classes=n_classes, costs=[1, 2]
-    )
+        predictions=[answers, answers], scores=np.ones((2, len(labels))), labels=labels, n_classes=n_classes,
+        costs=[1, 2],
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
-    ("n_classes", "message"),
+    ("n_classes", "labels", "message"),
     [
-        (4, r"never answers with 2 of the 4 classes on the calibration data \(1, 3\), so nothing leaves"),
-        (9, r"never answers with 7 of the 9 classes on the calibration data \(1, 3, 4, 5, 6 \.\.\.\), so"),
+        (4, [0, 2], r"2 of the 4 classes have no calibration sample \(1, 3\), so nothing leaves"),
+        (9, [0, 2], r"7 of the 9 classes have no calibration sample \(1, 3, 4, 5, 6 \.\.\.\), so"),
+        (4, [0, 2, 1, 3], r"2 of the 4 classes are never answered by the full model \(1, 3\), so nothing leaves"),
     ],
 )
-def test_missing_classes_are_counted_and_named(n_classes, message):
+def test_missing_classes_are_counted_and_named(n_classes, labels, message):
     with pytest.warns(adaptexit.CalibrationWarning, match=message) as caught:
-        calibrator = CPMCalibrator().fit(with_classes(n_classes))
+        calibrator = CPMCalibrator().fit(with_classes(n_classes, labels))
     assert len(caught) == 1
     assert caught[0].filename == __file__
     assert np.isnan(calibrator.precision_).sum() == n_classes - 2
-    assert calibrator.thresholds_[0, :4].tolist() == [-np.inf, np.inf, -np.inf, np.inf]
+    assert calibrator.thresholds_[0, [1, 3]].tolist() == [np.inf, np.inf]
+    assert calibrator.thresholds_[0, [0, 2]].tolist() == [-np.inf, -np.inf]
 
 
 # -- copies -----------------------------------------------------------------------------------------------------------
@@ -379,3 +382,37 @@ def test_a_classifier_with_exits_is_saved_and_loaded_with_its_margins(branched_b
     loaded = adaptexit.load(tmp_path / "model", backbone=branched_trained(), head=flat_head)
     same_points(loaded.calibrator_, branched_by_class.calibrator_)
     assert loaded.trace(images).exits.tolist() == branched_by_class.trace(images).exits.tolist()
+
+
+def test_outputs_of_other_classes_are_refused():
+    rng = np.random.default_rng(0)
+
+    def outputs(n_classes, **given):
+        answers = {"predictions": rng.integers(n_classes, size=(3, 50)), "labels": rng.integers(n_classes, size=50)}
+        answers = given or answers | {"n_classes": n_classes}
+        return ExitOutputs(scores=rng.random((3, 50)), costs=[1, 2, 3], **answers)
+
+    calibrator = CPMCalibrator().fit(outputs(2))
+    for others, came in ((outputs(3), "3 classes"), (outputs(2, quality=np.ones((3, 50))), "no predictions")):
+        for ask in (calibrator.exit_index, calibrator.pareto):
+            with pytest.raises(ValueError, match=f"predictions of the 2 classes that were calibrated.*got {came}"):
+                ask(others)
+
+
+def test_a_class_without_samples_that_the_full_model_answers_with():
+    labels = np.repeat([0, 1], 20)
+    answered = labels.copy()
+    answered[:3] = 2
+    outputs = ExitOutputs(
+        predictions=np.stack([answered, answered]), scores=np.random.default_rng(0).random((2, 40)), labels=labels,
+        n_classes=3, costs=[1, 2],
+    )  # fmt: skip
+    with pytest.warns(adaptexit.CalibrationWarning, match=r"1 of the 3 classes have no calibration sample \(2\)"):
+        calibrator = CPMCalibrator().fit(outputs)
+    assert calibrator.thresholds_[0, 2] == np.inf
+
+
+@pytest.mark.parametrize("name", ["cascade_aware", "joint"])
+def test_switches_are_true_or_false(name):
+    with pytest.raises(ValueError, match=f"{name} must be True or False; got 'off'"):
+        CPMCalibrator(**{name: "off"}).fit(counterexample())

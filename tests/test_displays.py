@@ -7,10 +7,11 @@ import matplotlib
 import numpy as np
 import pytest
 import torch
+from sklearn.exceptions import NotFittedError
 
 from adaptexit import CascadeSaver, JobRatioDisplay, ParetoDisplay, ThresholdCalibrator
 from adaptexit.core.frontier import evaluate
-from adaptexit.core.metrics import exemplars, exit_calibration
+from adaptexit.core.metrics import exemplars, exit_calibration, flow, survivor_shift
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.displays import ExemplarDisplay, ExitFlowDisplay, ReliabilityDisplay
 from tests.nets import digits, large_trained, loader_of, middle_trained, small_trained
@@ -281,20 +282,24 @@ def three_exits():
     return outputs, evaluate(outputs, thresholds, thresholds)
 
 
+def reliability_of(outputs, point, n_bins=10, **names):
+    return ReliabilityDisplay.from_calibration(exit_calibration(outputs, point, n_bins), **names)
+
+
 def test_one_panel_for_each_exit_that_somebody_leaves_at():
-    display = ReliabilityDisplay.from_outputs(*three_exits(), n_bins=5, exit_names=["tiny", "mid", "big"]).plot()
+    display = reliability_of(*three_exits(), 5, exit_names=["tiny", "mid", "big"]).plot()
     assert display.exits_ == [0, 2]
     assert display.ax_.shape == (2,)
     assert len(display.figure_.axes) == 4
     assert [ax.get_title() for ax in display.ax_] == [
         f"tiny\nn = 3, ECE = {(0.55 + 0.15) / 3:.3f}", f"big\nn = 2, ECE = {(0.75 + 0.75) / 2:.3f}"
     ]  # fmt: skip
-    unnamed = ReliabilityDisplay.from_outputs(*three_exits()).plot()
+    unnamed = reliability_of(*three_exits()).plot()
     assert [ax.get_title().partition("\n")[0] for ax in unnamed.ax_] == ["exit 0", "full model"]
 
 
 def test_panels_show_accuracy_and_numbers_of_samples_of_the_bins():
-    display = ReliabilityDisplay.from_outputs(*three_exits(), n_bins=4).plot()
+    display = reliability_of(*three_exits(), 4).plot()
     x, y = display.points_[0].get_data()
     assert (x.tolist(), y.tolist()) == (pytest.approx([0.55, 0.925]), [0.0, 1.0])
     bars = [(bar.get_x(), bar.get_width(), bar.get_height()) for bar in display.bars_[0]]
@@ -305,7 +310,7 @@ def test_panels_show_accuracy_and_numbers_of_samples_of_the_bins():
 
 
 def test_panels_join_points_to_the_diagonal():
-    display = ReliabilityDisplay.from_outputs(*three_exits(), n_bins=5).plot()
+    display = reliability_of(*three_exits(), 5).plot()
     (stems,) = display.ax_[1].collections
     assert [segment.tolist() for segment in stems.get_segments()] == [
         [[0.25, 0.25], [0.25, 1]],
@@ -317,7 +322,7 @@ def test_panels_join_points_to_the_diagonal():
 
 def test_panels_go_on_given_axes():
     _, grid = pyplot.subplots(1, 3)
-    display = ReliabilityDisplay.from_outputs(*three_exits())
+    display = reliability_of(*three_exits())
     assert display.plot(grid, marker="x").ax_.tolist() == grid[:2].tolist()
     assert display.points_[0].get_marker() == "x"
     assert not grid[2].lines
@@ -332,7 +337,7 @@ def test_one_panel_may_be_given_its_axes_alone():
     outputs, _ = three_exits()
     nobody_early = evaluate(outputs, *2 * [np.array([np.inf, np.inf, -np.inf])])
     _, ax = pyplot.subplots()
-    assert ReliabilityDisplay.from_outputs(outputs, nobody_early).plot(ax).ax_.tolist() == [ax]
+    assert reliability_of(outputs, nobody_early).plot(ax).ax_.tolist() == [ax]
 
 
 def margins_of(outputs):
@@ -361,6 +366,10 @@ def test_the_reliability_of_an_estimator(fitted, data, budget, request):
 # -- examples ---------------------------------------------------------------------------------------------------------
 
 
+def samples_of(found):
+    return [(near.samples, deep.samples) for near, deep in found.strips]
+
+
 def shown(display):
     """Pixels, by exit and strip."""
     return [[[np.array(picture.get_array()) for picture in strip] for strip in pair] for pair in display.thumbnails_]
@@ -373,7 +382,7 @@ def texts_of(display):
 def test_strips_show_the_exemplars_of_an_estimator(cascade):
     display = ExemplarDisplay.from_estimator(cascade, *TEST, n=4, budget=0.3).plot()
     outputs = cascade.record(*TEST)
-    ((near, deep),) = exemplars(outputs, cascade.calibrator_.operating_point(0.3), 4)
+    ((near, deep),) = samples_of(exemplars(outputs, cascade.calibrator_.operating_point(0.3), 4))
     assert len(near) == 4
     assert set(near.tolist()) != set(deep.tolist())
     X, y = TEST
@@ -405,6 +414,10 @@ def test_thumbnails_are_beside_each_other_and_strips_below_each_other(cascade):
     assert display.ax_.get_ylim()[0] > deep[2]
 
 
+def exemplars_of(outputs, point, images, **names):
+    return ExemplarDisplay.from_exemplars(exemplars(outputs, point), images, **names)
+
+
 def strips_of(images):
     """A display of two samples, the surer one second."""
     outputs = ExitOutputs(
@@ -412,7 +425,7 @@ def strips_of(images):
         labels=np.zeros(2, dtype=int), n_classes=1, costs=[1, 2],
     )  # fmt: skip
     always = np.full(2, -np.inf)
-    return ExemplarDisplay.from_outputs(outputs, evaluate(outputs, always, always), images)
+    return exemplars_of(outputs, evaluate(outputs, always, always), images)
 
 
 COLOURED = np.random.default_rng(0).random((2, 4, 5, 3))
@@ -456,20 +469,20 @@ def test_thumbnails_take_the_callers_style():
 
 def test_an_exit_without_examples_has_an_empty_strip():
     outputs, point = three_exits()
-    display = ExemplarDisplay.from_outputs(outputs, point, np.zeros((5, 2, 2)), class_names="ab").plot()
+    display = exemplars_of(outputs, point, np.zeros((5, 2, 2)), class_names="ab").plot()
     assert [[len(strip) for strip in pair] for pair in display.thumbnails_] == [[2, 2], [0, 0]]
     texts = texts_of(display)
     assert texts.count("none") == 2
     assert {"exit 1\njust above", "exit 1\nfar above"} < set(texts)
     assert {"0.900\na", "0.950\na"} < set(texts)
     never = evaluate(outputs, *2 * [np.array([np.inf, np.inf, -np.inf])])
-    assert texts_of(ExemplarDisplay.from_outputs(outputs, never, np.zeros((5, 2, 2))).plot()).count("none") == 4
+    assert texts_of(exemplars_of(outputs, never, np.zeros((5, 2, 2))).plot()).count("none") == 4
 
 
 def test_outputs_without_labels_are_shown_without_classes():
     outputs = ExitOutputs(scores=np.array([[0.9], [0.5]]), quality=np.ones((2, 1)), costs=[1, 2])
     always = np.full(2, -np.inf)
-    display = ExemplarDisplay.from_outputs(outputs, evaluate(outputs, always, always), np.zeros((1, 2, 2)))
+    display = exemplars_of(outputs, evaluate(outputs, always, always), np.zeros((1, 2, 2)))
     assert display.labels == [([""], [""])]
 
 
@@ -477,7 +490,7 @@ def test_images_may_be_others_than_the_inputs(cascade):
     others = np.random.default_rng(0).random((len(TEST[1]), 6, 6))
     direct = ExemplarDisplay.from_estimator(cascade, *TEST, images=others)
     streamed = ExemplarDisplay.from_estimator(cascade, loader_of(*TEST), images=others)
-    ((near, _),) = exemplars(cascade.record(*TEST), cascade.calibrator_.operating_point())
+    ((near, _),) = samples_of(exemplars(cascade.record(*TEST), cascade.calibrator_.operating_point()))
     for display in (direct, streamed):
         assert np.array_equal(display.images[0][0], others[near])
 
@@ -553,3 +566,44 @@ def test_displays_are_made_by_keyword():
         ReliabilityDisplay(*6 * [[1.0]])
     with pytest.raises(TypeError, match="positional"):
         ExemplarDisplay([], [], [])
+
+
+def test_pictures_of_a_shuffled_loader_would_be_the_wrong_ones(cascade):
+    with pytest.raises(ValueError, match="shuffl"):
+        ExemplarDisplay.from_estimator(cascade, loader_of(*TEST, shuffle=True), images=TEST[0])
+
+
+def test_names_of_the_wrong_number(cascade):
+    with pytest.raises(ValueError, match="class_names must be one a class, 10 at least; got 2"):
+        ExitFlowDisplay.from_estimator(cascade, class_names=["a", "b"]).plot()
+    with pytest.raises(ValueError, match=r"class_names must be one a class, \d+ at least; got 1"):
+        ExemplarDisplay.from_estimator(cascade, *TEST, class_names=["a"])
+    with pytest.raises(ValueError, match="exit_names must be one an exit, 3 in all; got 2"):
+        ExitFlowDisplay(counts=COUNTS, exit_names=["a", "b"]).plot()
+
+
+@pytest.mark.parametrize("number", [0, 1.5, True])
+def test_numbers_of_bins_and_of_examples(cascade, number):
+    with pytest.raises(ValueError, match=f"n_bins must be a whole number, at least 1; got {number}"):
+        ReliabilityDisplay.from_estimator(cascade, n_bins=number)
+    with pytest.raises(ValueError, match=f"n must be a whole number, at least 1; got {number}"):
+        ExemplarDisplay.from_estimator(cascade, *TEST, n=number)
+
+
+def test_what_happens_at_the_exits_of_an_estimator(cascade):
+    point, outputs = cascade.calibrator_.operating_point(0.3), cascade.record(*TEST)
+    for found, expected in (
+        (cascade.exit_calibration(*TEST, budget=0.3, n_bins=4), exit_calibration(outputs, point, 4)),
+        (cascade.survivor_shift(*TEST, budget=0.3), survivor_shift(outputs, point)),
+    ):
+        for name, value in vars(expected).items():
+            assert np.array_equal(getattr(found, name), value, equal_nan=True)
+    assert np.array_equal(cascade.exit_flow(*TEST, budget=0.3), flow(outputs, point))
+    ours, theirs = (samples_of(found) for found in (cascade.exemplars(*TEST, budget=0.3), exemplars(outputs, point)))
+    assert [[strip.tolist() for strip in pair] for pair in ours] == [[s.tolist() for s in pair] for pair in theirs]
+
+
+def test_before_fit():
+    for ask in (CascadeSaver.exit_flow, CascadeSaver.exit_calibration, CascadeSaver.survivor_shift):
+        with pytest.raises(NotFittedError):
+            ask(CascadeSaver(None, None))

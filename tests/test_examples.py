@@ -173,11 +173,15 @@ def test_calexnet_on_digits(tmp_path):
     names = ["CalexNet", "CalexNet, reference", "PTEEnet", "ZTW", "BoostNet"]
     assert list(rows)[1:6] == names
     assert len(rows) == 8
-    assert list(rows["method"]) == [f"{rule} at {r}" for rule in ("margins", "searched") for r in (0.5, 0.6, 0.7, 0.8)]
-    lost = {name: [float(cell) for cell in cells if cell != "-"] for name, cells in rows.items() if name != "method"}
-    assert all(len(cells) >= 2 for cells in lost.values())
-    assert all(-8 < cell < 60 for cells in lost.values() for cell in cells)
-    assert lost["CalexNet"][-1] < lost["PTEEnet"][-1]  # a head with a perceptron beats one without
+    assert list(rows["method"]) == [f"{rule} at {r}" for rule in ("margins", "searched") for r in (0.6, 0.7, 0.75, 0.8)]
+    lost = {
+        name: [float(cell) if cell != "-" else np.nan for cell in cells]
+        for name, cells in rows.items()
+        if name in names
+    }
+    assert all(np.isfinite(cells).sum() >= 2 for cells in lost.values())
+    assert lost["CalexNet"][-1] < lost["PTEEnet"][-1] - 5  # heads with a perceptron against heads without
+    assert lost["PTEEnet"][-1] > lost["PTEEnet"][-4] > 0  # the more is saved, the more is lost
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width > 1500
         assert np.asarray(picture.convert("L")).std() > 5

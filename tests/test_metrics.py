@@ -22,6 +22,10 @@ def recorded(scores, predictions=None, labels=None, n_classes=None, quality=None
     )  # fmt: skip
 
 
+def samples_of(found):
+    return [(near.samples, deep.samples) for near, deep in found.strips]
+
+
 def at(outputs, thresholds):
     """The operating point whose cutoffs are its thresholds."""
     array = np.array(thresholds, dtype=float)
@@ -342,7 +346,7 @@ def test_curves_that_are_none(reduction, accuracy):
 def test_exemplars_equal_sorting_sample_by_sample(thresholds, n):
     outputs = random_outputs()
     exits = reference.route(outputs, thresholds)
-    found = exemplars(outputs, at(outputs, thresholds), n)
+    found = samples_of(exemplars(outputs, at(outputs, thresholds), n))
     assert len(found) == 2
     for k, (near, deep) in enumerate(found):
         right = [i for i, e in enumerate(exits) if e == k and reference.quality_of(outputs, k, i) == 1]
@@ -357,29 +361,39 @@ def test_exemplars_equal_sorting_sample_by_sample(thresholds, n):
 
 def test_exemplars_of_a_class_are_near_its_own_threshold():
     outputs = recorded([[0.95, 0.5, 0.55], [0.5] * 3], 2 * [[0, 1, 1]], [0, 1, 1], 2)
-    ((near, deep),) = exemplars(outputs, at(outputs, [[0.94, 0.2], [-INF, -INF]]))
+    ((near, deep),) = samples_of(exemplars(outputs, at(outputs, [[0.94, 0.2], [-INF, -INF]])))
     assert near.tolist() == [0, 1, 2]
     assert deep.tolist() == [0, 2, 1]
-    ((near, _),) = exemplars(outputs, at(outputs, [[-INF, 0.2], [-INF, -INF]]))
+    ((near, _),) = samples_of(exemplars(outputs, at(outputs, [[-INF, 0.2], [-INF, -INF]])))
     assert near.tolist() == [1, 2, 0]
 
 
 def test_exemplars_come_in_order_where_scores_are_equal():
     outputs = recorded([[0.5, 0.9, 0.5, 0.9], [0.5] * 4], 2 * [[0] * 4], [0] * 4, 1)
-    ((near, deep),) = exemplars(outputs, at(outputs, [-INF, -INF]), 3)
+    ((near, deep),) = samples_of(exemplars(outputs, at(outputs, [-INF, -INF]), 3))
     assert near.tolist() == [0, 2, 1]
     assert deep.tolist() == [1, 3, 0]
 
 
 def test_exemplars_of_quality_are_wholly_right():
     outputs = recorded([[0.5, 0.6, 0.7], [0.5] * 3], quality=[[1, 0.5, 1], [0, 0, 0]])
-    ((near, deep),) = exemplars(outputs, at(outputs, [0.4, -INF]))
+    ((near, deep),) = samples_of(exemplars(outputs, at(outputs, [0.4, -INF])))
     assert (near.tolist(), deep.tolist()) == ([0, 2], [2, 0])
 
 
 def test_no_exemplars_where_nobody_leaves_and_none_without_early_exits():
     outputs = recorded([[0.5], [0.5]], 2 * [[0]], [0], 1)
-    ((near, deep),) = exemplars(outputs, at(outputs, [INF, -INF]))
+    ((near, deep),) = samples_of(exemplars(outputs, at(outputs, [INF, -INF])))
     assert (near.shape, deep.shape) == ((0,), (0,))
     alone = recorded([[0.5]], [[0]], [0], 1)
-    assert exemplars(alone, at(alone, [-INF])) == []
+    assert exemplars(alone, at(alone, [-INF])).strips == []
+
+
+def test_strips_carry_scores_and_classes():
+    outputs = ExitOutputs(
+        scores=np.array([[0.7, 0.9], [0.5, 0.5]]), predictions=np.array([[1, 0], [1, 0]]), labels=np.array([1, 0]),
+        n_classes=2, costs=[1, 2],
+    )  # fmt: skip
+    ((near, deep),) = exemplars(outputs, at(outputs, [-INF, -INF])).strips
+    assert (near.scores.tolist(), near.labels.tolist()) == ([0.7, 0.9], [1, 0])
+    assert (deep.scores.tolist(), deep.labels.tolist()) == ([0.9, 0.7], [0, 1])

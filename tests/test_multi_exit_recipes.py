@@ -53,7 +53,7 @@ def test_the_recipes_own_head_is_taken_unless_another_is_named(name, model):
 
 
 def test_a_recipe_by_name_and_one_without_a_head_of_its_own():
-    assert isinstance(branched(head="auto", recipe="frozen")._head(FrozenRecipe()), str)
+    assert branched(head="auto", recipe="frozen")._head(FrozenRecipe()) == "mlp"
 
     class Bare:
         def train(self, heads, cache, rows, targets, *, random_state=0, verbose=0):

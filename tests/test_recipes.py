@@ -16,7 +16,7 @@ from adaptexit import BoostNetRecipe, CalexNetRecipe, CPMCalibrator, ExitOutputs
 from adaptexit.chained_heads import BoostedHead, ZTWHead
 from adaptexit.core.margins import margin_thresholds
 from adaptexit.features import FeatureSpec
-from adaptexit.heads import HeadOutput, MLPHead, PrototypeHead, RefinedPrototypeHead, make_head
+from adaptexit.heads import Head, HeadOutput, MLPHead, PrototypeHead, RefinedPrototypeHead, make_head
 from adaptexit.training import RECIPES, FeatureCache, lesson, recipe_of, ztw
 from adaptexit.training.calexnet import LEAST_WEIGHT
 from adaptexit.training.lesson import Answer
@@ -44,8 +44,8 @@ CACHE, Y = digit_cache()
 ANSWERED = CACHE.logits.argmax(1)
 
 
-def heads_for(recipe, head="auto", seed=0, reads=None):
-    """New heads as the estimator makes them; ``reads`` turns vectors into what they read."""
+def heads_for(recipe, head="auto", seed=0):
+    """New heads as the estimator makes them."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         heads = [make_head(recipe.head_for(head), spec, 10) for spec in SPECS]
@@ -213,6 +213,7 @@ def test_calibrators_of_the_papers():
         (CalexNetRecipe(filter_margin=-1), "filter_margin must be a share of precision, at least 0; got -1"),
         (CalexNetRecipe(filter_size=1.0), "filter_size must lie between 0 and 1; got 1.0"),
         (CalexNetRecipe(learn_from="teacher"), "learn_from must be 'backbone' or 'labels'; got 'teacher'"),
+        (CalexNetRecipe(distillation="off"), "distillation must be True or False; got 'off'"),
         (PTEERecipe(clamp=0.5), "clamp must lie between 0 and 0.5; got 0.5"),
         (PTEERecipe(epochs=0), "epochs must be a whole number, at least 1 or 'auto'; got 0"),
         (PTEERecipe(lr=-1.0), "lr must be a finite number above 0; got -1.0"),
@@ -247,6 +248,28 @@ def test_confidence_counts_as_no_nearer_to_0_and_1_than_the_clamp():
     assert entry.grad[2, 0] != 0
     unclamped = lesson.confidence_loss(answer, clamp=0.0)
     assert float(unclamped.detach()) == pytest.approx((80 + np.log1p(np.exp(-0.5))) / 3)
+
+
+def test_heads_that_do_not_know_their_place_are_refused():
+    strangers = [ZTWHead(spec, 10) for spec in SPECS]
+    with pytest.raises(
+        ValueError, match=r"one ensemble weight for every head up to them; got \[1, 1\]. Call head.place"
+    ):
+        ZTWRecipe(**QUICK).train(strangers, cache_for(strangers), LESSON, Y[LESSON])
+
+
+def test_boosted_heads_of_another_weight_are_refused():
+    heads = heads_for(BoostNetRecipe(0.3))
+    with pytest.raises(ValueError, match=r"count earlier answers as the recipe does, weight=0.5; got \[0.3\]"):
+        BoostNetRecipe(**QUICK).train(heads, cache_for(heads), LESSON, Y[LESSON])
+
+
+def test_a_boosted_head_knows_its_place():
+    class Placed(MLPHead):
+        def place(self, k):
+            self.where = k
+
+    assert [head.inner.where for head in heads_for(BoostNetRecipe(), Placed)] == [0, 1]
 
 
 # -- CalexNet ----------------------------------------------------------------------------------------------------------
@@ -380,6 +403,12 @@ def test_a_filter_that_leaves_nobody_is_reported_and_not_followed():
     assert history["effective_samples"][0] == history["effective_samples"][1]
 
 
+def test_a_filter_needs_samples_to_find_its_thresholds_on():
+    lone = np.unique(ANSWERED, return_index=True)[1]
+    with pytest.raises(ValueError, match=r"filter_size=0.2, and 10 of them cannot be parted.*alignment='soft'"):
+        taught(CalexNetRecipe("hard", **QUICK), lone)
+
+
 def test_heads_without_a_confidence_output_are_weighted_by_their_largest_probability(phases):
     heads, history = taught(CalexNetRecipe(**QUICK), head="mlp")
     confidence = answers(heads, LESSON)[0].logits.softmax(1).amax(1).numpy()
@@ -420,7 +449,7 @@ def test_a_boosted_head_answers_a_feature_as_its_reduction():
     head = BoostedHead(FeatureSpec((6, 4, 5), "NCHW"), 3, "refined_prototype").eval()
     x, before = torch.randn(7, 6, 4, 5, generator=torch.Generator().manual_seed(0)), torch.ones(7, 3)
     torch.testing.assert_close(head(x, before).logits, head.answer(head.reduce(x), before).logits)
-    assert head.reduction == head.inner.reduction != MLPHead(head.spec, 3).reduction
+    assert head.reduction_key == head.inner.reduction_key != MLPHead(head.spec, 3).reduction_key
 
 
 def test_a_chained_head_cannot_be_boosted():
@@ -466,6 +495,15 @@ def test_learnable_factors_are_driven_down(phases):
     _, history = taught(BoostNetRecipe(rescale="learnable", epochs=5, batch_size=64))
     _, longer = taught(BoostNetRecipe(rescale="learnable", epochs=25, batch_size=64))
     assert all(0 < b < a < 1 for a, b in zip(history["rescale"], longer["rescale"], strict=True))
+
+
+def test_boosted_heads_may_have_no_parameters():
+    class Constant(Head):
+        def answer(self, reduced, state=None):
+            return HeadOutput(reduced.new_zeros(len(reduced), self.n_classes))
+
+    _, history = taught(BoostNetRecipe(rescale="learnable", **QUICK), head=Constant)
+    assert len(history["rescale"]) == 2
 
 
 # -- ZTW ---------------------------------------------------------------------------------------------------------------
@@ -518,6 +556,14 @@ def test_ensembles_learn_while_the_heads_stand_still(monkeypatch):
     assert [len(losses) for losses in history["ensemble_loss"]] == [30, 30]
     assert history["confidence_loss"] == [[], []]
     assert all(bool(head.ensemble_weight.detach().any()) for head in heads)
+
+
+def test_answers_of_all_heads_go_to_a_file_where_they_are_many(monkeypatch):
+    heads, _ = taught(ZTWRecipe(**QUICK))
+    monkeypatch.setattr(ztw, "MEMORY_LIMIT", 1000)
+    others, _ = taught(ZTWRecipe(**QUICK))
+    for one, other in zip(heads, others, strict=True):
+        assert torch.equal(one.ensemble_weight, other.ensemble_weight)
 
 
 def test_heads_first_learn_their_own_answer(phases):

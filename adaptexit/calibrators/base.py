@@ -89,7 +89,7 @@ class Calibrator(BaseEstimator):
     def exit_index(self, outputs: ExitOutputs, point: OperatingPoint | None = None) -> NDArray[np.intp]:
         """The exit of every sample, shape (N,), on recorded outputs."""
         check_is_fitted(self)
-        check_outputs(outputs, len(self.point_.cutoffs))
+        check_outputs(outputs, self.point_.cutoffs)
         return exit_index(self.rescored(outputs), (self.point_ if point is None else point).cutoffs)
 
     def pareto(self, outputs: ExitOutputs | None = None) -> ParetoFrontier:
@@ -97,7 +97,7 @@ class Calibrator(BaseEstimator):
         check_is_fitted(self)
         if outputs is None:
             return self.frontier_
-        check_outputs(outputs, len(self.point_.cutoffs))
+        check_outputs(outputs, self.point_.cutoffs)
         return self.frontier_.on(self.rescored(outputs))
 
 
@@ -135,9 +135,17 @@ class ScoreCalibrator(Calibrator):
         return resolve_score(self.score, "score", also=("recorded",))
 
 
-def check_outputs(outputs: Any, n_exits: int | None = None) -> None:
-    """Refuse what is no :class:`ExitOutputs`, or has another number of exits than was calibrated."""
+def check_outputs(outputs: Any, cutoffs: NDArray[np.float64] | None = None) -> None:
+    """Refuse what is no :class:`ExitOutputs`, or has other exits or classes than were calibrated."""
     if not isinstance(outputs, ExitOutputs):
         raise TypeError(f"outputs must be ExitOutputs; got {type(outputs).__name__}. Estimators make them by record.")
-    if n_exits is not None and outputs.n_exits != n_exits:
-        raise ValueError(f"outputs must have the {n_exits} exits that were calibrated; got {outputs.n_exits}.")
+    if cutoffs is None:
+        return
+    if outputs.n_exits != len(cutoffs):
+        raise ValueError(f"outputs must have the {len(cutoffs)} exits that were calibrated; got {outputs.n_exits}.")
+    if cutoffs.ndim == 2 and (outputs.predictions is None or outputs.n_classes != cutoffs.shape[1]):
+        came = "no predictions" if outputs.predictions is None else f"{outputs.n_classes} classes"
+        raise ValueError(
+            f"outputs must have predictions of the {cutoffs.shape[1]} classes that were calibrated, as thresholds are "
+            f"by class; got {came}."
+        )

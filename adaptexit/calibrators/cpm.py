@@ -104,7 +104,8 @@ class CPMCalibrator(ScoreCalibrator):
         Warns
         -----
         CalibrationWarning
-            Where the full model never answers with some of the classes: nobody leaves with those.
+            Where classes have no calibration sample, or the full model never answers with them: nobody leaves with
+            those.
         """
         check_outputs(outputs)
         margin, margins = self._checked_margins()
@@ -119,7 +120,10 @@ class CPMCalibrator(ScoreCalibrator):
         assert outputs.predictions is not None
         assert outputs.labels is not None
         precision = class_precision(outputs.predictions[-1], outputs.labels, outputs.n_classes or 0)
-        _warn_of_missing(np.flatnonzero(np.isnan(precision)), len(precision))
+        unknown = np.bincount(outputs.labels, minlength=len(precision)) == 0
+        _warn_of_missing("have no calibration sample", np.flatnonzero(unknown), len(precision))
+        unsaid = np.isnan(precision) & ~unknown
+        _warn_of_missing("are never answered by the full model", np.flatnonzero(unsaid), len(precision))
         self.frontier_, self.point_ = ParetoFrontier(points, *reference(rescored)), chosen
         self.precision_ = precision
         return self
@@ -139,8 +143,11 @@ class CPMCalibrator(ScoreCalibrator):
             raise ValueError(f"min_support must be a whole number of samples, at least 1; got {support!r}.")
         if self.bound not in BOUNDS:
             raise ValueError(f"bound must be one of {list(BOUNDS)}; got {self.bound!r}.")
-        if not (isinstance(self.delta, Real) and 0 < self.delta < 1):
-            raise ValueError(f"delta must lie between 0 and 1, both left out; got {self.delta!r}.")
+        if not (isinstance(self.delta, Real) and 0 < self.delta <= 0.5):
+            raise ValueError(f"delta must lie above 0 and be at most 0.5; got {self.delta!r}.")
+        for name in ("cascade_aware", "joint"):
+            if not isinstance(getattr(self, name), (bool, np.bool_)):
+                raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
         cells = max(1, (outputs.n_exits - 1) * (outputs.n_classes or 1))
         return Rule(int(support), self.bound, float(self.delta) / (cells if self.joint else 1))
 
@@ -160,12 +167,12 @@ def _plain(outputs: ExitOutputs) -> OperatingPoint:
     return evaluate(outputs, never, never)
 
 
-def _warn_of_missing(missing: NDArray[np.intp], n_classes: int) -> None:
+def _warn_of_missing(what: str, missing: NDArray[np.intp], n_classes: int) -> None:
     if len(missing):
         named = ", ".join(map(str, missing[:MOST_NAMED])) + (" ..." if len(missing) > MOST_NAMED else "")
         warnings.warn(
-            f"the full model never answers with {len(missing)} of the {n_classes} classes on the calibration data "
-            f"({named}), so nothing leaves early with them. Calibrate on data that have every class.",
+            f"{len(missing)} of the {n_classes} classes {what} ({named}), so nothing leaves early with them. Calibrate "
+            "on data that have every class.",
             CalibrationWarning,
             stacklevel=3,
         )

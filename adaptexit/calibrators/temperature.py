@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.utils.validation import check_is_fitted
 
 from adaptexit.calibrators.base import check_outputs
 from adaptexit.calibrators.threshold import ThresholdCalibrator
@@ -69,11 +70,13 @@ class TemperatureCalibrator(ThresholdCalibrator):
         return self
 
     def rescored(self, outputs: ExitOutputs) -> ExitOutputs:
+        check_is_fitted(self)
         if outputs.logits is None:
             raise ValueError("temperatures need logits, but the outputs have none. Record them (keep_logits=True).")
         return _scaled(outputs, self.temperatures_)
 
     def rescored_batch(self, k: int, batch: ExitBatch) -> ExitBatch:
+        check_is_fitted(self)
         if batch.logits is None:
             raise ValueError("temperatures need logits, but the batch has none.")
         return dataclasses.replace(batch, scores=_confidence(batch.logits, self.temperatures_[k]))

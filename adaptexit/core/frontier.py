@@ -57,8 +57,8 @@ class OperatingPoint:
 class ParetoFrontier:
     """Operating points in rising cost, with the full model they are compared to.
 
-    On calibration data these are the points that no other beats in both accuracy and cost, and the plain full model in
-    any case. Evaluated on other data
+    On calibration data these are the points that no other beats in both accuracy and cost (or every setting of a
+    calibrator that sweeps one, as CPM's margins), and the plain full model in any case. Evaluated on other data
     (:meth:`on`) every point is kept in its order, dominated or not, and :meth:`at` still chooses by what was
     calibrated: a test curve never chooses for itself.
 

@@ -7,7 +7,7 @@ thresholds are compared with: where a calibrator rescores, pass ``calibrator.res
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -69,6 +69,7 @@ def exit_calibration(outputs: ExitOutputs, point: OperatingPoint, n_bins: int = 
     ValueError
         When a sample leaves with a score outside [0, 1], or when outputs and point do not fit together.
     """
+    _check_whole("n_bins", n_bins)
     exits = _exits(outputs, point)
     n_exits = outputs.n_exits
     accuracy, confidence = np.full((2, n_exits, n_bins), np.nan)
@@ -227,9 +228,32 @@ def accuracy_at_reduction(
 # -- examples ---------------------------------------------------------------------------------------------------------
 
 
-def exemplars(
-    outputs: ExitOutputs, point: OperatingPoint, n: int = 6
-) -> list[tuple[NDArray[np.intp], NDArray[np.intp]]]:
+class Strip(NamedTuple):
+    """Some samples that leave at one exit: indices, scores there and true classes (None without labels), each (m,)."""
+
+    samples: NDArray[np.intp]
+    scores: NDArray[Any]
+    labels: NDArray[Any] | None
+
+
+@dataclass(frozen=True, eq=False)
+class Exemplars:
+    """Samples that leave barely and samples that leave with ease.
+
+    Attributes
+    ----------
+    strips : list of K - 1 pairs (near, deep)
+        For each early exit, of samples that leave there and are answered rightly: those whose score is least above
+        the threshold that let them leave, rising, and those with the highest scores, falling.
+    n_samples : int
+        Of which the indices are.
+    """
+
+    strips: list[tuple[Strip, Strip]]
+    n_samples: int
+
+
+def exemplars(outputs: ExitOutputs, point: OperatingPoint, n: int = 6) -> Exemplars:
     """Samples that leave barely and samples that leave with ease (CalexNet, appendix A.5, Fig. A1).
 
     Parameters
@@ -237,15 +261,15 @@ def exemplars(
     outputs : ExitOutputs
     point : OperatingPoint
     n : int, default=6
-        Samples in each array at most.
+        Samples in each strip at most.
 
     Returns
     -------
-    list of K - 1 pairs (near, deep)
-        Indices of samples that leave at the early exit and are answered rightly (quality 1): ``near`` those whose
-        score is least above the threshold that let them leave (their class's, where there is one a class; -inf counts
-        as 0), rising, and ``deep`` those with the highest scores, falling. Equals come in the order of the samples.
+    Exemplars
+        Right is quality 1. The threshold is that of the predicted class where there is one a class; -inf counts as 0.
+        Equals come in the order of the samples.
     """
+    _check_whole("n", n)
     exits = _exits(outputs, point)
     pairs = []
     for k in range(outputs.n_exits - 1):
@@ -257,8 +281,18 @@ def exemplars(
             thresholds = thresholds[outputs.predictions[k, right]]
         excess = scores - np.where(thresholds == -np.inf, 0.0, thresholds)
         near, deep = (right[np.argsort(key, kind="stable")[:n]] for key in (excess, -scores))
-        pairs.append((near, deep))
-    return pairs
+        pairs.append((_strip(outputs, k, near), _strip(outputs, k, deep)))
+    return Exemplars(pairs, outputs.n_samples)
+
+
+def _strip(outputs: ExitOutputs, k: int, samples: NDArray[np.intp]) -> Strip:
+    return Strip(samples, outputs.scores[k, samples], None if outputs.labels is None else outputs.labels[samples])
+
+
+def _check_whole(name: str, value: Any) -> None:
+    """Refuse what is no whole number of at least 1."""
+    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}.")
 
 
 def _exits(outputs: ExitOutputs, point: OperatingPoint) -> NDArray[np.intp]:

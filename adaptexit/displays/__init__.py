@@ -1,7 +1,6 @@
 """Pictures, as scikit-learn's display objects: data in, ``plot`` draws. They need matplotlib (the extra ``plot``).
 
-Nothing else of the package is imported here, except that constructors named ``from_...`` import
-:mod:`adaptexit.core.metrics` when they are called.
+Nothing else of the package is imported here: estimators and :mod:`adaptexit.core.metrics` make what is drawn.
 """
 
 from adaptexit.displays.curves import JobRatioDisplay, ParetoDisplay

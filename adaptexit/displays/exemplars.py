@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adaptexit.displays.shared import axes, calibrated, exit_labels
+from adaptexit.displays.shared import axes, class_labels, exit_labels
 
 Pairs = Sequence[tuple[Any, Any]]
+Exemplars = Any  # adaptexit.core.metrics.Exemplars
 
 _CAPTION, _EMPTY = 0.42, 0.42
 """Heights, in widths of a thumbnail: of the two lines beneath it, and of a strip without any."""
@@ -21,7 +22,7 @@ _SIDES = ("just above", "far above")
 class ExemplarDisplay:
     """For each early exit, samples just above its threshold and samples far above it (CalexNet's Fig. A1).
 
-    Make one with :meth:`from_estimator` or :meth:`from_outputs`.
+    Make one with :meth:`from_estimator` or :meth:`from_exemplars`.
 
     Parameters
     ----------
@@ -46,46 +47,39 @@ class ExemplarDisplay:
         self.exit_names = exit_names
 
     @classmethod
-    def from_outputs(
+    def from_exemplars(
         cls,
-        outputs: Any,
-        point: Any,
+        exemplars: Exemplars,
         images: ArrayLike,
         *,
-        n: int = 6,
         exit_names: Sequence[str] | None = None,
         class_names: Sequence[Any] | None = None,
     ) -> ExemplarDisplay:
-        """From recorded outputs under the score that the operating point thresholds, and the images they are of.
+        """From :func:`adaptexit.core.metrics.exemplars` and the images that its indices are of.
 
         Parameters
         ----------
-        outputs : ExitOutputs
-        point : OperatingPoint
+        exemplars : Exemplars
         images : array or tensor (N, H, W), (N, H, W, 3), (N, 3, H, W) or (N, 1, H, W)
             In the order of the outputs. Bytes are read as 0 ... 255; other values outside [0, 1] are stretched, image
             by image, to their range.
-        n : int, default=6
-            Samples in each strip.
         exit_names : sequence of K str, optional
         class_names : sequence of C str, optional
             The class indices unless given.
         """
-        from adaptexit.core.metrics import exemplars
+        shape, pairs = _checked_shape(images), exemplars.strips
+        if shape[0] != exemplars.n_samples:
+            raise ValueError(f"images must be one a sample, {exemplars.n_samples} in all; got {shape[0]}.")
 
-        shape = _checked_shape(images)
-        if shape[0] != outputs.n_samples:
-            raise ValueError(f"images must be one a sample, {outputs.n_samples} in all; got {shape[0]}.")
-        pairs = exemplars(outputs, point, n)
-
-        def names(samples: NDArray[np.intp]) -> list[str]:
-            if outputs.labels is None:
-                return [""] * len(samples)
-            return [str(c if class_names is None else class_names[c]) for c in outputs.labels[samples]]
+        def names(strip: Any) -> list[str]:
+            if strip.labels is None:
+                return [""] * len(strip.samples)
+            called = class_labels(class_names, int(strip.labels.max(initial=-1)) + 1)
+            return [str(called[c]) for c in strip.labels]
 
         return cls(
-            images=[(_pictures(images, near), _pictures(images, deep)) for near, deep in pairs],
-            scores=[(outputs.scores[k, near], outputs.scores[k, deep]) for k, (near, deep) in enumerate(pairs)],
+            images=[(_pictures(images, near.samples), _pictures(images, deep.samples)) for near, deep in pairs],
+            scores=[(near.scores, deep.scores) for near, deep in pairs],
             labels=[(names(near), names(deep)) for near, deep in pairs],
             exit_names=exit_names,
         )
@@ -112,14 +106,14 @@ class ExemplarDisplay:
         n : int, default=6
         budget : float, optional
         images : array or tensor, optional
-            What to show instead of X, as in :meth:`from_outputs`, in the order of X (which may not shuffle).
+            What to show instead of X, as in :meth:`from_exemplars`, in the order of X (which may not shuffle).
         class_names : sequence of C str, optional
         """
         images = X if images is None else images
         _checked_shape(images)
-        outputs, point = calibrated(estimator, X, y, budget)
         names = estimator.classes_ if class_names is None else class_names
-        return cls.from_outputs(outputs, point, images, n=n, exit_names=estimator.exit_names, class_names=names)
+        found = estimator.exemplars(X, y, budget=budget, n=n)
+        return cls.from_exemplars(found, images, exit_names=estimator.exit_names, class_names=names)
 
     def plot(self, ax: Any = None, **kwargs: Any) -> ExemplarDisplay:
         """Draw on ``ax`` (a new figure unless given); ``kwargs`` go to every ``Axes.imshow``. Returns self."""

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adaptexit.displays.shared import axes, calibrated, exit_labels
+from adaptexit.displays.shared import axes, class_labels, exit_labels
 
 LISTED = 10
 """Classes that the legend lists at most: the first and the last half of that many."""
@@ -19,7 +19,7 @@ _WIDTH = 0.26
 class ExitFlowDisplay:
     """The population as it passes the exits, one ribbon a class (CalexNet's Fig. 4).
 
-    Make one with :meth:`from_estimator` or :meth:`from_outputs`.
+    Make one with :meth:`from_estimator`, or from :func:`adaptexit.core.metrics.flow`.
 
     Parameters
     ----------
@@ -54,20 +54,6 @@ class ExitFlowDisplay:
         self.class_names = class_names
 
     @classmethod
-    def from_outputs(
-        cls,
-        outputs: Any,
-        point: Any,
-        *,
-        exit_names: Sequence[str] | None = None,
-        class_names: Sequence[Any] | None = None,
-    ) -> ExitFlowDisplay:
-        """From recorded outputs with labels, under the score that the operating point thresholds."""
-        from adaptexit.core.metrics import flow
-
-        return cls(counts=flow(outputs, point), exit_names=exit_names, class_names=class_names)
-
-    @classmethod
     def from_estimator(
         cls,
         estimator: Any,
@@ -78,9 +64,9 @@ class ExitFlowDisplay:
         class_names: Sequence[Any] | None = None,
     ) -> ExitFlowDisplay:
         """From a fitted estimator at a budget, on its calibration data or on (X, y)."""
-        outputs, point = calibrated(estimator, X, y, budget)
         names = estimator.classes_ if class_names is None else class_names
-        return cls.from_outputs(outputs, point, exit_names=estimator.exit_names, class_names=names)
+        counts = estimator.exit_flow(X, y, budget=budget)
+        return cls(counts=counts, exit_names=estimator.exit_names, class_names=names)
 
     def plot(self, ax: Any = None, *, name: str | None = None, **kwargs: Any) -> ExitFlowDisplay:
         """Draw on ``ax`` (a new figure unless given).
@@ -122,9 +108,6 @@ class ExitFlowDisplay:
         left = self.counts[:, present] / self.counts[0, present]
         return np.asarray(present[np.lexsort((present, *left[:0:-1]))])
 
-    def _name(self, c: int) -> str:
-        return str(c if self.class_names is None else self.class_names[c])
-
     def _describe(self, ax: Any, name: str | None) -> None:
         names = exit_labels(self.exit_names, len(self.counts))
         totals = self.counts.sum(axis=1)
@@ -137,7 +120,8 @@ class ExitFlowDisplay:
         ax.set(ylabel="samples left", ylim=(0, totals[0] * 1.12), title=name or "")
         ax.spines[["top", "right", "bottom"]].set_visible(False)
         handles: list[Any] = list(self.columns_)
-        labels = [self._name(c) for c in self.order_]
+        called = class_labels(self.class_names, self.counts.shape[1])
+        labels = [str(called[c]) for c in self.order_]
         if len(handles) > LISTED:
             half = LISTED // 2
             gap = _nothing()

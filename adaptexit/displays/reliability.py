@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from adaptexit.displays.shared import calibrated, exit_labels, pyplot
+from adaptexit.displays.shared import exit_labels, pyplot
 
 Calibration = Any  # adaptexit.core.metrics.ExitCalibration
 
@@ -17,8 +17,8 @@ class ReliabilityDisplay:
     """Accuracy against score among the samples that leave at each exit (CalexNet, appendix A.1).
 
     One panel for each exit that somebody leaves at: a point for each bin, joined to the diagonal on which scores and
-    accuracy agree, and behind it how many samples the bin holds. Make one with :meth:`from_estimator`,
-    :meth:`from_outputs` or :meth:`from_calibration`.
+    accuracy agree, and behind it how many samples the bin holds. Make one with :meth:`from_estimator` or
+    :meth:`from_calibration`.
 
     Parameters
     ----------
@@ -77,21 +77,12 @@ class ReliabilityDisplay:
         )
 
     @classmethod
-    def from_outputs(
-        cls, outputs: Any, point: Any, *, n_bins: int = 10, exit_names: Sequence[str] | None = None
-    ) -> ReliabilityDisplay:
-        """From recorded outputs under the score that the operating point thresholds, a probability."""
-        from adaptexit.core.metrics import exit_calibration
-
-        return cls.from_calibration(exit_calibration(outputs, point, n_bins), exit_names=exit_names)
-
-    @classmethod
     def from_estimator(
         cls, estimator: Any, X: Any = None, y: Any = None, *, budget: float | None = None, n_bins: int = 10
     ) -> ReliabilityDisplay:
         """From a fitted estimator at a budget, on its calibration data or on (X, y)."""
-        outputs, point = calibrated(estimator, X, y, budget)
-        return cls.from_outputs(outputs, point, n_bins=n_bins, exit_names=estimator.exit_names)
+        calibration = estimator.exit_calibration(X, y, budget=budget, n_bins=n_bins)
+        return cls.from_calibration(calibration, exit_names=estimator.exit_names)
 
     def plot(self, ax: Any = None, **kwargs: Any) -> ReliabilityDisplay:
         """Draw one panel for each exit that somebody leaves at.

@@ -1,4 +1,4 @@
-"""What every picture needs: axes to draw on, the data of a fitted estimator, and names."""
+"""What every picture needs: axes to draw on, and names of exits."""
 
 from __future__ import annotations
 
@@ -21,15 +21,19 @@ def axes(ax: Any, **figure: Any) -> Any:
     return plt.subplots(**figure)[1] if ax is None else ax
 
 
-def calibrated(estimator: Any, X: Any, y: Any, budget: float | None) -> tuple[Any, Any]:
-    """Outputs under the score that is thresholded, on (X, y) or the calibration data, and the operating point."""
-    outputs = estimator.outputs_ if X is None else estimator.record(X, y)
-    calibrator = estimator.calibrator_
-    return calibrator.rescored(outputs), calibrator.operating_point(estimator.budget if budget is None else budget)
+def class_labels(class_names: Sequence[Any] | None, least: int) -> Sequence[Any]:
+    """Names of at least so many classes, their indices unless given."""
+    if class_names is None:
+        return range(least)
+    if len(class_names) < least:
+        raise ValueError(f"class_names must be one a class, {least} at least; got {len(class_names)}.")
+    return class_names
 
 
 def exit_labels(exit_names: Sequence[str] | None, n_exits: int) -> list[str]:
     """Names of all exits, made up unless given."""
     if exit_names is None:
         return [*(f"exit {k}" for k in range(n_exits - 1)), "full model"]
+    if len(exit_names) != n_exits:
+        raise ValueError(f"exit_names must be one an exit, {n_exits} in all; got {len(exit_names)}.")
     return [str(name) for name in exit_names]

@@ -92,6 +92,12 @@ class BoostNetRecipe(MarginRecipe):
                 f"heads must be BoostedHeads for BoostNet; got {sorted({type(head).__name__ for head in heads})}. "
                 "Make them with recipe.head_for(head)."
             )
+        weights = sorted({head.weight for head in heads if isinstance(head, BoostedHead)})
+        if weights != [self.weight]:
+            raise ValueError(
+                f"heads must count earlier answers as the recipe does, weight={self.weight}; got {weights}. Make them "
+                "with recipe.head_for(head)."
+            )
 
     def check(self) -> dict[str, Any]:
         """Refuse settings that cannot be; those that the loop takes."""
@@ -102,7 +108,7 @@ class BoostNetRecipe(MarginRecipe):
 
     def _taught(self, lesson: Lesson) -> History:
         factors = _Factors(len(lesson.heads), self.rescale)
-        factors.to(next(p.device for head in lesson.heads for p in head.parameters()))
+        factors.to(next((p.device for head in lesson.heads for p in head.parameters()), torch.device("cpu")))
         epochs = lesson.epochs(self.epochs, self.usual_epochs)
         learning = [p for k in lesson.everyone for p in lesson.class_parameters(k)]
         loss = lesson.learn(

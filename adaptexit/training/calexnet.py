@@ -67,7 +67,8 @@ class CalexNetRecipe(MarginRecipe):
     Notes
     -----
     The paper prints the divergence with the head's probabilities first and calls it Hinton's soft target; ours is
-    Hinton's: KL(full model || head) at temperature T, times T^2. Drawing by weight repeats samples within an epoch.
+    Hinton's: KL(full model || head) at temperature T, times T^2. Drawing by weight repeats samples within an epoch. The
+    paper weights the loss of the classes; here confidence learns from samples drawn by the same weights.
 
     ``train`` adds ``"effective_samples"`` to the history: (sum w)^2 / sum w^2 of each head's weights, or how many
     samples the filter left to it.
@@ -118,6 +119,9 @@ class CalexNetRecipe(MarginRecipe):
         """Refuse settings that cannot be; those that the loop takes."""
         if self.alignment is not None and self.alignment not in ALIGNMENTS:
             raise ValueError(f"alignment must be one of {list(ALIGNMENTS)} or None; got {self.alignment!r}.")
+        for name in ("distillation", "cascade_aware"):
+            if not isinstance(getattr(self, name), (bool, np.bool_)):
+                raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
         checked_number("temperature", self.temperature, "a finite number above 0", np.nextafter(0, 1))
         check_whole("distillation_batch_size", self.distillation_batch_size, 2)
         checked_number("filter_margin", self.filter_margin, "a share of precision, at least 0", 0.0)
@@ -169,7 +173,14 @@ class _Survivors:
         self._observed: list[tuple[NDArray[Any], NDArray[Any]]] = []
         if recipe.alignment == "hard" and len(lesson.heads) > 1:
             seed = int(lesson.loop["random_state"].randint(np.iinfo(np.int32).max))
-            learning, tuning = hold_out(lesson.target.numpy(), recipe.filter_size, seed)
+            try:
+                learning, tuning = hold_out(lesson.target.numpy(), recipe.filter_size, seed)
+            except ValueError as error:
+                raise ValueError(
+                    f"alignment='hard' finds its thresholds on a part of the training samples, filter_size="
+                    f"{recipe.filter_size}, and {lesson.n_samples} of them cannot be parted ({error}). Give more, or "
+                    "take alignment='soft'."
+                ) from error
             self.lesson, self._tuning = lesson.subset(learning), lesson.subset(tuning)
 
     def pass_exit(self, k: int) -> None:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
 from adaptexit.chained_heads import ZTWHead
+from adaptexit.training.cache import MEMORY_LIMIT
 from adaptexit.training.lesson import CHUNK, Answer, Lesson
 from adaptexit.training.loop import minimise
 from adaptexit.training.recipe import History, MarginRecipe, check_whole
@@ -46,7 +50,6 @@ class ZTWRecipe(MarginRecipe):
     """
 
     usual_epochs = 200
-    own_head = "ztw"
     confidence_epochs = None
 
     def __init__(
@@ -77,6 +80,12 @@ class ZTWRecipe(MarginRecipe):
                 f"heads must be ZTWHeads for ZTW; got {sorted({type(head).__name__ for head in heads})}. Leave "
                 "head='auto', or make them with adaptexit.chained_heads.ZTWHead."
             )
+        sizes = [len(cast(ZTWHead, head).ensemble_weight) for head in heads]
+        if sizes != list(range(1, len(heads) + 1)):
+            raise ValueError(
+                f"heads must have one ensemble weight for every head up to them; got {sizes}. Call head.place(k) for "
+                "head k (estimators do)."
+            )
 
     def check(self) -> dict[str, Any]:
         """Refuse settings that cannot be; those that the loop takes."""
@@ -92,11 +101,12 @@ class ZTWRecipe(MarginRecipe):
         own = [p for k in lesson.everyone for p in lesson.class_parameters(k) if id(p) not in ensemble]
         loss = lesson.learn(_own_loss, lesson.everyone, own, description="training heads", epochs=epochs)
         together = _log_probabilities(lesson)
-        target = lesson.target.to(together.device)
+        device = heads[-1].ensemble_weight.device
 
         def ensemble_losses(batch: Tensor) -> Tensor:
-            parts = [(head.ensemble(together[batch, : k + 1]), target[batch]) for k, head in enumerate(heads)]
-            return torch.stack([F.cross_entropy(logits, y) for logits, y in parts])
+            said, target = torch.from_numpy(together[batch.numpy()]).to(device), lesson.target[batch].to(device)
+            answers = [head.ensemble(said[:, : k + 1]) for k, head in enumerate(heads)]
+            return torch.stack([F.cross_entropy(logits, target) for logits in answers])
 
         terms = minimise(
             ensemble_losses,
@@ -119,9 +129,19 @@ def _own_loss(answer: Answer) -> Tensor:
     return F.cross_entropy(answer.output.state[0], answer.target)
 
 
-def _log_probabilities(lesson: Lesson) -> Tensor:
-    """Of every head's own answer, (n, K-1, C)."""
-    last = len(lesson.heads) - 1
+def _log_probabilities(lesson: Lesson) -> NDArray[Any]:
+    """Of every head's own answer, (n, K-1, C), in memory or, where they are many, in a file without a name."""
+    last, n_classes = len(lesson.heads) - 1, lesson.cache.logits.shape[1]
+    shape = (lesson.n_samples, last + 1, n_classes)
+    dtype = np.float64 if next(lesson.heads[last].parameters()).dtype == torch.float64 else np.float32
+    kept: NDArray[Any]
+    if np.dtype(dtype).itemsize * np.prod(shape) > MEMORY_LIMIT:
+        with tempfile.TemporaryFile(prefix="adaptexit-") as file:  # the mapping holds on to it
+            kept = np.memmap(file, dtype, mode="w+", shape=shape)
+    else:
+        kept = np.empty(shape, dtype)
     with torch.no_grad():
-        chunks = [lesson.answers(rows, [last])[0] for rows in torch.arange(lesson.n_samples).split(CHUNK)]
-    return torch.cat([answer.output.state[1] for answer in chunks])
+        for rows in torch.arange(lesson.n_samples).split(CHUNK):
+            (answer,) = lesson.answers(rows, [last])
+            kept[rows[0] : rows[-1] + 1] = answer.output.state[1].cpu().numpy()
+    return kept
