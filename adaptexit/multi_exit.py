@@ -80,7 +80,7 @@ class MultiExitClassifier(AdaptiveClassifier):
     recipe : str or Recipe, default="frozen"
         How the heads are trained, the backbone untouched: "frozen" (cross-entropy with the labels), "calexnet",
         "calexnet_reference", "ptee", "ztw", "boostnet", or a recipe with settings of its own, as ``CalexNetRecipe()``.
-        Some are published with a calibrator, which they make: ``CalexNetRecipe().calibrator(margin=0.1)``.
+        Some are published with class precision margins: ``CPMCalibrator.published_with(recipe, margin=0.1)``.
     calibrator : Calibrator, optional
         ``ThresholdCalibrator()`` unless given.
     confidence : {"auto", "max_proba", "entropy", "margin"} or callable, default="auto"

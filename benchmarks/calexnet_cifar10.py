@@ -22,6 +22,7 @@ from adaptexit import (
     BoostNetRecipe,
     CalexNetRecipe,
     CalibrationWarning,
+    CPMCalibrator,
     MultiExitClassifier,
     TemperatureCalibrator,
     ThresholdCalibrator,
@@ -65,8 +66,8 @@ def main() -> None:
                 recipe = make()
                 started = time.perf_counter()
                 model = MultiExitClassifier(
-                    net, EXITS, recipe=recipe, head=head, calibrator=recipe.calibrator(), random_state=seed,
-                    batch_size=64, calibration_size=0.02, cache_dir=features,
+                    net, EXITS, recipe=recipe, head=head, calibrator=CPMCalibrator.published_with(recipe),
+                    random_state=seed, batch_size=64, calibration_size=0.02, cache_dir=features,
                 ).fit(*train)  # fmt: skip
                 seconds = time.perf_counter() - started
                 runs[name].append(measured(model.calibrate(*val), test) | {"fit_seconds": seconds})

@@ -33,6 +33,7 @@ from tqdm import tqdm
 from adaptexit import (
     BoostNetRecipe,
     CalexNetRecipe,
+    CPMCalibrator,
     ExitFlowDisplay,
     MultiExitClassifier,
     ParetoFrontier,
@@ -116,7 +117,7 @@ def trained(
 ) -> MultiExitClassifier:
     """One method's heads and margins."""
     model = MultiExitClassifier(
-        net, exits, recipe=recipe, calibrator=recipe.calibrator(), random_state=seed, batch_size=64,
+        net, exits, recipe=recipe, calibrator=CPMCalibrator.published_with(recipe), random_state=seed, batch_size=64,
         calibration_size=0.02, cache_dir=features,
     )  # fmt: skip
     return model.fit(*train).calibrate(*val)

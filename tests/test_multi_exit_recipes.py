@@ -30,7 +30,7 @@ def made(name):
     """A fitted one for all tests that only ask it questions."""
     if name not in _made:
         recipe, _ = RECIPES[name]
-        model = branched(exits=CUTS, head="auto", recipe=recipe, calibrator=recipe.calibrator(0.3))
+        model = branched(exits=CUTS, head="auto", recipe=recipe, calibrator=CPMCalibrator.published_with(recipe, 0.3))
         _made[name] = model.fit(*digits()[0]).calibrate(*digits()[1])
     return _made[name]
 

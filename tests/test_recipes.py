@@ -198,10 +198,11 @@ def test_recipes_have_names_and_the_heads_of_their_papers():
 
 
 def test_calibrators_of_the_papers():
-    assert CalexNetRecipe().calibrator().get_params() == CPMCalibrator().get_params()
+    published = CPMCalibrator.published_with
+    assert published(CalexNetRecipe()).get_params() == CPMCalibrator().get_params()
     for recipe in (CalexNetRecipe.reference(), PTEERecipe(), ZTWRecipe(), BoostNetRecipe()):
-        assert recipe.calibrator(0.3).get_params() == CPMCalibrator(0.3, cascade_aware=False).get_params()
-    assert ZTWRecipe().calibrator(bound="wilson").bound == "wilson"
+        assert published(recipe, 0.3).get_params() == CPMCalibrator(0.3, cascade_aware=False).get_params()
+    assert published(ZTWRecipe(), bound="wilson").bound == "wilson"
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,11 @@ class CPMCalibrator(ScoreCalibrator):
         self.joint = joint
         self.score = score
 
+    @classmethod
+    def published_with(cls, recipe: Any, margin: float = 0.1, **settings: Any) -> CPMCalibrator:
+        """The margins that a recipe's paper leaves by: on survivors or on all samples, as ``recipe.cascade_aware``."""
+        return cls(margin, **({"cascade_aware": recipe.cascade_aware} | settings))
+
     def fit(self, outputs: ExitOutputs, y: None = None) -> CPMCalibrator:
         """Find the thresholds of every margin on calibration outputs.
 

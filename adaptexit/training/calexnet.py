@@ -42,7 +42,8 @@ class CalexNetRecipe(MarginRecipe):
     distillation : bool, default=True
         False learns the class that the full model answers by cross-entropy (equation 8) instead of its probabilities.
     cascade_aware : bool, default=True
-        Whether margins are counted on survivors (equation 12): by :meth:`calibrator`, and for the hard filter.
+        Whether margins are counted on survivors (equation 12): by ``CPMCalibrator.published_with(recipe)``, and for the
+        hard filter.
     temperature : float, default=4.0
         Of the softened probabilities.
     epochs : int or "auto", default="auto"

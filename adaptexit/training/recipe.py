@@ -1,4 +1,4 @@
-"""What recipes share: settings, the head and the calibrator that belong to them, and training in two phases."""
+"""What recipes share: settings, the head that belongs to them, and training in two phases."""
 
 from __future__ import annotations
 
@@ -12,8 +12,6 @@ from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 
-from adaptexit.calibrators.base import Calibrator
-from adaptexit.calibrators.cpm import CPMCalibrator
 from adaptexit.core.frontier import checked_number
 from adaptexit.training.cache import FeatureCache
 from adaptexit.training.lesson import Lesson, checked_rows, class_loss
@@ -165,14 +163,10 @@ class HeadRecipe(BaseEstimator):
 
 
 class MarginRecipe(HeadRecipe):
-    """Base of the recipes whose paper leaves by class precision margins."""
+    """Base of the recipes whose paper leaves by class precision margins: ``CPMCalibrator.published_with(recipe)``."""
 
     cascade_aware: bool = False
     """Whether precision is counted on survivors."""
-
-    def calibrator(self, margin: float = 0.1, **settings: Any) -> Calibrator:
-        """The calibrator that the recipe is published with; ``settings`` are further ones of CPMCalibrator."""
-        return CPMCalibrator(margin, **({"cascade_aware": self.cascade_aware} | settings))
 
 
 def check_whole(name: str, value: Any, least: int, other: str = "") -> None:
