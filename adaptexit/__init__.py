@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from adaptexit.calibrators import (
         CalibrationWarning,
         CPMCalibrator,
+        EMRouter,
         TemperatureCalibrator,
         ThresholdCalibrator,
     )
@@ -44,6 +45,7 @@ _HOMES = {
     "BoostNetRecipe": "adaptexit.training",
     "ThresholdCalibrator": "adaptexit.calibrators",
     "CPMCalibrator": "adaptexit.calibrators",
+    "EMRouter": "adaptexit.calibrators",
     "TemperatureCalibrator": "adaptexit.calibrators",
     "ExitOutputs": "adaptexit.core.outputs",
     "OperatingPoint": "adaptexit.core.frontier",
@@ -62,6 +64,7 @@ __all__ = [
     "CalexNetRecipe",
     "CalibrationWarning",
     "CascadeSaver",
+    "EMRouter",
     "ExemplarDisplay",
     "ExitFlowDisplay",
     "ExitOutputs",

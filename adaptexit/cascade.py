@@ -215,8 +215,9 @@ class CascadeSaver(AdaptiveClassifier):
             classes = self._known_classes(example)
             costs, unit = self._costs(example)
         outputs = self._recorded(
-            batches, classes, calibrator.needs_logits, "calibrating", stage_costs=np.zeros(len(costs)), exit_costs=costs
-        )
+            batches, classes, calibrator, "calibrating", stage_costs=np.zeros(len(costs)), exit_costs=costs,
+            cost_unit=unit,
+        )  # fmt: skip
         _check_rising(costs)
         calibrator.fit(outputs)
         reports = saver_reports(calibrator.rescored(outputs))
@@ -279,7 +280,7 @@ class CascadeSaver(AdaptiveClassifier):
         """How pictures and tables name the models, savers first."""
         return [label for _, _, label in self._given()]
 
-    def _staged(self) -> StagedModel:
+    def _staged(self, calibrator: Calibrator | None = None) -> StagedModel:
         confidence = resolve_score(self.confidence, "confidence", torch)
         return StagedModel([None] * len(self._models), self._models, confidence)
 

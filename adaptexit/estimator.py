@@ -73,7 +73,8 @@ class AdaptiveClassifier(ClassifierMixin, BaseEstimator):
         """How pictures and tables name the exits, from shallow to deep."""
         raise NotImplementedError
 
-    def _staged(self) -> StagedModel:
+    def _staged(self, calibrator: Calibrator | None = None) -> StagedModel:
+        """What is run; with the features that a calibrator reads."""
         raise NotImplementedError
 
     def _modules(self) -> list[nn.Module]:
@@ -119,10 +120,15 @@ class AdaptiveClassifier(ClassifierMixin, BaseEstimator):
         return ExitTrace(
             labels=self.classes_[answers.predictions],
             exits=answers.exits,
-            costs=self.outputs_.path_costs(point.on)[answers.exits],
+            costs=self._paid().path_costs(point.on)[answers.exits],
             scores=answers.scores,
             full_cost=self.outputs_.full_cost,
         )
+
+    def _paid(self) -> ExitOutputs:
+        """The calibration outputs at the costs that a sample pays when thresholds decide."""
+        outputs, extra = self.outputs_, self.calibrator_.extra_costs_
+        return outputs.with_costs(outputs.stage_costs, outputs.exit_costs + extra) if extra.any() else outputs
 
     def predict_anytime(self, X: Any, limit: float) -> NDArray[Any]:
         """Labels (N,) when nobody may spend more than ``limit`` (relative cost): the deepest exit within it answers.
@@ -208,19 +214,18 @@ class AdaptiveClassifier(ClassifierMixin, BaseEstimator):
         X, y = self._validated(X, y, reset=False) if needed or y is not None else (self._validated_inputs(X), None)
         batches = as_batches(X, y, batch_size=self.batch_size, labels=needed or None, ordered=ordered)
         known = self.outputs_
-        described = {"stage_costs": known.stage_costs, "exit_costs": known.exit_costs, "chained": known.chained}
-        return self._recorded(batches, self.classes_, self.calibrator_.needs_logits, "recording", **described)
+        described = {name: getattr(known, name) for name in ("stage_costs", "exit_costs", "chained", "cost_unit")}
+        return self._recorded(batches, self.classes_, self.calibrator_, "recording", **described)
 
     def _recorded(
-        self, batches: Batches, classes: NDArray[Any], keep_logits: bool, doing: str, **described: Any
+        self, batches: Batches, classes: NDArray[Any], calibrator: Calibrator, doing: str, **described: Any
     ) -> ExitOutputs:
         """What every exit answers; batches without labels are graded by the full model's answers."""
         with evaluating(self._modules()), self._progress(batches, doing) as shown:
-            predictions, scores, logits = record(self._staged(), shown, keep_logits=keep_logits)
-        labels = batches.indices(classes, predictions.shape[1]) if batches.labelled else predictions[-1]
-        return ExitOutputs(
-            predictions=predictions, scores=scores, labels=labels, n_classes=len(classes), logits=logits, **described
-        )
+            recorded = record(self._staged(calibrator), shown, keep_logits=calibrator.needs_logits)
+        answered = recorded.predictions
+        labels = batches.indices(classes, answered.shape[1]) if batches.labelled else answered[-1]
+        return ExitOutputs(labels=labels, n_classes=len(classes), **recorded._asdict(), **described)
 
     def point_index(self, budget: float | None = None) -> int:
         """Index in ``pareto().points`` of the operating point that ``predict`` uses."""
@@ -244,7 +249,7 @@ class AdaptiveClassifier(ClassifierMixin, BaseEstimator):
         batches = X if given else as_batches(self._validated_inputs(X), batch_size=self.batch_size)
         with evaluating(self._modules()), self._progress(batches, "predicting") as shown:
             return execute(
-                self._staged(),
+                self._staged(self.calibrator_),
                 shown,
                 accept,
                 on,

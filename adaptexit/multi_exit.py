@@ -126,6 +126,8 @@ class MultiExitClassifier(AdaptiveClassifier):
     calibrator_ : the fitted calibrator
     outputs_ : ExitOutputs
         What every exit answered on the calibration data.
+    training_outputs_ : ExitOutputs or None
+        What every exit answered on the data that the heads were trained on, where the calibrator learns from that.
     history_ : dict
         Losses of the heads' training.
     self_calibrated_ : bool
@@ -154,6 +156,7 @@ class MultiExitClassifier(AdaptiveClassifier):
     history_: dict[str, Any]
     self_calibrated_: bool
     labelled_: bool
+    training_outputs_: ExitOutputs | None
     _network: Network
 
     def __init__(
@@ -237,7 +240,7 @@ class MultiExitClassifier(AdaptiveClassifier):
                     class_indices(np.asarray(y.cpu() if isinstance(y, Tensor) else y), classes)
                 self._network = self._built(model, example, len(classes), seed)
             if isinstance(self._network, NativeNetwork):
-                self.history_, self.self_calibrated_ = {}, False
+                self.history_, self.self_calibrated_, self.training_outputs_ = {}, False, None
                 return self._calibrate(batches)
             return self._train(self._network, recipe, batches, classes, seed)
 
@@ -334,34 +337,56 @@ class MultiExitClassifier(AdaptiveClassifier):
         calibrator = self._fresh_calibrator()
         with evaluating(network.modules):
             costs, unit = priced(network, batches.first(), self.cost)
-        with self._cached(network, batches) as cache:
+        with self._cached(network, batches, calibrator.needs_features) as everything:
+            n_early = len(network.heads)
+            cache, vectors = everything.part(slice(n_early)), everything.part(slice(n_early, None))
             answered = cache.logits.argmax(axis=1)
             labels = batches.indices(classes, len(answered)) if batches.labelled else answered
             held_in, held_out = hold_out(labels, self.calibration_size, seed)
             self.history_ = recipe.train(
                 network.heads, cache, held_in, labels[held_in], random_state=seed, verbose=self.verbose
             )
-            batch = torch.from_numpy(held_out).split(self.batch_size)
-            with evaluating(network.modules):
-                staged = network.staged_on(cache, *self._confidences())
-                predictions, scores, logits = record(staged, batch, keep_logits=calibrator.needs_logits)
-        outputs = ExitOutputs(
-            predictions=predictions, scores=scores, labels=labels[held_out], n_classes=len(classes), logits=logits,
-            chained=network.chained, **costs,
-        )  # fmt: skip
+            staged = network.staged_on(cache, *self._confidences(), vectors if vectors.features else None)
+
+            def answers_on(rows: NDArray[Any]) -> ExitOutputs:
+                with evaluating(network.modules):
+                    parts = torch.from_numpy(rows).split(self.batch_size)
+                    recorded = record(staged, parts, keep_logits=calibrator.needs_logits)
+                return ExitOutputs(
+                    labels=labels[rows], n_classes=len(classes), chained=network.chained, **recorded._asdict(), **costs
+                )
+
+            outputs = answers_on(held_out)
+            self.training_outputs_ = answers_on(held_in) if calibrator.needs_training else None
         self.self_calibrated_ = True
         return self._keep(calibrator, outputs, classes, unit, batches.labelled)
 
-    def _cached(self, network: BranchedNetwork, batches: Batches) -> FeatureCache:
+    def _cached(self, network: BranchedNetwork, batches: Batches, with_vectors: bool) -> FeatureCache:
+        """What the heads keep of the features at every cut and, where wanted, vectors of all of them behind that."""
+        reducers: list[Callable[[Tensor], Tensor]] = [head.reduce for head in network.heads]
+        reductions, run = network.reductions, network.collect_run
+        if with_vectors:
+            n_early = len(reducers)
+            reducers = [*reducers, *network.poolings]
+            reductions = [*reductions, "and their means"]
+            alone = run
+
+            def run(x: Tensor, look: Callable[[int, Any], None]) -> Tensor:
+                def twice(k: int, feature: Any) -> None:
+                    look(k, feature)
+                    look(n_early + k, feature)
+
+                return alone(x, twice)
+
         key = None
         if self.cache_dir is not None:
             key = cache_key(
-                network.split.module, network.split.cuts, network.reductions,
+                network.split.module, network.split.cuts, reductions,
                 preprocess=network.model.preprocess, autocast=autocast_in_use(network.model.device),
             )  # fmt: skip
         with evaluating(network.modules), self._progress(batches, "recording features") as shown:
             return collect(
-                shown, network.collect_run, [head.reduce for head in network.heads],
+                shown, run, reducers,
                 half=self.cache_half, memory_limit=self.cache_memory, folder=self.cache_dir, key=key,
             )  # fmt: skip
 
@@ -372,15 +397,13 @@ class MultiExitClassifier(AdaptiveClassifier):
             width = logits_width(self._network.model, example[:8])
             classes = known_classes(self.classes, width, self._fitted_classes)
             costs, unit = priced(self._network, example, self.cost)
-        outputs = self._recorded(
-            batches, classes, calibrator.needs_logits, "calibrating", chained=self._network.chained, **costs
-        )
+        outputs = self._recorded(batches, classes, calibrator, "calibrating", chained=self._network.chained, **costs)
         return self._keep(calibrator, outputs, classes, unit, batches.labelled)
 
     def _keep(
         self, calibrator: Calibrator, outputs: ExitOutputs, classes: NDArray[Any], unit: str, labelled: bool
     ) -> MultiExitClassifier:
-        calibrator.fit(outputs)
+        calibrator.fit(outputs, **({"training": self.training_outputs_} if calibrator.needs_training else {}))
         if self.budget is not None:
             calibrator.operating_point(self.budget)
         self.classes_, self.outputs_, self.calibrator_, self.cost_unit_ = classes, outputs, calibrator, unit
@@ -417,8 +440,8 @@ class MultiExitClassifier(AdaptiveClassifier):
         own = isinstance(self.confidence, str) and self.confidence == "auto"
         return resolve_score("max_proba" if own else self.confidence, "confidence", torch, also=("auto",)), own
 
-    def _staged(self) -> StagedModel:
-        return self._network.staged(*self._confidences())
+    def _staged(self, calibrator: Calibrator | None = None) -> StagedModel:
+        return self._network.staged(*self._confidences(), calibrator is not None and calibrator.needs_features)
 
     def _modules(self) -> list[nn.Module]:
         return self._network.modules
@@ -470,6 +493,7 @@ class MultiExitClassifier(AdaptiveClassifier):
         self._mlp, self._unseen, self.self_calibrated_ = state["mlp"], state["unseen"], state["self_calibrated"]
         self._fitted_classes = self.classes_ if state["fitted_classes"] else None
         self.history_, self.labelled_ = state["history"], state["labelled"]
+        self.training_outputs_ = None  # where there are any, load reads them
         if self._mlp and as_mlp(self.backbone) is None:
             raise ValueError(f"backbone must be the MLPClassifier that was saved; got {self.backbone!r}.")
         given = new_mlp(self._mlp) if self._mlp else as_module(self.backbone)

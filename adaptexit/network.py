@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from adaptexit.features import pooled
 from adaptexit.heads import Head, HeadOutput
 from adaptexit.models import TorchModel, describe_model, writes_into
 from adaptexit.staging.cost import count_macs, measure_latency
@@ -94,11 +95,23 @@ class BranchedNetwork:
         """Whether a head reads what earlier ones left."""
         return any(head.chained for head in self.heads)
 
-    def staged(self, confidence: Confidence, own_confidence: bool) -> StagedModel:
-        """For the executor, all modules in evaluation mode; ``own_confidence`` prefers that of the heads with one."""
+    def staged(self, confidence: Confidence, own_confidence: bool, with_features: bool = False) -> StagedModel:
+        """For the executor, all modules in evaluation mode.
+
+        ``own_confidence`` prefers that of the heads with one; ``with_features`` gives the means of the features over
+        their positions beside the answers of the early exits.
+        """
         first, *later = self._stages()
         stages: list[Any] = [lambda x: first(self._prepared(x)), *later]
-        return StagedModel(stages, [*self._branches(own_confidence), _full_model], confidence, self.chained)
+        exits: list[Any] = [*self._branches(own_confidence), _full_model]
+        if with_features:
+            exits[:-1] = [_WithFeatures(exit_, pool) for exit_, pool in zip(exits, self.poolings, strict=False)]
+        return StagedModel(stages, exits, confidence, self.chained)
+
+    @property
+    def poolings(self) -> list[Callable[[Tensor], Tensor]]:
+        """What makes a vector (B, d) of the feature at every cut."""
+        return [partial(pooled, spec=head.spec) for head in self.heads]
 
     def _stages(self) -> list[Callable[[Any], Carried]]:
         return [partial(self.split.run, k, checked=False) for k in range(self.split.n_stages)]
@@ -107,9 +120,13 @@ class BranchedNetwork:
         pairs = zip(self.heads, self._overwrites, strict=True)
         return [_Branch(head, head.__call__, own_confidence, overwrites) for head, overwrites in pairs]
 
-    def staged_on(self, cache: FeatureCache, confidence: Confidence, own_confidence: bool) -> StagedModel:
-        """The same over cached features; its inputs are row numbers (B,)."""
+    def staged_on(
+        self, cache: FeatureCache, confidence: Confidence, own_confidence: bool, vectors: FeatureCache | None = None
+    ) -> StagedModel:
+        """The same over cached features; its inputs are row numbers (B,). ``vectors`` are those of ``poolings``."""
         answers: list[Any] = [_Branch(head, head.answer, own_confidence) for head in self.heads]
+        if vectors is not None:
+            answers = [_WithFeatures(a, vectors.rows, k) for k, a in enumerate(answers)]
         device = next((p.device for head in self.heads for p in head.parameters()), torch.device("cpu"))
 
         def stage(k: int) -> Callable[[Any], Carried]:
@@ -218,8 +235,8 @@ class NativeNetwork:
     def chained(self) -> bool:
         return False
 
-    def staged(self, confidence: Confidence, own_confidence: bool) -> StagedModel:
-        """For the executor."""
+    def staged(self, confidence: Confidence, own_confidence: bool, with_features: bool = False) -> StagedModel:
+        """For the executor; what its exits read may be anything, so there are no features."""
         first, *later = self.stages
         return StagedModel([lambda x: first(self.model.prepare(x)), *later], self.heads, confidence)
 
@@ -262,7 +279,7 @@ def priced(network: Network, x: Tensor, cost: Any) -> tuple[dict[str, Any], str]
         stage_costs, exit_costs = network.costs(x[:1] if unit == "MACs" else x, unit)
         if stage_costs.sum() + exit_costs[-1] <= 0:
             raise ValueError("cost='macs' found no multiply-accumulates. Use cost='latency' or give the costs.")
-        return {"stage_costs": stage_costs, "exit_costs": exit_costs}, unit
+        return {"stage_costs": stage_costs, "exit_costs": exit_costs, "cost_unit": unit}, unit
     try:
         costs = np.asarray(cost, dtype=np.float64)
     except (TypeError, ValueError):
@@ -272,7 +289,8 @@ def priced(network: Network, x: Tensor, cost: Any) -> tuple[dict[str, Any], str]
             f"cost must be {n_exits} positive numbers that do not fall, what a sample has spent at each exit; "
             f"got {cost!r}."
         )
-    return {"stage_costs": np.diff(costs, prepend=0.0), "exit_costs": np.zeros(n_exits)}, "given"
+    given = {"stage_costs": np.diff(costs, prepend=0.0), "exit_costs": np.zeros(n_exits), "cost_unit": "given"}
+    return given, "given"
 
 
 def is_native(module: Any) -> bool:
@@ -304,6 +322,23 @@ class _Branch:
             scores = output.confidence_logits.gather(1, answer).squeeze(1).sigmoid()
         state = carried.state if output.state is None else output.state
         return ExitAnswer(output.logits, scores, Carried(carried.live, None, state))
+
+
+class _WithFeatures:
+    """An exit that hands on a vector of its feature beside its answer: pooled from it, or read by row number."""
+
+    def __init__(self, answer: Callable[[Any], ExitAnswer], read: Callable[..., Tensor], kept_at: int | None = None):
+        self.answer, self.read, self.kept_at = answer, read, kept_at
+
+    def __call__(self, carried: Carried) -> ExitAnswer:
+        if self.kept_at is None:
+            # Before the head, which may write into the feature.
+            features = self.read(sole_tensor(carried.feature))
+        else:
+            features = self.read(self.kept_at, carried.live.values[0].numpy())
+        answer = self.answer(carried)
+        answer.features = features
+        return answer
 
 
 def sole_tensor(feature: Any) -> Any:

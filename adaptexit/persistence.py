@@ -24,6 +24,7 @@ HOMES = {
     "MultiExitClassifier": "adaptexit.multi_exit",
     "ThresholdCalibrator": "adaptexit.calibrators",
     "CPMCalibrator": "adaptexit.calibrators",
+    "EMRouter": "adaptexit.calibrators",
     "TemperatureCalibrator": "adaptexit.calibrators",
     "FrozenRecipe": "adaptexit.training",
     "CalexNetRecipe": "adaptexit.training",
@@ -54,6 +55,8 @@ def save(estimator: Any, folder: str | os.PathLike[str]) -> None:
         save_file({key: tensor.detach().cpu().clone().contiguous() for key, tensor in tensors.items()},
                   scratch / "model.safetensors")  # fmt: skip
         estimator.outputs_.save(scratch / "calibration")
+        if getattr(estimator, "training_outputs_", None) is not None:
+            estimator.training_outputs_.save(scratch / "training")
 
 
 def load(folder: str | os.PathLike[str], **given: Any) -> Any:
@@ -99,6 +102,8 @@ def load(folder: str | os.PathLike[str], **given: Any) -> Any:
         tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     estimator = _built(config["class"], config["params"], given)
     estimator._set_state(config["state"], tensors, ExitOutputs.load(source / "calibration"))
+    if (source / "training").is_dir():
+        estimator.training_outputs_ = ExitOutputs.load(source / "training")
     return estimator
 
 

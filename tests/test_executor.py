@@ -346,7 +346,7 @@ def test_nothing_is_recorded_for_gradients():
 
 def test_record_keeps_every_exits_answers():
     x = samples(30, 3)
-    predictions, scores, logits = record(column_model(3), batched(x, [7]), keep_logits=True)
+    predictions, scores, logits, _ = record(column_model(3), batched(x, [7]), keep_logits=True)
     expected = x.numpy().reshape(30, 3, N_CLASSES).transpose(1, 0, 2)
     assert np.array_equal(logits, expected)
     assert np.array_equal(predictions, expected.argmax(axis=2))
@@ -357,7 +357,7 @@ def test_record_keeps_every_exits_answers():
 def test_record_runs_stages_once_in_order():
     calls = []
     x = torch.arange(12.0).reshape(2, 6)
-    _, scores, _ = record(staged_model(calls), [x])
+    _, scores, *_ = record(staged_model(calls), [x])
     assert calls == [("start", 2), ("middle", 2), ("end", 2)]
     assert scores.tolist() == [[2.0, 8.0], [2.0, 8.0], [9.0, 27.0], [23.0, 65.0]]
 
@@ -438,7 +438,7 @@ def test_online_exits_equal_offline_exits(drawn, batch_size, memory_limit, merge
     x, cutoffs, sizes = drawn
     n_exits = len(cutoffs)
     model = column_model(n_exits)
-    predictions, scores, _ = record(model, batched(torch.from_numpy(x), sizes))
+    predictions, scores, *_ = record(model, batched(torch.from_numpy(x), sizes))
     labels = np.zeros(len(x), dtype=int)
     outputs = ExitOutputs(
         predictions=predictions, scores=scores, labels=labels, n_classes=N_CLASSES, costs=np.arange(1, n_exits + 1)
@@ -472,7 +472,7 @@ def test_scores_that_an_exit_gives_are_used_instead_of_the_confidence(dtype):
     x = torch.arange(60.0).reshape(10, 6)
     given_scores = torch.tensor([0.0, 1.0, 0.25, 0.75, 0.5] * 2, dtype=dtype)
     model = StagedModel([None], [lambda x: ExitAnswer(x[:, :3], given_scores)], never)
-    predictions, scores, _ = record(model, [x])
+    predictions, scores, *_ = record(model, [x])
     assert predictions.tolist() == [[2] * 10]
     assert scores.tolist() == [given_scores.tolist()]
     early = lambda rows: ExitAnswer(rows[:, :3], given_scores[(rows[:, 0] / 6).long()])  # noqa: E731
@@ -616,7 +616,7 @@ def test_exits_that_are_off_are_not_run_where_none_reads_another(on):
 def test_record_hands_on_what_exits_left(chained):
     calls = []
     x = torch.arange(6.0, dtype=torch.float64).repeat_interleave(4).reshape(6, 4)
-    _, scores, _ = record(chain(4, calls, chained), batched(x, [4]))
+    _, scores, *_ = record(chain(4, calls, chained), batched(x, [4]))
     assert scores.tolist() == [[i + notes for i in range(6)] for notes in (0, 1, 11, 111)]
     order = [(what, k) for k in range(4) for what in ("stage", "exit")]
     assert [(what, k) for what, k, _ in calls] == order * 2

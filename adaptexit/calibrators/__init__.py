@@ -2,7 +2,8 @@
 
 from adaptexit.calibrators.base import CalibrationWarning
 from adaptexit.calibrators.cpm import CPMCalibrator
+from adaptexit.calibrators.em import EMRouter
 from adaptexit.calibrators.temperature import TemperatureCalibrator
 from adaptexit.calibrators.threshold import ThresholdCalibrator
 
-__all__ = ["CPMCalibrator", "CalibrationWarning", "TemperatureCalibrator", "ThresholdCalibrator"]
+__all__ = ["CPMCalibrator", "CalibrationWarning", "EMRouter", "TemperatureCalibrator", "ThresholdCalibrator"]

@@ -35,11 +35,22 @@ class Calibrator(BaseEstimator):
     needs_logits: bool = False
     """Whether outputs and batches must carry logits."""
 
+    needs_features: bool = False
+    """Whether outputs and batches are to carry features, where the model has any."""
+
+    needs_training: bool = False
+    """Whether ``fit`` takes ``training=``, the outputs on the data that the heads were trained on."""
+
     frontier_: ParetoFrontier
     point_: OperatingPoint
 
     def fit(self, outputs: ExitOutputs) -> Calibrator:
         raise NotImplementedError
+
+    @property
+    def extra_costs_(self) -> NDArray[np.float64]:
+        """What the calibrator itself costs a sample at each exit that is on, shape (K,), in the outputs' unit."""
+        return np.zeros(len(self.point_.cutoffs))
 
     @property
     def thresholds_(self) -> NDArray[np.float64]:

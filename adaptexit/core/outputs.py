@@ -49,6 +49,8 @@ class ExitOutputs:
         What accuracy averages: correctness (0 or 1) unless given, so that boxes or regressions fit in.
     chained : bool, default=False
         Exits read earlier exits, so all of them up to the deepest one switched on are run and paid for.
+    cost_unit : str, optional
+        Of the costs, where it is known: "MACs" or "seconds" a sample.
 
     Raises
     ------
@@ -67,6 +69,7 @@ class ExitOutputs:
     features: list[NDArray[Any]] | None = None
     quality: NDArray[Any] | None = None
     chained: bool = False
+    cost_unit: str | None = None
     costs: InitVar[ArrayLike | None] = None
 
     def __post_init__(self, costs: ArrayLike | None) -> None:
@@ -152,7 +155,7 @@ class ExitOutputs:
         keep_logits : bool, default=True
             False keeps predictions and scores only.
         **others
-            ``features``, ``quality``, ``chained``.
+            ``features``, ``quality``, ``chained``, ``cost_unit``.
         """
         array = np.asanyarray(logits)
         if array.ndim != 3 or array.shape[0] < 1 or array.shape[2] < 1:
@@ -174,7 +177,7 @@ class ExitOutputs:
     def _replace(self, **fields: Any) -> ExitOutputs:
         """A copy with some fields exchanged, not validated again."""
         copy = object.__new__(ExitOutputs)
-        for name in (*_ARRAYS, "features", "n_classes", "chained"):
+        for name in (*_ARRAYS, "features", "n_classes", "chained", "cost_unit"):
             object.__setattr__(copy, name, fields.get(name, getattr(self, name)))
         return copy
 
@@ -277,6 +280,7 @@ class ExitOutputs:
                 np.save(scratch / f"{name}.npy", array, allow_pickle=False)
             described = {
                 "format": FORMAT_VERSION, "n_classes": self.n_classes, "chained": self.chained,
+                "cost_unit": self.cost_unit,
                 "n_exits": self.n_exits, "n_samples": self.n_samples,
                 "arrays": [name for name, _ in self._named_arrays()],
             }  # fmt: skip
@@ -323,6 +327,7 @@ class ExitOutputs:
         object.__setattr__(empty, "features", features or None)
         object.__setattr__(empty, "n_classes", described["n_classes"])
         object.__setattr__(empty, "chained", described["chained"])
+        object.__setattr__(empty, "cost_unit", described.get("cost_unit"))
         for name in ("stage_costs", "exit_costs"):
             object.__setattr__(empty, name, np.array(read[name]))
         return empty

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -38,11 +38,14 @@ class ExitAnswer:
         How sure it is; the model's confidence of the logits unless given.
     carried : rows or None
         What goes on instead of what the exit was given: less, or with what later exits read.
+    features : tensor (B, d) or None
+        What a rule may read besides.
     """
 
     logits: Tensor
     scores: Tensor | None = None
     carried: Rows = None
+    features: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +116,7 @@ class StagedModel:
             predictions=_array(logits.argmax(dim=1)),
             scores=_array(scores),
             logits=_array(logits) if keep_logits else None,
+            features=None if answer.features is None else _array(_widened(answer.features)),
         )
         if not _all_finite(batch.scores):
             raise ValueError(
@@ -293,10 +297,21 @@ def execute(
     return collected.in_order()
 
 
-def record(
-    model: StagedModel, batches: Iterable[Rows], *, keep_logits: bool = False
-) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any] | None]:
-    """Every exit's answers on every sample: predictions (K, N), scores (K, N) and, where kept, logits (K, N, C)."""
+class Recorded(NamedTuple):
+    """Every exit's answers on every sample.
+
+    ``predictions`` and ``scores`` (K, N); ``logits`` (K, N, C) where kept; ``features``, K arrays (N, d_k), where some
+    exit gives any (d_k is 0 where it gives none).
+    """
+
+    predictions: NDArray[Any]
+    scores: NDArray[Any]
+    logits: NDArray[Any] | None
+    features: list[NDArray[Any]] | None
+
+
+def record(model: StagedModel, batches: Iterable[Rows], *, keep_logits: bool = False) -> Recorded:
+    """Run all exits on all samples."""
     kept: list[list[ExitBatch]] = [[] for _ in range(model.n_exits)]
     with torch.inference_mode():
         for carried in batches:
@@ -309,8 +324,17 @@ def record(
     widths = {batch.logits.shape[1] for row in kept for batch in row if batch.logits is not None}
     if len(widths) > 1:
         raise ValueError(f"all exits must answer for the same number of classes; got {sorted(widths)}.")
-    return (
+    return Recorded(
         np.stack([np.concatenate([batch.predictions for batch in row]) for row in kept]),
         np.stack([np.concatenate([batch.scores for batch in row]) for row in kept]),
         np.stack([np.concatenate([batch.logits for batch in row]) for row in kept]) if keep_logits else None,
+        _features(kept),
     )
+
+
+def _features(kept: list[list[ExitBatch]]) -> list[NDArray[Any]] | None:
+    if all(row[0].features is None for row in kept):
+        return None
+    empty = np.empty((sum(len(batch.scores) for batch in kept[0]), 0), dtype=np.float32)
+    given = [[batch.features for batch in row if batch.features is not None] for row in kept]
+    return [np.concatenate(parts) if parts else empty for parts in given]

@@ -49,11 +49,11 @@ class FeatureCache:
     """
 
     def __init__(
-        self, features: list[NDArray[Any]], logits: NDArray[Any], dtypes: Sequence[torch.dtype] | None = None
+        self, features: list[NDArray[Any]], logits: NDArray[Any], dtypes: Sequence[torch.dtype | None] | None = None
     ) -> None:
         self.features = features
         self.logits = logits
-        self._dtypes = [None] * len(features) if dtypes is None else list(dtypes)
+        self._dtypes: list[torch.dtype | None] = [None] * len(features) if dtypes is None else list(dtypes)
 
     @property
     def n_samples(self) -> int:
@@ -78,6 +78,10 @@ class FeatureCache:
         else:
             gathered = feature[wanted]
         return torch.from_numpy(gathered).to(self._dtypes[k])
+
+    def part(self, exits: slice) -> FeatureCache:
+        """The same of some of the exits, sharing memory and files."""
+        return FeatureCache(self.features[exits], self.logits, self._dtypes[exits])
 
     def close(self) -> None:
         """Give memory and temporary files back; what a folder of the caller's holds stays there."""

@@ -260,7 +260,7 @@ def test_answers_are_those_of_one_sample_at_a_time(data, network, batch_size, me
 @given(st.data(), networks())
 def test_recorded_answers_are_those_of_one_sample_at_a_time(data, network):
     x, batches = data.draw(inputs_for(network))
-    predictions, scores, logits = record(staged(network), map(torch.from_numpy, batches), keep_logits=True)
+    predictions, scores, logits, _ = record(staged(network), map(torch.from_numpy, batches), keep_logits=True)
     on = np.ones(network["n_exits"], dtype=bool)
     for i, row in enumerate(x):
         for k, *expected in alone(network, row, on, stays=True):

@@ -1,0 +1,332 @@
+import copy
+import json
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from sklearn.base import clone
+from sklearn.exceptions import ConvergenceWarning, NotFittedError
+
+import adaptexit
+from adaptexit import CascadeSaver, EMRouter
+from adaptexit.calibrators import em
+from adaptexit.core.outputs import ExitBatch, ExitOutputs
+from adaptexit.core.posteriors import halting_targets, log_likelihoods, reach
+from adaptexit.features import pooled
+from adaptexit.training.routers import Router, halting, new_routers
+from tests.nets import branched, branched_trained, digits, large_trained, small_trained
+from tests.properties.test_calibrator_laws import online_exits
+
+TRAIN, VAL, TEST = digits()
+CUTS = ["one", "two"]
+QUICK = {"prior": "global", "epochs": 6, "n_points": 10, "hidden": 8}
+
+
+def recorded(n=400, seed=0, cost_unit="MACs", features=True, **changed):
+    """Three exits, the deeper the surer; the features tell which samples are hard."""
+    rng = np.random.default_rng(seed)
+    labels, hard = rng.integers(0, 3, n), rng.random(n) < 0.5
+    strength = np.where(hard, np.array([[0.0], [0.5], [4.0]]), np.array([[3.0], [4.0], [4.0]]))
+    logits = rng.normal(size=(3, n, 3)) + strength[:, :, None] * np.eye(3)[labels]
+    told = (hard[:, None] + 0.1 * rng.normal(size=(n, 4))).astype(np.float32)
+    given = {"costs": [100.0, 300.0, 1000.0], "cost_unit": cost_unit} | changed
+    return ExitOutputs.from_logits(
+        logits, labels, features=[told, told[:, :2], told[:, :0]] if features else None, **given
+    )
+
+
+OUTPUTS = recorded()
+
+
+# -- learning ---------------------------------------------------------------------------------------------------------
+
+
+def test_hard_samples_go_on():
+    router = EMRouter(2.0, "per_sample", hidden=8, epochs=60).fit(OUTPUTS)
+    hard = OUTPUTS.features[0][:, 0] > 0.5
+    exits = router.exit_index(OUTPUTS)
+    assert np.mean(exits[hard] > 0) > 0.9
+    assert np.mean(exits[~hard] == 0) > 0.9
+
+
+@pytest.mark.parametrize("weighted", [True, False])
+@pytest.mark.parametrize("prior", ["global", "per_sample"])
+def test_routers_learn_halting_targets(prior, weighted, monkeypatch):
+    told = []
+    original = em.train_routers
+
+    def spy(routers, features, targets, weights=None, **settings):
+        told.append((features, targets, weights, settings))
+        return original(routers, features, targets, weights, **settings)
+
+    monkeypatch.setattr(em, "train_routers", spy)
+    router = EMRouter(0.7, weighted=weighted, **QUICK | {"prior": prior}).fit(OUTPUTS)
+    ((features, targets, weights, settings),) = told
+    log_r = router.posterior_.log_responsibilities
+    assert np.array_equal(targets, halting_targets(log_r)[:, :2])
+    assert np.array_equal(weights, reach(log_r)[:, :2]) if weighted else weights is None
+    assert all(np.array_equal(a, b) for a, b in zip(features, OUTPUTS.features[:2], strict=True))
+    assert settings["epochs"] == 6
+    costs = router._kept[2]
+    expected = log_likelihoods(OUTPUTS) - 0.7 * costs
+    if prior == "per_sample":
+        r = np.exp(expected - expected.max(axis=1, keepdims=True))
+        np.testing.assert_allclose(np.exp(log_r), r / r.sum(axis=1, keepdims=True))
+
+
+def test_costs_count_heads_and_routers():
+    router = EMRouter(**QUICK).fit(OUTPUTS)
+    macs = [4 * 8 + 8, 2 * 8 + 8, 0]
+    assert router.extra_costs_.tolist() == macs
+    np.testing.assert_allclose(router._kept[2], (np.array([100, 300, 1000]) + np.cumsum(macs)) / 1000)
+    (point,) = [p for p in router.frontier_.points if p is router.point_]
+    paid = np.array([100, 300, 1000]) + np.cumsum(macs)
+    assert point.cost == pytest.approx(float(point.exit_rates @ paid) / 1000)
+
+
+@pytest.mark.parametrize("unit", [None, "seconds", "given"])
+def test_routers_are_free_where_costs_are_no_macs(unit):
+    outputs = recorded(cost_unit=unit, costs=[0.25, 0.5, 1.0])
+    router = EMRouter(**QUICK).fit(outputs)
+    assert not router.extra_costs_.any()
+    assert router._kept[2].tolist() == [0.25, 0.5, 1.0]
+
+
+@pytest.mark.parametrize("prior", ["global", "per_sample", "amortized"])
+def test_a_huge_cost_weight_sends_everybody_to_the_cheapest_exit(prior):
+    router = EMRouter(1e6, **QUICK | {"prior": prior, "epochs": 40}).fit(OUTPUTS)
+    assert (router.exit_index(OUTPUTS) == 0).all()
+
+
+def test_without_cost_one_step_of_the_papers_prior_is_bayes_rule():
+    router = EMRouter(0.0, **QUICK | {"prior": "per_sample"}).fit(OUTPUTS)
+    p = np.exp(log_likelihoods(OUTPUTS))
+    np.testing.assert_allclose(np.exp(router.posterior_.log_responsibilities), p / p.sum(axis=1, keepdims=True))
+
+
+def test_amortized_routers_are_the_prior():
+    router = EMRouter(0.5, hidden=8, epochs=10, n_points=10).fit(OUTPUTS)
+    assert router.posterior_.converged
+    halts = [halting(r, f) for r, f in zip(router.routers_, OUTPUTS.features[:2], strict=True)]
+    prior = np.stack([halts[0], (1 - halts[0]) * halts[1], (1 - halts[0]) * (1 - halts[1])], axis=1)
+    np.testing.assert_allclose(router.posterior_.prior, prior, atol=1e-9)
+    history = router.posterior_.history
+    assert history[-1] > history[0]
+    assert history[-1] - history[-2] < 1e-3
+
+
+def test_not_to_converge_is_told():
+    with pytest.warns(
+        ConvergenceWarning, match=r"EM stopped after 2 steps; the last one gained .* more than tol=1e-09"
+    ):
+        router = EMRouter(n_iter=2, tol=1e-9, epochs=2, n_points=10).fit(OUTPUTS)
+    assert not router.posterior_.converged
+
+
+def test_routers_learn_from_the_training_outputs_and_thresholds_from_the_others():
+    training = recorded(300, seed=1)
+    router = EMRouter(**QUICK).fit(OUTPUTS, training=training)
+    alone = EMRouter(**QUICK).fit(training)
+    for one, other in zip(router.routers_, alone.routers_, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+    assert len(router.posterior_.log_responsibilities) == 300
+    assert router.frontier_.n_samples == 400
+
+
+def test_a_seed_determines_all_and_leaves_the_global_one_alone():
+    before = torch.get_rng_state()
+    one, same, other = (EMRouter(**QUICK, random_state=seed).fit(OUTPUTS) for seed in (0, 0, 1))
+    assert torch.equal(before, torch.get_rng_state())
+    assert one.rescored(OUTPUTS).scores.tolist() == same.rescored(OUTPUTS).scores.tolist()
+    assert one.rescored(OUTPUTS).scores.tolist() != other.rescored(OUTPUTS).scores.tolist()
+
+
+def test_routers_standardise_what_they_read():
+    features = np.random.default_rng(0).normal(50, 9, (200, 3)).astype(np.float32)
+    features[:, 2] = 7.0
+    (router,) = new_routers([features], 5, 0)
+    inputs = (torch.from_numpy(features) - router.mean) * router.scale
+    np.testing.assert_allclose(inputs.mean(0), [0, 0, 0], atol=1e-4)
+    np.testing.assert_allclose(inputs.std(0), [1, 1, 0], atol=0.01)
+    assert router.macs == 3 * 5 + 5
+    assert halting(router, features[:0]).shape == (0,)
+
+
+# -- routing ----------------------------------------------------------------------------------------------------------
+
+
+def test_leaving_online_is_routing_offline():
+    router = EMRouter(**QUICK).fit(OUTPUTS)
+
+    def batch(k, alive):
+        return ExitBatch(
+            predictions=OUTPUTS.predictions[k][alive], scores=OUTPUTS.scores[k][alive],
+            features=OUTPUTS.features[k][alive] if k < 2 else None,
+        )  # fmt: skip
+
+    for point in router.frontier_.points:
+        exits, alive = np.full(400, 2), np.arange(400)
+        for k in range(2):
+            leaves = router.accept(k, batch(k, alive), point)
+            exits[alive[leaves]] = k
+            alive = alive[~leaves]
+        assert exits.tolist() == router.exit_index(OUTPUTS, point).tolist()
+
+
+def test_without_features_routers_read_logits():
+    outputs = recorded(features=False)
+    router = EMRouter(**QUICK).fit(outputs)
+    assert [len(r.mean) for r in router.routers_] == [3, 3]
+    exits = online_exits(router, outputs, [np.arange(200), np.arange(200, 400)], router.point_)
+    assert exits.tolist() == router.exit_index(outputs).tolist()
+    same = EMRouter(**QUICK, inputs="logits").fit(OUTPUTS)
+    assert same.rescored(OUTPUTS).scores.tolist() == router.rescored(outputs).scores.tolist()
+
+
+def test_the_point_in_use_has_the_threshold_and_budgets_searched_ones():
+    router = EMRouter(**QUICK, threshold=0.3).fit(OUTPUTS)
+    assert router.thresholds_.tolist() == [0.3, 0.3, -np.inf]
+    assert router.point_.params == {"cost_weight": 0.5, "threshold": 0.3}
+    costs = router.frontier_.cost
+    assert (np.diff(costs) >= 0).all()
+    assert router.operating_point(0.5).cost <= 0.5
+    assert router.operating_point(1.0).accuracy >= OUTPUTS.full_accuracy
+
+
+def test_the_sweep_trains_a_router_for_each_weight_on_the_same_likelihoods(monkeypatch):
+    router = EMRouter(**QUICK | {"epochs": 40}).fit(OUTPUTS)
+    monkeypatch.setattr(em, "log_likelihoods", lambda outputs: pytest.fail("again"))
+    sweep = router.pareto(OUTPUTS, refit=True, cost_weights=[0.0, 0.5, 1e6])
+    assert {p.params["cost_weight"] for p in sweep.points} == {0.0, 0.5, 1e6}
+    assert sweep.points[0].params["cost_weight"] == 1e6
+    assert sweep.points[0].exit_rates[0] == 1
+    (own,) = [p for p in sweep.points if p.params["cost_weight"] == 0.5]
+    assert own.accuracy == router.point_.accuracy
+    assert own.cost == router.point_.cost
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"cost_weight": -1}, "cost_weight must be a finite number of nats, at least 0; got -1"),
+        ({"prior": "flat"}, r"prior must be one of \['global', 'amortized', 'per_sample'\]; got 'flat'"),
+        ({"inputs": "pixels"}, r"inputs must be one of \['auto', 'features', 'logits'\]; got 'pixels'"),
+        ({"search": "luck"}, "search must be one of .* got 'luck'"),
+        ({"threshold": 1.0}, "threshold must be a probability below 1; got 1.0"),
+        ({"hidden": 0}, "hidden must be a whole number, at least 1; got 0"),
+        ({"n_iter": 1.5}, "n_iter must be a whole number, at least 1; got 1.5"),
+        ({"epochs": "many"}, "epochs must be a whole number, at least 1; got 'many'"),
+        ({"batch_size": 1}, "batch_size must be a whole number, at least 2; got 1"),
+        ({"lr": 0}, "lr must be a finite number above 0; got 0"),
+        ({"weighted": "yes"}, "weighted must be True or False; got 'yes'"),
+    ],
+)
+def test_parameters_that_cannot_be(params, message):
+    router = EMRouter(**QUICK).fit(OUTPUTS)
+    before = router.point_
+    with pytest.raises(ValueError, match=message):
+        router.set_params(**params).fit(OUTPUTS)
+    assert router.point_ is before
+
+
+def test_outputs_that_lack_what_is_needed():
+    with pytest.raises(ValueError, match="inputs='features' needs features, but the outputs have none"):
+        EMRouter(**QUICK, inputs="features").fit(recorded(features=False))
+    with pytest.raises(ValueError, match=r"need logits and labels; the outputs lack logits|routers need logits"):
+        EMRouter(**QUICK).fit(recorded(features=False, keep_logits=False))
+    router = EMRouter(**QUICK).fit(OUTPUTS)
+    with pytest.raises(ValueError, match=r"read vectors of widths \[4, 2\]; the outputs have \[3, 3\]"):
+        router.exit_index(recorded(features=False))
+    with pytest.raises(ValueError, match="routers need features, but the batch has none"):
+        router.accept(0, ExitBatch(predictions=np.zeros(1, int), scores=np.zeros(1)))
+    with pytest.raises(NotFittedError):
+        EMRouter().rescored(OUTPUTS)
+    with pytest.raises(ValueError, match="refit=True needs outputs to evaluate on"):
+        router.pareto(refit=True)
+
+
+# -- copies and estimators --------------------------------------------------------------------------------------------
+
+
+def test_state_there_and_back():
+    router = EMRouter(**QUICK).fit(OUTPUTS)
+    state, arrays = router.get_state()
+    other = clone(router)
+    other.set_state(json.loads(json.dumps(state)), arrays)
+    assert other.rescored(OUTPUTS).scores.tolist() == router.rescored(OUTPUTS).scores.tolist()
+    assert other.exit_index(OUTPUTS).tolist() == router.exit_index(OUTPUTS).tolist()
+    assert other.extra_costs_.tolist() == router.extra_costs_.tolist()
+    assert copy.deepcopy(router).exit_index(OUTPUTS).tolist() == router.exit_index(OUTPUTS).tolist()
+
+
+@pytest.fixture(scope="module", params=["mlp", "prototype"])
+def model(request):
+    router = EMRouter(0.3, **QUICK)
+    return branched(exits=CUTS, head=request.param, calibrator=router).fit(*TRAIN).calibrate(*VAL)
+
+
+def test_features_are_means_over_positions_live_and_cached(model):
+    recorded = model.record(*TEST)
+    x = torch.from_numpy(TEST[0])
+    net = branched_trained()
+    with torch.inference_mode():
+        feature = x
+        for k, name in enumerate(CUTS):
+            feature = getattr(net, name)(feature)
+            expected = pooled(feature, model._network.heads[k].spec)
+            np.testing.assert_allclose(recorded.features[k], expected, atol=1e-5)
+    assert recorded.features[2].shape == (len(x), 0)
+    training = model.training_outputs_
+    assert training.n_samples == 450
+    again = model.record(*TRAIN)
+    order = {tuple(np.round(row, 3)): i for i, row in enumerate(again.logits[2])}
+    places = [order[tuple(np.round(row, 3))] for row in training.logits[2]]
+    for k in range(2):
+        np.testing.assert_allclose(training.features[k], again.features[k][places], atol=1e-4)
+
+
+def test_an_estimator_leaves_as_its_record_says(model):
+    recorded = model.record(*TEST)
+    for budget in (None, 1.0):
+        trace = model.trace(TEST[0], budget=budget)
+        point = model.calibrator_.operating_point(budget)
+        assert trace.exits.tolist() == model.calibrator_.exit_index(recorded, point).tolist()
+        evaluated = model.pareto(*TEST).points[model.point_index(budget)]
+        assert trace.relative_costs.mean() == pytest.approx(evaluated.cost)
+    assert model.calibrator_.extra_costs_.tolist() == [8 * 8 + 8, 16 * 8 + 8, 0]
+
+
+def test_saved_loaded_and_calibrated_again(model, tmp_path):
+    model.save(tmp_path / "saved")
+    loaded = adaptexit.load(tmp_path / "saved", backbone=branched_trained())
+    assert loaded.predict(TEST[0]).tolist() == model.predict(TEST[0]).tolist()
+    anew = loaded.calibrate(*VAL)
+    assert anew.calibrator_.rescored(anew.outputs_).scores.tolist() == (
+        model.calibrator_.rescored(model.outputs_).scores.tolist()
+    )
+
+
+@pytest.mark.filterwarnings("ignore::adaptexit.SaverWarning")
+def test_cascades_route_by_logits():
+    cascade = CascadeSaver(large_trained(), small_trained(), calibrator=EMRouter(0.5, **QUICK)).fit(*VAL)
+    assert [len(router.mean) for router in cascade.calibrator_.routers_] == [10]
+    exits = cascade.trace(TEST[0]).exits
+    assert exits.tolist() == cascade.calibrator_.exit_index(cascade.record(*TEST)).tolist()
+
+
+def test_given_costs_in_an_estimator():
+    model = branched(exits=CUTS, cost=[0.25, 0.5, 1.0], head="mlp", calibrator=EMRouter(0.3, **QUICK))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.fit(*TRAIN)
+    model.calibrate(*VAL)
+    assert model.outputs_.cost_unit == "given"
+    assert set(model.trace(TEST[0]).costs.tolist()) <= {0.25, 0.5, 1.0}
+
+
+def test_a_router_is_small():
+    assert sum(p.numel() for p in Router(6, 4).parameters()) == 6 * 4 + 4 + 4 + 1
