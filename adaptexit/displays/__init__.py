@@ -3,9 +3,18 @@
 Nothing else of the package is imported here: estimators and :mod:`adaptexit.core.metrics` make what is drawn.
 """
 
+from adaptexit.displays.comparison import BarsDisplay, ComparisonDisplay
 from adaptexit.displays.curves import JobRatioDisplay, ParetoDisplay
 from adaptexit.displays.exemplars import ExemplarDisplay
 from adaptexit.displays.flow import ExitFlowDisplay
 from adaptexit.displays.reliability import ReliabilityDisplay
 
-__all__ = ["ExemplarDisplay", "ExitFlowDisplay", "JobRatioDisplay", "ParetoDisplay", "ReliabilityDisplay"]
+__all__ = [
+    "BarsDisplay",
+    "ComparisonDisplay",
+    "ExemplarDisplay",
+    "ExitFlowDisplay",
+    "JobRatioDisplay",
+    "ParetoDisplay",
+    "ReliabilityDisplay",
+]

@@ -1,0 +1,282 @@
+"""Calibrated methods side by side with the simplest rules, on data that none of them was chosen on."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.utils.validation import check_is_fitted
+
+from adaptexit.calibrators import ThresholdCalibrator
+from adaptexit.calibrators.base import Calibrator, check_outputs
+from adaptexit.core.baselines import RulePoint, fixed_exits, oracle, patience, random_routing
+from adaptexit.core.frontier import TOLERANCE, OperatingPoint, ParetoFrontier, checked_number
+from adaptexit.core.outputs import ExitOutputs
+
+if TYPE_CHECKING:
+    import pandas
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison:
+    """What :func:`compare` found; every figure is on its ``test`` outputs.
+
+    Attributes
+    ----------
+    points : dict of str to list of RulePoint
+        Rules without a curve: ``exits alone``, ``random exit``, ``patience`` (not for outputs by quality) and
+        ``oracle``. The name of a point is its row in the table.
+    frontiers : dict of str to ParetoFrontier
+        Of every method, in the order given; ``chosen_on`` is the calibrated one.
+    in_use : dict of str to int
+        Index, on each method's frontier, of its calibrator's own ``point_``.
+    exit_names : list of K str or None
+    full_accuracy : float
+        Of the full model.
+    n_samples : int
+    held_out : bool
+        Whether these are other outputs than methods were fitted on.
+    """
+
+    points: dict[str, list[RulePoint]]
+    frontiers: dict[str, ParetoFrontier]
+    in_use: dict[str, int]
+    exit_names: list[str] | None
+    full_accuracy: float
+    n_samples: int
+    held_out: bool
+
+    @property
+    def n_exits(self) -> int:
+        """Number of exits K."""
+        return len(self.points["exits alone"])
+
+    def at(self, budget: float | None = None) -> dict[str, RulePoint | OperatingPoint | None]:
+        """One point a row of the table: rules without a curve, then methods, and the oracle last.
+
+        Parameters
+        ----------
+        budget : float, optional
+            Mean relative cost: of each method the point that the calibration data say is best within it, or None where
+            its cheapest costs more. Without, each method's own point. Rules without a curve stay as they are.
+        """
+        if budget is not None:
+            budget = checked_number("budget", budget, "a finite relative cost (0.4 is 40% of the full model)")
+        found: dict[str, RulePoint | OperatingPoint | None] = {
+            point.name: point for rule, points in self.points.items() if rule != "oracle" for point in points
+        }
+        found |= {name: self._point(name, budget) for name in self.frontiers}
+        return found | {point.name: point for point in self.points["oracle"]}
+
+    def _point(self, name: str, budget: float | None) -> OperatingPoint | None:
+        frontier = self.frontiers[name]
+        if budget is None:
+            return frontier.points[self.in_use[name]]
+        calibrated = frontier.chosen_on or frontier
+        return frontier.at(budget=budget) if calibrated.cost.min() <= budget + TOLERANCE else None
+
+    def to_frame(self, budget: float | None = None) -> pandas.DataFrame:
+        """A pandas table, one row a method or rule: ``accuracy``, ``cost`` and ``exit_rate_...`` (needs pandas).
+
+        Table 1 of Kyauk, "Adaptive Multi-Exit Neural Networks using EM-Based Routing", with the exit rates: columns
+        ``exit_rate_0`` and so on, or by the exits' names where those were given.
+
+        Parameters
+        ----------
+        budget : float, optional
+            As for :meth:`at`; a method that has nothing within it gets a row of NaN.
+        """
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError("to_frame needs pandas: pip install pandas (the extra 'plot' brings it).") from error
+        found = self.at(budget)
+        columns = ["accuracy", "cost", *(f"exit_rate_{name}" for name in self.exit_names or range(self.n_exits))]
+        index = pandas.Index(list(found), name="method")
+        return pandas.DataFrame([self._row(point) for point in found.values()], index, columns, dtype=float)
+
+    def _row(self, point: RulePoint | OperatingPoint | None) -> list[float]:
+        if point is None:
+            return [np.nan] * (2 + self.n_exits)
+        return [point.accuracy, point.cost, *point.exit_rates]
+
+    def __str__(self) -> str:
+        found = self.at()
+        first = max(len(name) for name in found)
+        heads = ["accuracy", "cost", *(self.exit_names or _made_up(self.n_exits))]
+        widths = [max(len(head), 6) for head in heads]
+        lines = [" " * first + "".join(f"  {head:>{width}}" for head, width in zip(heads, widths, strict=True))]
+        for name, point in found.items():
+            cells = [f"{value:.4f}" for value in self._row(point)]
+            lines.append(f"{name:<{first}}" + "".join(f"  {c:>{w}}" for c, w in zip(cells, widths, strict=True)))
+        came = "held out" if self.held_out else "the calibration data themselves, which flatters calibrated methods"
+        return "\n".join([*lines, f"Share of samples that each exit answers; {self.n_samples:,} samples, {came}."])
+
+    def __repr__(self) -> str:
+        return (
+            f"Comparison({len(self.frontiers)} methods, {sum(map(len, self.points.values()))} points of simple rules, "
+            f"{self.n_samples} samples, full model {self.full_accuracy:.4f})"
+        )
+
+
+def compare(
+    outputs: ExitOutputs,
+    methods: Mapping[str, Calibrator] | None = None,
+    *,
+    test: ExitOutputs | None = None,
+    exit_names: Sequence[str] | None = None,
+) -> Comparison:
+    """Calibrate methods on some outputs and report them on others, beside the simplest rules.
+
+    Section 5 of Kyauk, "Adaptive Multi-Exit Neural Networks using EM-Based Routing", with what its protocol leaves
+    open settled: operating points are fitted and chosen on ``outputs``, and ``test`` only reports them.
+
+    Parameters
+    ----------
+    outputs : ExitOutputs
+        Calibration data: K exits, N samples, with logits where a method needs them.
+    methods : dict of str to Calibrator, optional
+        Unfitted calibrators are cloned and fitted on ``outputs``; fitted ones are taken as they are. Unless given,
+        BranchyNet's entropy and the largest probability, with a threshold an exit each; where ``outputs`` have no
+        logits, the recorded score alone.
+    test : ExitOutputs, optional
+        The same exits on other data. Unless given, ``outputs`` themselves: optimistic for methods that were fitted
+        on them.
+    exit_names : sequence of K distinct str, optional
+        As an estimator's ``exit_names``.
+
+    Returns
+    -------
+    Comparison
+        With exits alone, random routing, PABEE's patience and the oracle (:mod:`adaptexit.core.baselines`) always
+        in it; patience only for outputs with predictions.
+
+    Raises
+    ------
+    TypeError
+        For outputs that are none, or methods that are no dict of calibrators.
+    ValueError
+        For ``test`` with other exits or classes, logits that are missing, a fitted method of other exits, or names
+        that are not distinct.
+    """
+    check_outputs(outputs)
+    reported = outputs if test is None else _checked_test(test, outputs)
+    names = _checked_names(exit_names, outputs.n_exits)
+    points = _simple_rules(reported, names)
+    chosen = _checked_methods(_usual(outputs) if methods is None else methods, points)
+    fresh = {name: not _fitted(method) for name, method in chosen.items()}
+    for name, method in chosen.items():
+        _check_logits(name, method, {"outputs": outputs if fresh[name] or test is None else None, "test": test})
+        if not fresh[name]:
+            _check_exits(name, method, outputs)
+    calibrators = {name: clone(method).fit(outputs) if fresh[name] else method for name, method in chosen.items()}
+    return Comparison(
+        points=points,
+        frontiers={name: calibrator.pareto(reported) for name, calibrator in calibrators.items()},
+        in_use={name: _index_in_use(calibrator) for name, calibrator in calibrators.items()},
+        exit_names=names,
+        full_accuracy=reported.full_accuracy,
+        n_samples=reported.n_samples,
+        held_out=test is not None,
+    )
+
+
+def _usual(outputs: ExitOutputs) -> dict[str, Calibrator]:
+    if outputs.logits is None:
+        return {"recorded score": ThresholdCalibrator("recorded")}
+    return {
+        "BranchyNet (entropy)": ThresholdCalibrator("entropy"),
+        "largest probability": ThresholdCalibrator("max_proba"),
+    }
+
+
+def _simple_rules(outputs: ExitOutputs, exit_names: list[str] | None) -> dict[str, list[RulePoint]]:
+    alone = fixed_exits(outputs)
+    if exit_names is not None:
+        rows = [*(f"{name} alone" for name in exit_names[:-1]), exit_names[-1]]
+        alone = [dataclasses.replace(point, name=row) for point, row in zip(alone, rows, strict=True)]
+    rules = {"exits alone": alone, "random exit": [random_routing(outputs)]}
+    if outputs.predictions is not None:
+        rules["patience"] = patience(outputs)
+    return rules | {"oracle": [oracle(outputs)]}
+
+
+def _made_up(n_exits: int) -> list[str]:
+    return [*(f"exit {k}" for k in range(n_exits - 1)), "full model"]
+
+
+def _checked_names(exit_names: Any, n_exits: int) -> list[str] | None:
+    if exit_names is None:
+        return None
+    names = [] if isinstance(exit_names, str) else [str(name) for name in exit_names]
+    if len(names) != n_exits or len(set(names)) < n_exits:
+        raise ValueError(f"exit_names must be {n_exits} distinct names, one an exit; got {exit_names!r}.")
+    return names
+
+
+def _checked_test(test: Any, outputs: ExitOutputs) -> ExitOutputs:
+    if not isinstance(test, ExitOutputs):
+        raise TypeError(f"test must be ExitOutputs, or None to report on outputs; got {type(test).__name__}.")
+    wanted, came = ((o.n_exits, o.n_classes) for o in (outputs, test))
+    if wanted != came:
+        raise ValueError(
+            f"test must have the exits and classes of outputs, {wanted[0]} and {wanted[1]}; got {came[0]} and "
+            f"{came[1]}. Record both with the same estimator."
+        )
+    return test
+
+
+def _checked_methods(methods: Any, points: dict[str, list[RulePoint]]) -> dict[str, Calibrator]:
+    form = 'a dict of names to calibrators, as {"mine": ThresholdCalibrator()}'
+    if not isinstance(methods, Mapping):
+        raise TypeError(f"methods must be {form}; got {type(methods).__name__}.")
+    taken = {point.name for rule in points.values() for point in rule}
+    for name, method in methods.items():
+        if not isinstance(name, str):
+            raise TypeError(f"methods must be {form}; got the key {name!r}.")
+        if isinstance(method, type):
+            raise TypeError(f"methods must be {form}; methods[{name!r}] is the class {method.__name__}: call it first.")
+        if not isinstance(method, Calibrator):
+            raise TypeError(
+                f"methods must be {form}; methods[{name!r}] is {type(method).__name__}. "
+                "Of a fitted estimator give its calibrator_."
+            )
+        if name in taken:
+            raise ValueError(f"methods must not be called as a simple rule, which {name!r} is; choose another name.")
+    return dict(methods)
+
+
+def _check_logits(name: str, method: Calibrator, used: dict[str, ExitOutputs | None]) -> None:
+    for argument, data in used.items():
+        if data is not None and data.logits is None and method.needs_logits:
+            raise ValueError(
+                f"{argument} must have logits for methods[{name!r}]; they have none. Record them (keep_logits=True), "
+                "or compare methods that do without."
+            )
+
+
+def _fitted(method: Calibrator) -> bool:
+    try:
+        check_is_fitted(method)
+    except NotFittedError:
+        return False
+    return True
+
+
+def _check_exits(name: str, method: Calibrator, outputs: ExitOutputs) -> None:
+    shape = method.point_.cutoffs.shape
+    if shape[0] != outputs.n_exits or (len(shape) == 2 and shape[1] != outputs.n_classes):
+        came = f"{shape[0]} exits" + (f" and {shape[1]} classes" if len(shape) == 2 else "")
+        raise ValueError(
+            f"methods must be calibrated on the {outputs.n_exits} exits and {outputs.n_classes} classes of outputs, or "
+            f"not yet; methods[{name!r}] was on {came}. Give clone(calibrator) to have it calibrated here."
+        )
+
+
+def _index_in_use(calibrator: Calibrator) -> int:
+    return next(i for i, point in enumerate(calibrator.frontier_.points) if point is calibrator.point_)

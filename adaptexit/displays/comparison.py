@@ -1,0 +1,152 @@
+"""Methods side by side: their curves beside simple rules, and their accuracies and costs as bars."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from adaptexit.displays.shared import axes
+
+Comparison = Any  # adaptexit.comparison.Comparison, which this module does not import
+
+_MARKERS = ("^", "X", "D", "*", "P", "v")
+
+
+class ComparisonDisplay:
+    """Accuracy against mean relative cost of several methods, and of rules that have no curve.
+
+    Fig. 2 of Kyauk, "Adaptive Multi-Exit Neural Networks using EM-Based Routing", with its baselines in it. Make one
+    with :meth:`from_comparison`.
+
+    Parameters
+    ----------
+    curves : dict of str to (cost, accuracy), arrays (P,) each
+        Of every method, in the order in which its points are joined.
+    rules : dict of str to (cost, accuracy), arrays (R,) each
+        Of every rule without a curve.
+    full : (cost, accuracy)
+        Of the full model.
+    full_name : str, default="full model"
+
+    Attributes
+    ----------
+    lines_ : dict of str to Line2D
+    markers_ : dict of str to PathCollection
+        Of the rules and the full model.
+    ax_, figure_ : matplotlib Axes and Figure
+        All after :meth:`plot`.
+    """
+
+    def __init__(
+        self,
+        *,
+        curves: Mapping[str, tuple[ArrayLike, ArrayLike]],
+        rules: Mapping[str, tuple[ArrayLike, ArrayLike]],
+        full: tuple[float, float],
+        full_name: str = "full model",
+    ) -> None:
+        self.curves = {name: (np.asarray(cost), np.asarray(accuracy)) for name, (cost, accuracy) in curves.items()}
+        self.rules = {name: (np.asarray(cost), np.asarray(accuracy)) for name, (cost, accuracy) in rules.items()}
+        self.full = full
+        self.full_name = full_name
+
+    @classmethod
+    def from_comparison(cls, comparison: Comparison) -> ComparisonDisplay:
+        """From :func:`adaptexit.comparison.compare`."""
+        *alone, full = comparison.points["exits alone"]
+        rules = {name: (alone if name == "exits alone" else points) for name, points in comparison.points.items()}
+        return cls(
+            curves={name: (frontier.cost, frontier.accuracy) for name, frontier in comparison.frontiers.items()},
+            rules={name: ([p.cost for p in some], [p.accuracy for p in some]) for name, some in rules.items() if some},
+            full=(full.cost, full.accuracy),
+            full_name=full.name,
+        )
+
+    def plot(self, ax: Any = None, **kwargs: Any) -> ComparisonDisplay:
+        """Draw on ``ax`` (a new figure unless given); ``kwargs`` go to every curve's ``Axes.plot``. Returns self."""
+        ax = axes(ax, figsize=(7.2, 4.8), layout="constrained")
+        self.lines_: dict[str, Any] = {}
+        self.markers_: dict[str, Any] = {}
+        for name, (cost, accuracy) in self.curves.items():
+            (self.lines_[name],) = ax.plot(cost, accuracy, **({"marker": ".", "label": name} | kwargs))
+        for i, (name, (cost, accuracy)) in enumerate(self.rules.items()):
+            marker = _MARKERS[i % len(_MARKERS)]
+            size = 110 if marker == "*" else 45
+            self.markers_[name] = ax.scatter(cost, accuracy, marker=marker, s=size, zorder=3, color="0.35", label=name)
+        self.markers_[self.full_name] = ax.scatter(
+            *self.full, marker="s", s=45, zorder=3, color="black", label=self.full_name
+        )
+        ax.axhline(self.full[1], color="grey", linewidth=0.8, linestyle="--")
+        ax.set(xlabel="mean relative cost (full model = 1)", ylabel="accuracy")
+        ax.legend(loc="lower right", fontsize="small")
+        self.ax_, self.figure_ = ax, ax.figure
+        return self
+
+
+class BarsDisplay:
+    """Accuracy and mean relative cost of every method and rule, one pair of bars each.
+
+    Fig. 4 of Kyauk, "Adaptive Multi-Exit Neural Networks using EM-Based Routing". Make one with
+    :meth:`from_comparison`.
+
+    Parameters
+    ----------
+    names : sequence of M str
+        From top to bottom.
+    accuracy, cost : arrays (M,)
+        NaN where a method has no point to show.
+
+    Attributes
+    ----------
+    accuracy_bars_, cost_bars_ : BarContainer
+        M bars each.
+    ax_, figure_ : matplotlib Axes and Figure
+        All after :meth:`plot`.
+    """
+
+    def __init__(self, *, names: Sequence[str], accuracy: ArrayLike, cost: ArrayLike) -> None:
+        self.names = list(names)
+        self.accuracy = np.asarray(accuracy, dtype=float)
+        self.cost = np.asarray(cost, dtype=float)
+
+    @classmethod
+    def from_comparison(cls, comparison: Comparison, budget: float | None = None) -> BarsDisplay:
+        """From :func:`adaptexit.comparison.compare`, of each method the point for a budget or its own."""
+        found = comparison.at(budget)
+        return cls(
+            names=list(found),
+            accuracy=[np.nan if point is None else point.accuracy for point in found.values()],
+            cost=[np.nan if point is None else point.cost for point in found.values()],
+        )
+
+    def plot(self, ax: Any = None, **kwargs: Any) -> BarsDisplay:
+        """Draw on ``ax`` (a new figure unless given); ``kwargs`` go to both ``Axes.barh``. Returns self."""
+        rows = np.arange(len(self.names))
+        ax = axes(ax, figsize=(7.2, 1.0 + 0.45 * len(rows)), layout="constrained")
+        height = 0.38
+        missing = np.isnan(self.accuracy)
+        styles = (
+            {"color": "C0", "label": "accuracy"} | kwargs,
+            {"color": "0.7", "label": "mean relative cost"} | kwargs,
+        )
+        pairs = ((self.accuracy, -height / 2), (self.cost, height / 2))
+        self.accuracy_bars_, self.cost_bars_ = (
+            ax.barh(rows + shift, np.nan_to_num(values), height, **style)
+            for (values, shift), style in zip(pairs, styles, strict=True)
+        )
+        for bars, (values, _) in zip((self.accuracy_bars_, self.cost_bars_), pairs, strict=True):
+            written = ["" if none else f"{value:.3f}" for value, none in zip(values, missing, strict=True)]
+            ax.bar_label(bars, written, padding=3, fontsize=8)
+        for row in rows[missing]:
+            ax.text(0.01, row, "none within the budget", va="center", fontsize=8, color="0.5")
+        ax.set_yticks(rows, self.names)
+        ax.invert_yaxis()
+        ax.margins(x=0.08, y=0.02)
+        ax.tick_params(axis="y", length=0)
+        ax.spines[["top", "right"]].set_visible(False)
+        ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize="small")
+        self.ax_, self.figure_ = ax, ax.figure
+        return self
