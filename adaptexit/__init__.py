@@ -17,9 +17,12 @@ if TYPE_CHECKING:
         ThresholdCalibrator,
     )
     from adaptexit.cascade import CascadeSaver, SaverWarning
+    from adaptexit.comparison import Comparison, compare
     from adaptexit.core.frontier import OperatingPoint, ParetoFrontier
     from adaptexit.core.outputs import ExitOutputs
     from adaptexit.displays import (
+        BarsDisplay,
+        ComparisonDisplay,
         ExemplarDisplay,
         ExitFlowDisplay,
         JobRatioDisplay,
@@ -35,6 +38,8 @@ __version__ = "0.1.0"
 _HOMES = {
     "CascadeSaver": "adaptexit.cascade",
     "SaverWarning": "adaptexit.cascade",
+    "Comparison": "adaptexit.comparison",
+    "compare": "adaptexit.comparison",
     "MultiExitClassifier": "adaptexit.multi_exit",
     "CalibrationWarning": "adaptexit.calibrators",
     "LabelWarning": "adaptexit.multi_exit",
@@ -52,6 +57,8 @@ _HOMES = {
     "ParetoFrontier": "adaptexit.core.frontier",
     "ParetoDisplay": "adaptexit.displays",
     "JobRatioDisplay": "adaptexit.displays",
+    "BarsDisplay": "adaptexit.displays",
+    "ComparisonDisplay": "adaptexit.displays",
     "ExitFlowDisplay": "adaptexit.displays",
     "ReliabilityDisplay": "adaptexit.displays",
     "ExemplarDisplay": "adaptexit.displays",
@@ -59,11 +66,14 @@ _HOMES = {
 }
 
 __all__ = [
+    "BarsDisplay",
     "BoostNetRecipe",
     "CPMCalibrator",
     "CalexNetRecipe",
     "CalibrationWarning",
     "CascadeSaver",
+    "Comparison",
+    "ComparisonDisplay",
     "EMRouter",
     "ExemplarDisplay",
     "ExitFlowDisplay",
@@ -82,6 +92,7 @@ __all__ = [
     "ThresholdCalibrator",
     "ZTWRecipe",
     "__version__",
+    "compare",
     "load",
 ]
 

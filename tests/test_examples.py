@@ -185,3 +185,26 @@ def test_calexnet_on_digits(tmp_path):
     with Image.open(tmp_path / "curves.png") as picture:
         assert picture.width > 1500
         assert np.asarray(picture.convert("L")).std() > 5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--paper-costs"]])
+def test_em_routing_on_digits(tmp_path, more):
+    printed, _ = run("em_routing_cifar10.py", "--digits", *more, "--out", "em.png", folder=tmp_path)
+    number = r"\s+([\d.]+)"
+    found = re.findall(rf"^(\S.*?){number}{number}{number}{number}{number}{number}$", printed, re.MULTILINE)
+    table = {name.strip(): tuple(map(float, row)) for name, *row in found}
+    assert {"full model", "oracle", "random exit", "patience 1", "BranchyNet (entropy)"} < set(table)
+    assert {f"EM routing, {prior}" for prior in ("amortized", "global", "per_sample")} < set(table)
+    accuracy, cost, *rates = table["full model"]
+    assert (cost, rates) == (1.0, [0, 0, 0, 1])
+    assert table["oracle"][0] > accuracy
+    assert all(sum(row[2:]) == pytest.approx(1, abs=1e-3) for row in table.values())
+    if more:
+        assert table["layer1.2 alone"][1] == 0.25
+    sweep = re.findall(r"^\s*([\d.]+) \|\s+([\d.]+) \|\s+([\d.]+) \|", printed, re.MULTILINE)
+    weights, _, costs = np.array(sweep, dtype=float).T
+    assert weights.tolist() == [0.1, 0.32, 1.0, 3.16, 10.0]
+    assert costs[0] > costs[-1] + 0.3
+    with Image.open(tmp_path / "em.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 5

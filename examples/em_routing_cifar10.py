@@ -1,0 +1,96 @@
+"""EM routing beside the simple rules that it must beat, on a frozen ResNet: a table, curves and the effect of lambda.
+
+    python examples/em_routing_cifar10.py --data DIR --weights DIR [--images 20000] [--paper-costs] [--out PNG]
+    python examples/em_routing_cifar10.py --digits
+
+``--data`` holds ``train``, ``val`` and ``test``, each with ``<class>/*.jpg`` of CIFAR-10; ``--weights`` holds
+``resnet56.safetensors``. Two-layer heads on pooled features learn on ``train`` behind three blocks, routers on what
+those heads answer there; thresholds come from ``val``, and everything is reported on ``test``. ``--digits`` does the
+same with scikit-learn's digits and a ResNet-20 that is trained first: half a minute, and no download. With
+``--paper-costs`` exits cost 1/4, 2/4, 3/4 and all of the full model instead of their multiply-accumulates."""
+
+import argparse
+import warnings
+from pathlib import Path
+
+import numpy as np
+from matplotlib import pyplot
+from safetensors.torch import load_file
+from sklearn.exceptions import ConvergenceWarning
+
+from adaptexit import CPMCalibrator, EMRouter, MultiExitClassifier, ThresholdCalibrator, compare
+from adaptexit.backbones import resnet56_cifar
+from adaptexit.displays import BarsDisplay, ComparisonDisplay
+
+try:
+    from examples.calexnet_cifar10 import digits, digits_net, images
+except ImportError:  # run as a script, from anywhere
+    from calexnet_cifar10 import digits, digits_net, images
+
+PRIORS = ("amortized", "global", "per_sample")
+COST_WEIGHT = 1.0
+BUDGET = 0.8
+
+
+def main() -> None:
+    """Train heads and routers, compare, report."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder with train, val and test")
+    parser.add_argument("--weights", type=Path, help="folder with resnet56.safetensors")
+    parser.add_argument("--digits", action="store_true", help="small, without any download")
+    parser.add_argument("--images", type=int, default=20_000, help="of train, to learn on")
+    parser.add_argument("--paper-costs", action="store_true", help="1/4, 2/4, 3/4 and 1 instead of MACs")
+    parser.add_argument("--out", default="em_routing.png", help="where the picture goes")
+    args = parser.parse_args()
+    if args.digits:
+        net, exits = digits_net(), ["layer1.2", "layer2.2", "layer3.1"]
+        train, val, test = digits()
+    elif args.data and args.weights:
+        net, exits = resnet56_cifar(), ["layer1.8", "layer2.8", "layer3.4"]
+        net.load_state_dict(load_file(args.weights / "resnet56.safetensors"))
+        train, val, test = (images(args.data, split) for split in ("train", "val", "test"))
+        train = (train[0][: args.images].clone(), train[1][: args.images].clone())
+    else:
+        parser.error("give --data and --weights, or --digits")
+    warnings.simplefilter("ignore", ConvergenceWarning)  # long chains of EM steps are told in posterior_.history
+
+    model = MultiExitClassifier(
+        net.eval(), exits, head="mlp", calibrator=EMRouter(COST_WEIGHT), batch_size=64, calibration_size=0.02,
+        cost=[0.25, 0.5, 0.75, 1.0] if args.paper_costs else "macs",
+    )  # fmt: skip
+    model.fit(*train).calibrate(*val)
+    outputs, training, answers = model.outputs_, model.training_outputs_, model.record(*test)
+
+    methods = {"BranchyNet (entropy)": ThresholdCalibrator("entropy"), "largest probability": ThresholdCalibrator()}
+    methods["class precision margins"] = CPMCalibrator()
+    for prior in PRIORS:
+        methods[f"EM routing, {prior}"] = EMRouter(COST_WEIGHT, prior).fit(outputs, training=training)
+    found = compare(outputs, methods, test=answers, exit_names=model.exit_names)
+    print(f"Test accuracy and mean relative cost at a budget of {BUDGET}, held on the calibration data")
+    print(found.to_frame(budget=BUDGET).round(4).to_string())
+
+    router = methods["EM routing, amortized"]
+    weights = np.geomspace(0.1, 10, 5) if args.digits else np.geomspace(0.03, 30, 9)
+    sweep = router.pareto(answers, refit=True, cost_weights=weights)
+    by_weight = sorted(sweep.points, key=lambda point: point.params["cost_weight"])
+    print("\nlambda | test accuracy | relative cost | exit rates   (threshold 0.5, routers trained anew for each)")
+    for point in by_weight:
+        rates = " ".join(f"{rate:.2f}" for rate in point.exit_rates)
+        print(f"{point.params['cost_weight']:6.2f} | {point.accuracy:13.4f} | {point.cost:13.3f} | {rates}")
+
+    figure = pyplot.figure(figsize=(16, 4.8), layout="constrained")
+    axes = figure.subplots(1, 3)
+    ComparisonDisplay.from_comparison(found).plot(axes[0])
+    axes[0].set_title("curves and simple rules (test)")
+    axes[1].semilogx(weights, [p.accuracy for p in by_weight], marker="o", label="accuracy")
+    axes[1].semilogx(weights, [p.cost for p in by_weight], marker="s", label="relative cost")
+    axes[1].set(title="EM routing by cost weight (threshold 0.5)", xlabel="lambda (nats)")
+    axes[1].legend()
+    BarsDisplay.from_comparison(found, budget=BUDGET).plot(axes[2])
+    axes[2].set_title(f"at a budget of {BUDGET}", loc="left")
+    figure.savefig(args.out, dpi=110)
+    print(f"picture: {args.out}")
+
+
+if __name__ == "__main__":
+    main()
