@@ -129,6 +129,7 @@ def compare(
     methods: Mapping[str, Calibrator] | None = None,
     *,
     test: ExitOutputs | None = None,
+    training: ExitOutputs | None = None,
     exit_names: Sequence[str] | None = None,
 ) -> Comparison:
     """Calibrate methods on some outputs and report them on others, beside the simplest rules.
@@ -147,6 +148,9 @@ def compare(
     test : ExitOutputs, optional
         The same exits on other data. Unless given, ``outputs`` themselves: optimistic for methods that were fitted
         on them.
+    training : ExitOutputs, optional
+        The same exits on the data that their heads were trained on (``estimator.training_outputs_``), for calibrators
+        that learn from it.
     exit_names : sequence of K distinct str, optional
         As an estimator's ``exit_names``.
 
@@ -174,7 +178,9 @@ def compare(
         _check_logits(name, method, {"outputs": outputs if fresh[name] or test is None else None, "test": test})
         if not fresh[name]:
             _check_exits(name, method, outputs)
-    calibrators = {name: clone(method).fit(outputs) if fresh[name] else method for name, method in chosen.items()}
+    calibrators = {
+        name: _calibrated(method, outputs, training) if fresh[name] else method for name, method in chosen.items()
+    }
     return Comparison(
         points=points,
         frontiers={name: calibrator.pareto(reported) for name, calibrator in calibrators.items()},
@@ -184,6 +190,11 @@ def compare(
         n_samples=reported.n_samples,
         held_out=test is not None,
     )
+
+
+def _calibrated(method: Calibrator, outputs: ExitOutputs, training: ExitOutputs | None) -> Calibrator:
+    fresh: Any = clone(method)
+    return fresh.fit(outputs, **({"training": training} if method.needs_training else {}))
 
 
 def _usual(outputs: ExitOutputs) -> dict[str, Calibrator]:

@@ -64,12 +64,12 @@ def main() -> None:
     methods = {"BranchyNet (entropy)": ThresholdCalibrator("entropy"), "largest probability": ThresholdCalibrator()}
     methods["class precision margins"] = CPMCalibrator()
     for prior in PRIORS:
-        methods[f"EM routing, {prior}"] = EMRouter(COST_WEIGHT, prior).fit(outputs, training=training)
-    found = compare(outputs, methods, test=answers, exit_names=model.exit_names)
+        methods[f"EM routing, {prior}"] = EMRouter(COST_WEIGHT, prior)
+    found = compare(outputs, methods, test=answers, training=training, exit_names=model.exit_names)
     print(f"Test accuracy and mean relative cost at a budget of {BUDGET}, held on the calibration data")
     print(found.to_frame(budget=BUDGET).round(4).to_string())
 
-    router = methods["EM routing, amortized"]
+    router = EMRouter(COST_WEIGHT).fit(outputs, training=training)
     weights = np.geomspace(0.1, 10, 5) if args.digits else np.geomspace(0.03, 30, 9)
     sweep = router.pareto(answers, refit=True, cost_weights=weights)
     by_weight = sorted(sweep.points, key=lambda point: point.params["cost_weight"])

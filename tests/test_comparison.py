@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from sklearn.base import clone
 
-from adaptexit import CascadeSaver, CPMCalibrator, ExitOutputs, ThresholdCalibrator
+from adaptexit import CascadeSaver, CPMCalibrator, EMRouter, ExitOutputs, ThresholdCalibrator
 from adaptexit.comparison import compare
 from adaptexit.core.baselines import fixed_exits, oracle, patience, random_routing
 from adaptexit.core.frontier import evaluate
@@ -433,3 +433,20 @@ def test_displays_are_made_by_keyword():
         ComparisonDisplay({}, {}, (1.0, 1.0))
     with pytest.raises(TypeError, match="positional"):
         BarsDisplay([], [], [])
+
+
+def test_routers_learn_from_the_training_outputs():
+    rng = np.random.default_rng(0)
+
+    def outputs(n):
+        labels = rng.integers(0, 3, n)
+        return ExitOutputs.from_logits(rng.normal(size=(3, n, 3)) + 2 * np.eye(3)[labels], labels, costs=[1, 2, 3])
+
+    tune, learn, test = outputs(80), outputs(120), outputs(60)
+    router = EMRouter(prior="global", epochs=2, n_points=5)
+    found = compare(tune, {"router": router}, test=test, training=learn)
+    expected = router.fit(tune, training=learn).pareto(test)
+    assert found.frontiers["router"].accuracy.tolist() == expected.accuracy.tolist()
+    assert found.frontiers["router"].cost.tolist() == expected.cost.tolist()
+    without = compare(tune, {"router": EMRouter(prior="global", epochs=2, n_points=5)}, test=test)
+    assert without.frontiers["router"].cost.tolist() != expected.cost.tolist()

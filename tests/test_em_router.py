@@ -134,6 +134,12 @@ def test_routers_learn_from_the_training_outputs_and_thresholds_from_the_others(
     assert router.frontier_.n_samples == 400
 
 
+def test_training_outputs_of_another_model():
+    other = ExitOutputs.from_logits(np.zeros((2, 5, 3)), np.zeros(5, int), costs=[1, 2])
+    with pytest.raises(ValueError, match="training must have the 3 exits and 3 classes of outputs; got 2 exits and 3"):
+        EMRouter(**QUICK).fit(OUTPUTS, training=other)
+
+
 def test_a_seed_determines_all_and_leaves_the_global_one_alone():
     before = torch.get_rng_state()
     one, same, other = (EMRouter(**QUICK, random_state=seed).fit(OUTPUTS) for seed in (0, 0, 1))

@@ -45,6 +45,7 @@ class Calibrator(BaseEstimator):
     point_: OperatingPoint
 
     def fit(self, outputs: ExitOutputs) -> Calibrator:
+        """Learn from calibration outputs; with ``needs_training`` there is ``training=`` too."""
         raise NotImplementedError
 
     @property

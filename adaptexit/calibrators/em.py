@@ -161,7 +161,15 @@ class EMRouter(Calibrator):
         """
         check_outputs(outputs)
         self._check()
-        source = outputs if training is None else training
+        source = outputs
+        if training is not None:
+            check_outputs(training)
+            if (training.n_exits, training.n_classes) != (outputs.n_exits, outputs.n_classes):
+                raise ValueError(
+                    f"training must have the {outputs.n_exits} exits and {outputs.n_classes} classes of outputs; got "
+                    f"{training.n_exits} exits and {training.n_classes} classes. Record both with one model."
+                )
+            source = training
         inputs = self._inputs_of(source)
         in_macs = outputs.cost_unit == "MACs"
         costs = self._exit_costs(outputs, inputs, in_macs)
