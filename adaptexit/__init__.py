@@ -29,7 +29,8 @@ if TYPE_CHECKING:
         ParetoDisplay,
         ReliabilityDisplay,
     )
-    from adaptexit.multi_exit import LabelWarning, MultiExitClassifier
+    from adaptexit.labels import LabelWarning
+    from adaptexit.multi_exit import MultiExitClassifier
     from adaptexit.persistence import load
     from adaptexit.training import BoostNetRecipe, CalexNetRecipe, FrozenRecipe, PTEERecipe, ZTWRecipe
 
@@ -42,7 +43,7 @@ _HOMES = {
     "compare": "adaptexit.comparison",
     "MultiExitClassifier": "adaptexit.multi_exit",
     "CalibrationWarning": "adaptexit.calibrators",
-    "LabelWarning": "adaptexit.multi_exit",
+    "LabelWarning": "adaptexit.labels",
     "FrozenRecipe": "adaptexit.training",
     "CalexNetRecipe": "adaptexit.training",
     "PTEERecipe": "adaptexit.training",

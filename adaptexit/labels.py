@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
+
+from adaptexit.core.outputs import ExitOutputs
+
+MANY_LABELS = 50
+"""Calibration samples from which on a backbone that is no better than guessing is remarked on."""
+
+
+class LabelWarning(UserWarning):
+    """The labels hardly fit the backbone's answers."""
 
 
 def hold_out(y: NDArray[Any], size: float, random_state: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -61,3 +71,17 @@ def class_indices(labels: NDArray[Any], classes: NDArray[Any]) -> NDArray[np.int
 
 def _shortened(values: NDArray[Any]) -> str:
     return str(values.tolist()) if len(values) <= 6 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"
+
+
+def warn_of_labels(outputs: ExitOutputs) -> None:
+    """Labels in another order, or of another task, than the logits."""
+    assert outputs.labels is not None
+    commonest = float(np.bincount(outputs.labels).max()) / outputs.n_samples
+    if outputs.n_samples >= MANY_LABELS and outputs.full_accuracy <= commonest < 1:
+        warnings.warn(
+            f"the backbone is right on {100 * outputs.full_accuracy:.1f}% of the calibration data, no more than the "
+            f"commonest label ({100 * commonest:.1f}%). Are labels in the order of its logits (classes=)? Without "
+            "labels the heads learn the backbone's own answers.",
+            LabelWarning,
+            stacklevel=5,
+        )

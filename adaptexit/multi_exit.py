@@ -23,7 +23,7 @@ from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import resolve_score
 from adaptexit.data import Batches, as_batches, is_stream, split_pair
 from adaptexit.estimator import AdaptiveClassifier, below, unchanged_on_failure
-from adaptexit.labels import class_indices, hold_out, known_classes
+from adaptexit.labels import class_indices, hold_out, known_classes, warn_of_labels
 from adaptexit.models import TorchModel, build_model, is_fitted, restore_model
 from adaptexit.network import BranchedNetwork, NativeNetwork, Network, is_native, priced
 from adaptexit.retrofit import (
@@ -47,13 +47,6 @@ CACHE_MEMORY = 1 << 30
 
 DEFAULT_HEAD = "mlp"
 """Where neither the user nor the recipe says what is to answer at a cut."""
-
-MANY_LABELS = 50
-"""Calibration samples from which on a backbone that is no better than guessing is remarked on."""
-
-
-class LabelWarning(UserWarning):
-    """The labels hardly fit the backbone's answers."""
 
 
 class MultiExitClassifier(AdaptiveClassifier):
@@ -363,21 +356,7 @@ class MultiExitClassifier(AdaptiveClassifier):
 
     def _cached(self, network: BranchedNetwork, batches: Batches, with_vectors: bool) -> FeatureCache:
         """What the heads keep of the features at every cut and, where wanted, vectors of all of them behind that."""
-        reducers: list[Callable[[Tensor], Tensor]] = [head.reduce for head in network.heads]
-        reductions, run = network.reductions, network.collect_run
-        if with_vectors:
-            n_early = len(reducers)
-            reducers = [*reducers, *network.poolings]
-            reductions = [*reductions, "and their means"]
-            alone = run
-
-            def run(x: Tensor, look: Callable[[int, Any], None]) -> Tensor:
-                def twice(k: int, feature: Any) -> None:
-                    look(k, feature)
-                    look(n_early + k, feature)
-
-                return alone(x, twice)
-
+        run, reducers, reductions = network.collecting(with_vectors)
         key = None
         if self.cache_dir is not None:
             key = cache_key(
@@ -409,7 +388,7 @@ class MultiExitClassifier(AdaptiveClassifier):
         self.classes_, self.outputs_, self.calibrator_, self.cost_unit_ = classes, outputs, calibrator, unit
         self.labelled_ = labelled
         if labelled:
-            _warn_of_labels(outputs)
+            warn_of_labels(outputs)
         self.exits_ = self._network.exit_names[:-1]
         return self
 
@@ -514,17 +493,3 @@ class MultiExitClassifier(AdaptiveClassifier):
         else:
             self._network = NativeNetwork(model)
         self.exits_ = self._network.exit_names[:-1]
-
-
-def _warn_of_labels(outputs: ExitOutputs) -> None:
-    """Labels in another order, or of another task, than the logits."""
-    assert outputs.labels is not None
-    commonest = float(np.bincount(outputs.labels).max()) / outputs.n_samples
-    if outputs.n_samples >= MANY_LABELS and outputs.full_accuracy <= commonest < 1:
-        warnings.warn(
-            f"the backbone is right on {100 * outputs.full_accuracy:.1f}% of the calibration data, no more than the "
-            f"commonest label ({100 * commonest:.1f}%). Are labels in the order of its logits (classes=)? Without "
-            "labels the heads learn the backbone's own answers.",
-            LabelWarning,
-            stacklevel=5,
-        )

@@ -24,7 +24,7 @@ from adaptexit.staging.modes import evaluating
 from adaptexit.staging.rows import tensors_in
 from adaptexit.staging.splitting import Split
 from adaptexit.staging.tracing import SplitError
-from adaptexit.training.cache import FeatureCache
+from adaptexit.training.cache import FeatureCache, Reducer, Run
 
 Confidence = Callable[[Tensor], Tensor]
 Costs = tuple[NDArray[np.float64], NDArray[np.float64]]
@@ -107,6 +107,24 @@ class BranchedNetwork:
         if with_features:
             exits[:-1] = [_WithFeatures(exit_, pool) for exit_, pool in zip(exits, self.poolings, strict=False)]
         return StagedModel(stages, exits, confidence, self.chained)
+
+    def collecting(self, with_vectors: bool) -> tuple[Run, list[Reducer], list[str]]:
+        """How a cache is filled: the run, what is kept of the feature at every cut, and that in words.
+
+        ``with_vectors`` keeps vectors of all features as well, behind what the heads read.
+        """
+        reducers: list[Reducer] = [head.reduce for head in self.heads]
+        if not with_vectors:
+            return self.collect_run, reducers, self.reductions
+
+        def run(x: Tensor, look: Callable[[int, Tensor], None]) -> Tensor:
+            def twice(k: int, feature: Any) -> None:
+                look(k, feature)
+                look(len(self.heads) + k, feature)
+
+            return self.collect_run(x, twice)
+
+        return run, [*reducers, *self.poolings], [*self.reductions, "and their means"]
 
     @property
     def poolings(self) -> list[Callable[[Tensor], Tensor]]:
