@@ -15,7 +15,8 @@ from sklearn.utils.validation import check_is_fitted
 from adaptexit.calibrators import ThresholdCalibrator
 from adaptexit.calibrators.base import Calibrator, check_outputs
 from adaptexit.core.baselines import RulePoint, fixed_exits, oracle, patience, random_routing
-from adaptexit.core.frontier import TOLERANCE, OperatingPoint, ParetoFrontier, checked_number
+from adaptexit.core.checks import checked_number
+from adaptexit.core.frontier import TOLERANCE, OperatingPoint, ParetoFrontier
 from adaptexit.core.outputs import ExitOutputs
 
 if TYPE_CHECKING:

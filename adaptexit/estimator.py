@@ -19,7 +19,8 @@ from tqdm import tqdm
 
 from adaptexit.calibrators import ThresholdCalibrator
 from adaptexit.calibrators.base import Calibrator
-from adaptexit.core.frontier import TOLERANCE, OperatingPoint, ParetoFrontier, checked_number
+from adaptexit.core.checks import checked_number
+from adaptexit.core.frontier import TOLERANCE, OperatingPoint, ParetoFrontier
 from adaptexit.core.metrics import (
     Exemplars,
     ExitCalibration,

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from adaptexit.backbones.mlp import describe_mlp, mlp_of, new_mlp
 from adaptexit.calibrators.base import CalibrationWarning, Calibrator
-from adaptexit.core.frontier import checked_number
+from adaptexit.core.checks import checked_number
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import resolve_score
 from adaptexit.data import Batches, as_batches, is_stream, split_pair

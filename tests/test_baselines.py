@@ -190,7 +190,7 @@ def test_a_single_exit_is_the_full_model_under_every_rule():
 
 @pytest.mark.parametrize("asked", [0, -1, 1.5, True, "2", None])
 def test_a_patience_that_cannot_be(asked):
-    with pytest.raises(ValueError, match=f"patience must be a whole number of exits, at least 1; got {asked!r}"):
+    with pytest.raises(ValueError, match=f"patience must be a whole number, at least 1; got {asked!r}"):
         patience_exits(drawn(3), asked)
 
 

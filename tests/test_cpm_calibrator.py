@@ -197,7 +197,7 @@ def test_outputs_without_the_logits_needed_are_refused(score):
 margin_refused = "margin must be a share of the full model's precision, at least 0 .*; got "
 margins_refused = "margins must be numbers, each a share of the full model's precision, at least 0 .*; got "
 sequence_refused = "margins must be a sequence of numbers, each a share of the full model's precision.*; got "
-support_refused = "min_support must be a whole number of samples, at least 1; got "
+support_refused = "min_support must be a whole number, at least 1; got "
 delta_refused = "delta must lie above 0 and be at most 0.5; got "
 
 

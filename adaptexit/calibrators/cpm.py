@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adaptexit.calibrators.base import CalibrationWarning, ScoreCalibrator, check_outputs
-from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, checked_number, evaluate, reference
+from adaptexit.core.checks import check_switch, check_whole, checked_number
+from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, evaluate, reference
 from adaptexit.core.margins import BOUNDS, MARGINS, Rule, class_precision, margin_thresholds
 from adaptexit.core.outputs import ExitOutputs
 
@@ -143,18 +144,15 @@ class CPMCalibrator(ScoreCalibrator):
         return margin, sorted(swept | {margin})
 
     def _checked_rule(self, outputs: ExitOutputs) -> Rule:
-        support = self.min_support
-        if not isinstance(support, Integral) or isinstance(support, bool) or support < 1:
-            raise ValueError(f"min_support must be a whole number of samples, at least 1; got {support!r}.")
+        check_whole("min_support", self.min_support)
         if self.bound not in BOUNDS:
             raise ValueError(f"bound must be one of {list(BOUNDS)}; got {self.bound!r}.")
         if not (isinstance(self.delta, Real) and 0 < self.delta <= 0.5):
             raise ValueError(f"delta must lie above 0 and be at most 0.5; got {self.delta!r}.")
         for name in ("cascade_aware", "joint"):
-            if not isinstance(getattr(self, name), (bool, np.bool_)):
-                raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
+            check_switch(name, getattr(self, name))
         cells = max(1, (outputs.n_exits - 1) * (outputs.n_classes or 1))
-        return Rule(int(support), self.bound, float(self.delta) / (cells if self.joint else 1))
+        return Rule(int(self.min_support), self.bound, float(self.delta) / (cells if self.joint else 1))
 
     def get_state(self) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
         state, arrays = super().get_state()

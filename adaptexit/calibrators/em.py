@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Sequence
-from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -15,7 +14,8 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 
 from adaptexit.calibrators.base import Calibrator, check_outputs
-from adaptexit.core.frontier import ParetoFrontier, checked_number, evaluate, reference
+from adaptexit.core.checks import check_switch, check_whole, checked_number
+from adaptexit.core.frontier import ParetoFrontier, evaluate, reference
 from adaptexit.core.outputs import ExitBatch, ExitOutputs
 from adaptexit.core.posteriors import (
     Posterior,
@@ -215,14 +215,11 @@ class EMRouter(Calibrator):
         if self.n_iter is not None:
             numbers["n_iter"] = self.n_iter
         for name, value in numbers.items():
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}.")
-        if not isinstance(self.batch_size, Integral) or isinstance(self.batch_size, bool) or self.batch_size < 2:
-            raise ValueError(f"batch_size must be a whole number, at least 2; got {self.batch_size!r}.")
+            check_whole(name, value)
+        check_whole("batch_size", self.batch_size, 2)
         checked_number("lr", self.lr, "a finite number above 0", np.nextafter(0, 1))
         checked_number("weight_decay", self.weight_decay, "a finite number, 0 or above", 0.0)
-        if not isinstance(self.weighted, (bool, np.bool_)):
-            raise ValueError(f"weighted must be True or False; got {self.weighted!r}.")
+        check_switch("weighted", self.weighted)
 
     def _reading_logits(self, outputs: ExitOutputs) -> bool:
         if self.inputs == "features" and outputs.features is None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptexit.calibrators.base import ScoreCalibrator, check_outputs
-from adaptexit.core.frontier import checked_number
+from adaptexit.core.checks import checked_number
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.search import SEARCHES, SearchReport, search_thresholds
 

@@ -8,12 +8,12 @@ NeurIPS 2020).
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from numbers import Integral
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptexit.core.checks import check_whole
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.routing import summarise
 
@@ -103,8 +103,7 @@ def patience_exits(outputs: ExitOutputs, patience: int) -> Exits:
     ValueError
         For another patience, or outputs without predictions.
     """
-    if not isinstance(patience, Integral) or isinstance(patience, bool) or patience < 1:
-        raise ValueError(f"patience must be a whole number of exits, at least 1; got {patience!r}.")
+    check_whole("patience", patience)
     if outputs.predictions is None:
         raise ValueError("patience compares predictions, but the outputs have none: they were graded by quality.")
     exits = np.full(outputs.n_samples, outputs.n_exits - 1, dtype=np.intp)

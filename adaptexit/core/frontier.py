@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from adaptexit.core.checks import checked_number
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.routing import exit_index, summarise, switched_on
 
@@ -191,17 +192,6 @@ class ParetoFrontier:
             f"ParetoFrontier({len(self.points)} points, relative cost {self.cost.min():.3f} to {self.cost.max():.3f}, "
             f"accuracy {self.accuracy.min():.4f} to {self.accuracy.max():.4f}, full model {self.full_accuracy:.4f})"
         )
-
-
-def checked_number(name: str, value: Any, meaning: str, least: float = -np.inf) -> float:
-    """A finite number, not below ``least``, as a float; ``meaning`` says in the error what it has to be."""
-    try:
-        number = float("nan") if isinstance(value, (str, bytes)) else float(value)
-    except (TypeError, ValueError):
-        number = float("nan")
-    if not np.isfinite(number) or number < least:
-        raise ValueError(f"{name} must be {meaning}; got {value!r}.")
-    return number
 
 
 def _best(first: Floats, second: Floats) -> int:

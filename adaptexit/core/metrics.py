@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from adaptexit.core.checks import check_whole
 from adaptexit.core.frontier import TOLERANCE, OperatingPoint
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.routing import exit_index
@@ -69,7 +70,7 @@ def exit_calibration(outputs: ExitOutputs, point: OperatingPoint, n_bins: int = 
     ValueError
         When a sample leaves with a score outside [0, 1], or when outputs and point do not fit together.
     """
-    _check_whole("n_bins", n_bins)
+    check_whole("n_bins", n_bins)
     exits = _exits(outputs, point)
     n_exits = outputs.n_exits
     accuracy, confidence = np.full((2, n_exits, n_bins), np.nan)
@@ -269,7 +270,7 @@ def exemplars(outputs: ExitOutputs, point: OperatingPoint, n: int = 6) -> Exempl
         Right is quality 1. The threshold is that of the predicted class where there is one a class; -inf counts as 0.
         Equals come in the order of the samples.
     """
-    _check_whole("n", n)
+    check_whole("n", n)
     exits = _exits(outputs, point)
     pairs = []
     for k in range(outputs.n_exits - 1):
@@ -287,12 +288,6 @@ def exemplars(outputs: ExitOutputs, point: OperatingPoint, n: int = 6) -> Exempl
 
 def _strip(outputs: ExitOutputs, k: int, samples: NDArray[np.intp]) -> Strip:
     return Strip(samples, outputs.scores[k, samples], None if outputs.labels is None else outputs.labels[samples])
-
-
-def _check_whole(name: str, value: Any) -> None:
-    """Refuse what is no whole number of at least 1."""
-    if not isinstance(value, (int, np.integer)) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be a whole number, at least 1; got {value!r}.")
 
 
 def _exits(outputs: ExitOutputs, point: OperatingPoint) -> NDArray[np.intp]:

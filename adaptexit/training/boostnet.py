@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptexit.chained_heads import BoostedHead
-from adaptexit.core.frontier import checked_number
+from adaptexit.core.checks import checked_number
 from adaptexit.training.lesson import Answer, Lesson, class_loss
 from adaptexit.training.recipe import History, MarginRecipe
 

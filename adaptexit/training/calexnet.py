@@ -10,12 +10,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional as F
 
-from adaptexit.core.frontier import checked_number
+from adaptexit.core.checks import check_switch, check_whole, checked_number
 from adaptexit.core.margins import margin_thresholds
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.labels import hold_out
 from adaptexit.training.lesson import Answer, Lesson, class_loss
-from adaptexit.training.recipe import History, MarginRecipe, check_whole
+from adaptexit.training.recipe import History, MarginRecipe
 
 ALIGNMENTS = ("soft", "hard")
 
@@ -121,8 +121,7 @@ class CalexNetRecipe(MarginRecipe):
         if self.alignment is not None and self.alignment not in ALIGNMENTS:
             raise ValueError(f"alignment must be one of {list(ALIGNMENTS)} or None; got {self.alignment!r}.")
         for name in ("distillation", "cascade_aware"):
-            if not isinstance(getattr(self, name), (bool, np.bool_)):
-                raise ValueError(f"{name} must be True or False; got {getattr(self, name)!r}.")
+            check_switch(name, getattr(self, name))
         checked_number("temperature", self.temperature, "a finite number above 0", np.nextafter(0, 1))
         check_whole("distillation_batch_size", self.distillation_batch_size, 2)
         checked_number("filter_margin", self.filter_margin, "a share of precision, at least 0", 0.0)

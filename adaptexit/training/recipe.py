@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from numbers import Integral
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -12,7 +11,7 @@ from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 
-from adaptexit.core.frontier import checked_number
+from adaptexit.core.checks import check_whole, checked_number
 from adaptexit.training.cache import FeatureCache
 from adaptexit.training.lesson import Lesson, checked_rows, class_loss
 
@@ -167,9 +166,3 @@ class MarginRecipe(HeadRecipe):
 
     cascade_aware: bool = False
     """Whether precision is counted on survivors."""
-
-
-def check_whole(name: str, value: Any, least: int, other: str = "") -> None:
-    """Refuse what is no whole number of at least ``least``."""
-    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
-        raise ValueError(f"{name} must be a whole number, at least {least}{other}; got {value!r}.")

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from adaptexit.chained_heads import ZTWHead
+from adaptexit.core.checks import check_whole
 from adaptexit.training.cache import MEMORY_LIMIT
 from adaptexit.training.lesson import CHUNK, Answer, Lesson
 from adaptexit.training.loop import minimise
-from adaptexit.training.recipe import History, MarginRecipe, check_whole
+from adaptexit.training.recipe import History, MarginRecipe
 
 if TYPE_CHECKING:
     from adaptexit.heads import Head
