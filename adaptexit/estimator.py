@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Self
 
@@ -34,7 +34,7 @@ from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import softmax
 from adaptexit.data import Batches, as_batches, is_stream, split_pair
 from adaptexit.persistence import load, save
-from adaptexit.staging.executor import Answers, StagedModel, execute, record
+from adaptexit.staging.executor import Accept, Answers, StagedModel, execute, record
 from adaptexit.staging.modes import evaluating
 from adaptexit.trace import ExitTrace
 
@@ -128,8 +128,7 @@ class AdaptiveClassifier(ClassifierMixin, BaseEstimator):
 
     def _paid(self) -> ExitOutputs:
         """The calibration outputs at the costs that a sample pays when thresholds decide."""
-        outputs, extra = self.outputs_, self.calibrator_.extra_costs_
-        return outputs.with_costs(outputs.stage_costs, outputs.exit_costs + extra) if extra.any() else outputs
+        return self.calibrator_.priced(self.outputs_)
 
     def predict_anytime(self, X: Any, limit: float) -> NDArray[Any]:
         """Labels (N,) when nobody may spend more than ``limit`` (relative cost): the deepest exit within it answers.
@@ -158,7 +157,7 @@ class AdaptiveClassifier(ClassifierMixin, BaseEstimator):
         X, y = split_pair(X, y)
         if is_stream(X):
             batches = as_batches(X, y, batch_size=self.batch_size, labels=True, ordered=False)
-            answers = self._run(batches, self._accept(point), point.on)
+            answers = self._run(batches, self._accept(point), self._on(point))
             y = batches.labels
         elif y is None:
             raise ValueError(
@@ -237,15 +236,17 @@ class AdaptiveClassifier(ClassifierMixin, BaseEstimator):
         check_is_fitted(self)
         return self.calibrator_.operating_point(self.budget if budget is None else budget)
 
-    def _accept(self, point: OperatingPoint) -> Callable[..., NDArray[np.bool_]]:
-        return lambda k, batch: self.calibrator_.accept(k, batch, point)
+    def _accept(self, point: OperatingPoint) -> Accept:
+        return lambda k, batch: self.calibrator_.decide(k, batch, point)
+
+    def _on(self, point: OperatingPoint) -> NDArray[np.bool_]:
+        """Exits that are run at an operating point."""
+        return self._paid().paid_exits(point.on) if self.calibrator_.remembers else point.on
 
     def _answer(self, X: Any, point: OperatingPoint, keep_logits: bool = False) -> Answers:
-        return self._run(X, self._accept(point), point.on, keep_logits=keep_logits)
+        return self._run(X, self._accept(point), self._on(point), keep_logits=keep_logits)
 
-    def _run(
-        self, X: Any, accept: Callable[..., NDArray[np.bool_]], on: NDArray[np.bool_], keep_logits: bool = False
-    ) -> Answers:
+    def _run(self, X: Any, accept: Accept, on: NDArray[np.bool_], keep_logits: bool = False) -> Answers:
         given = isinstance(X, Batches)
         batches = X if given else as_batches(self._validated_inputs(X), batch_size=self.batch_size)
         with evaluating(self._modules()), self._progress(batches, "predicting") as shown:

@@ -731,3 +731,27 @@ def test_features_do_not_count_as_memory_of_those_who_wait():
         sizes[spare] = seen
     assert sizes == {0: [20, 20], -1: [15, 15, 10]}
     assert 5 * FEATURE_BYTES > 15 * (LIVE_BYTES + STATE_BYTES)
+
+
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("memory_limit", [0, 1 << 20])
+def test_what_a_rule_leaves_goes_on_with_its_samples(merge, memory_limit):
+    """A rule that leaves once all scores so far sum to 6; samples are told apart by their scores."""
+    n_exits = 4
+    scores = np.random.default_rng(0).integers(0, 5, (60, n_exits)).astype(np.float64)
+    model = StagedModel([None] * n_exits, [lambda x, k=k: x[:, k : k + 1] for k in range(n_exits)], largest)
+
+    def accept(k, batch):
+        found = batch.scores[:, None] if batch.earlier is None else np.column_stack([batch.earlier, batch.scores])
+        assert found.shape[1] == (2 if k else 1)
+        total = found.sum(axis=1)
+        return total >= 6, np.column_stack([total])
+
+    x = [torch.from_numpy(part) for part in np.split(scores, [7, 20, 21, 50])]
+    answers = execute(
+        model, x, accept, np.ones(n_exits, dtype=bool), batch_size=8, merge=merge, memory_limit=memory_limit
+    )
+    reached = np.cumsum(scores, axis=1)[:, :-1] >= 6
+    expected = np.where(reached.any(axis=1), reached.argmax(axis=1), n_exits - 1)
+    assert answers.exits.tolist() == expected.tolist()
+    assert answers.scores.tolist() == scores[np.arange(60), expected].tolist()

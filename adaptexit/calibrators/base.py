@@ -41,6 +41,9 @@ class Calibrator(BaseEstimator):
     needs_training: bool = False
     """Whether ``fit`` takes ``training=``, the outputs on the data that the heads were trained on."""
 
+    remembers: bool = False
+    """Whether scores read what was found at earlier exits: all up to the deepest one on are run and paid for."""
+
     frontier_: ParetoFrontier
     point_: OperatingPoint
 
@@ -63,8 +66,16 @@ class Calibrator(BaseEstimator):
         return outputs
 
     def rescored_batch(self, k: int, batch: ExitBatch) -> ExitBatch:
-        """The same of one batch at exit k."""
+        """The same of one batch at exit k; one that ``remembers`` reads ``batch.earlier`` and adds to it."""
         return batch
+
+    def priced(self, outputs: ExitOutputs) -> ExitOutputs:
+        """The outputs at the costs that are paid when this calibrator decides."""
+        extra = self.extra_costs_
+        if not (extra.any() or self.remembers):
+            return outputs
+        chained = outputs.chained or self.remembers
+        return outputs.with_costs(outputs.stage_costs, outputs.exit_costs + extra, chained)
 
     def get_state(self) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
         """What was learned, as a JSON value and named arrays, for writing."""
@@ -94,9 +105,16 @@ class Calibrator(BaseEstimator):
         point : OperatingPoint, optional
             The operating point to apply instead of the one in use.
         """
+        return self.decide(k, batch, point)[0]
+
+    def decide(
+        self, k: int, batch: ExitBatch, point: OperatingPoint | None = None
+    ) -> tuple[NDArray[np.bool_], NDArray[Any] | None]:
+        """What :meth:`accept` gives, and what later exits are to be given as ``batch.earlier``, (B, m) or None."""
         check_is_fitted(self)
         cutoffs = (self.point_ if point is None else point).cutoffs
-        return accepts(self.rescored_batch(k, batch), cutoffs[k])
+        scored = self.rescored_batch(k, batch)
+        return accepts(scored, cutoffs[k]), scored.earlier
 
     def exit_index(self, outputs: ExitOutputs, point: OperatingPoint | None = None) -> NDArray[np.intp]:
         """The exit of every sample, shape (N,), on recorded outputs."""

@@ -200,10 +200,10 @@ class ExitOutputs:
         _check_finite(scores, "scores")
         return self._replace(scores=scores)
 
-    def with_costs(self, stage_costs: ArrayLike, exit_costs: ArrayLike) -> ExitOutputs:
-        """The same outputs at other costs, both (K,)."""
+    def with_costs(self, stage_costs: ArrayLike, exit_costs: ArrayLike, chained: bool | None = None) -> ExitOutputs:
+        """The same outputs at other costs, both (K,), and where given with exits that are chained or not."""
         stage, exits = _check_costs(stage_costs, exit_costs, None, self.n_exits)
-        return self._replace(stage_costs=stage, exit_costs=exits)
+        return self._replace(stage_costs=stage, exit_costs=exits, chained=self.chained if chained is None else chained)
 
     def drop_exit(self, k: int) -> ExitOutputs:
         """The same model without early exit k; its stage cost falls to the next exit's."""
@@ -346,6 +346,8 @@ class ExitBatch:
     scores: NDArray[Any]
     logits: NDArray[Any] | None = None
     features: NDArray[Any] | None = None
+    earlier: NDArray[Any] | None = None
+    """What the rule left for these samples at the exits before, (B, m), where it leaves anything."""
 
 
 class _Setter:

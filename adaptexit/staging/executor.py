@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -22,9 +23,13 @@ MEMORY_LIMIT = 1 << 30
 
 
 class Accept(Protocol):
-    """Who of a batch leaves at exit k, shape (B,)."""
+    """Who of a batch leaves at exit k, shape (B,); beside it, of a rule that looks back, what goes on as
+    ``batch.earlier`` with those who stay, (B, m) or None.
+    """
 
-    def __call__(self, k: int, batch: ExitBatch, /) -> NDArray[np.bool_]: ...
+    def __call__(
+        self, k: int, batch: ExitBatch, /
+    ) -> NDArray[np.bool_] | tuple[NDArray[np.bool_], NDArray[Any] | None]: ...
 
 
 @dataclass(slots=True)
@@ -184,6 +189,13 @@ class _Collected:
         )
 
 
+class _Remembered(NamedTuple):
+    """What is carried, and what the rule left beside it."""
+
+    carried: Rows
+    earlier: NDArray[Any]
+
+
 @dataclass
 class _Waiting:
     """Survivors that wait for an exit's stages to run."""
@@ -261,9 +273,17 @@ def execute(
     collected = _Collected(keep_logits)
 
     def run(k: int, samples: NDArray[Any], carried: Rows) -> None:
+        earlier = None
+        if isinstance(carried, _Remembered):
+            carried, earlier = carried
         carried = model.advance(carried, preceding.get(k, -1), k, deepest)
         batch, carried = model.observe(k, carried, needs_logits or keep_logits)
-        leave = accept(k, batch) if k in following else None
+        leave = None
+        if k in following:
+            decided = accept(k, batch if earlier is None else dataclasses.replace(batch, earlier=earlier))
+            leave, earlier = decided if isinstance(decided, tuple) else (decided, None)
+            if earlier is not None:
+                carried = _Remembered(carried, earlier)
         leaving = len(samples) if leave is None else int(np.count_nonzero(leave))
         if leave is None or leaving == len(samples):
             collected.add(samples, k, batch, slice(None))
