@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from adaptexit.calibrators import (
         CalibrationWarning,
         CPMCalibrator,
+        EENetScheduler,
         EMRouter,
         TemperatureCalibrator,
         ThresholdCalibrator,
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
         JobRatioDisplay,
         ParetoDisplay,
         ReliabilityDisplay,
+        SweepDisplay,
     )
     from adaptexit.labels import LabelWarning
     from adaptexit.multi_exit import MultiExitClassifier
@@ -51,6 +53,7 @@ _HOMES = {
     "BoostNetRecipe": "adaptexit.training",
     "ThresholdCalibrator": "adaptexit.calibrators",
     "CPMCalibrator": "adaptexit.calibrators",
+    "EENetScheduler": "adaptexit.calibrators",
     "EMRouter": "adaptexit.calibrators",
     "TemperatureCalibrator": "adaptexit.calibrators",
     "ExitOutputs": "adaptexit.core.outputs",
@@ -62,6 +65,7 @@ _HOMES = {
     "ComparisonDisplay": "adaptexit.displays",
     "ExitFlowDisplay": "adaptexit.displays",
     "ReliabilityDisplay": "adaptexit.displays",
+    "SweepDisplay": "adaptexit.displays",
     "ExemplarDisplay": "adaptexit.displays",
     "load": "adaptexit.persistence",
 }
@@ -75,6 +79,7 @@ __all__ = [
     "CascadeSaver",
     "Comparison",
     "ComparisonDisplay",
+    "EENetScheduler",
     "EMRouter",
     "ExemplarDisplay",
     "ExitFlowDisplay",
@@ -89,6 +94,7 @@ __all__ = [
     "ParetoFrontier",
     "ReliabilityDisplay",
     "SaverWarning",
+    "SweepDisplay",
     "TemperatureCalibrator",
     "ThresholdCalibrator",
     "ZTWRecipe",

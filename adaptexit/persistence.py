@@ -24,6 +24,7 @@ HOMES = {
     "MultiExitClassifier": "adaptexit.multi_exit",
     "ThresholdCalibrator": "adaptexit.calibrators",
     "CPMCalibrator": "adaptexit.calibrators",
+    "EENetScheduler": "adaptexit.calibrators",
     "EMRouter": "adaptexit.calibrators",
     "TemperatureCalibrator": "adaptexit.calibrators",
     "FrozenRecipe": "adaptexit.training",

@@ -9,8 +9,8 @@ import pytest
 import torch
 from sklearn.exceptions import NotFittedError
 
-from adaptexit import CascadeSaver, JobRatioDisplay, ParetoDisplay, ThresholdCalibrator
-from adaptexit.core.frontier import evaluate
+from adaptexit import CascadeSaver, JobRatioDisplay, ParetoDisplay, SweepDisplay, ThresholdCalibrator
+from adaptexit.core.frontier import ParetoFrontier, evaluate, reference
 from adaptexit.core.metrics import exemplars, exit_calibration, flow, survivor_shift
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.displays import ExemplarDisplay, ExitFlowDisplay, ReliabilityDisplay
@@ -607,3 +607,52 @@ def test_before_fit():
     for ask in (CascadeSaver.exit_flow, CascadeSaver.exit_calibration, CascadeSaver.survivor_shift):
         with pytest.raises(NotFittedError):
             ask(CascadeSaver(None, None))
+
+
+# -- sweeps -----------------------------------------------------------------------------------------------------------
+
+
+def swept(values, knob="cost_weight", extra=()):
+    rng = np.random.default_rng(0)
+    outputs = ExitOutputs(
+        predictions=rng.integers(0, 3, (3, 50)), scores=rng.random((3, 50)), labels=rng.integers(0, 3, 50),
+        n_classes=3, costs=[1.0, 2.0, 3.0],
+    )  # fmt: skip
+    levels = np.linspace(0.9, 0.1, len(values))
+    points = [
+        evaluate(outputs, *[np.array([level, level, -np.inf])] * 2, {knob: value})
+        for level, value in zip(levels, values, strict=True)
+    ]
+    return ParetoFrontier([*points, *(evaluate(outputs, *[np.array([np.inf, np.inf, -np.inf])] * 2, p) for p in extra)],
+                          *reference(outputs))  # fmt: skip
+
+
+def test_a_sweep_by_its_knob():
+    frontier = swept([3.0, 0.1, 1.0], extra=[{}])
+    display = SweepDisplay.from_frontier(frontier, exit_names=["a", "b", "big"]).plot()
+    assert display.values.tolist() == [0.1, 1.0, 3.0]
+    order = [1, 2, 0]
+    assert display.accuracy_.get_ydata().tolist() == frontier.accuracy[order].tolist()
+    assert display.cost_.get_ydata().tolist() == frontier.cost[order].tolist()
+    assert [area.get_label() for area in display.areas_] == ["a", "b", "big"]
+    top = [max(y for x, y in area.get_paths()[0].vertices if x == 1.0) for area in display.areas_]
+    np.testing.assert_allclose(top, np.cumsum(frontier.points[2].exit_rates))
+    assert display.ax_.get_xscale() == "log"
+    assert display.ax_.get_xlabel() == "cost weight"
+    pyplot.close("all")
+
+
+@pytest.mark.parametrize(
+    ("values", "scale"),
+    [([0.1, 0.2, 0.3], "linear"), ([0.0, 0.1, 5.0], "symlog"), ([0.1, 5.0], "log"), ([0.0], "linear")],
+)
+def test_the_axis_of_a_sweep(values, scale):
+    display = SweepDisplay.from_frontier(swept(values, "margin"), "margin").plot(linewidth=5.0)
+    assert display.ax_.get_xscale() == scale
+    assert display.cost_.get_linewidth() == 5.0
+    pyplot.close("all")
+
+
+def test_a_sweep_by_a_knob_that_no_point_has():
+    with pytest.raises(ValueError, match=r"knob must be among the params of the frontier's points, \['margin'\]; got"):
+        SweepDisplay.from_frontier(swept([1.0], "margin"))

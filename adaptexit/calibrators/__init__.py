@@ -2,8 +2,16 @@
 
 from adaptexit.calibrators.base import CalibrationWarning
 from adaptexit.calibrators.cpm import CPMCalibrator
+from adaptexit.calibrators.eenet import EENetScheduler
 from adaptexit.calibrators.em import EMRouter
 from adaptexit.calibrators.temperature import TemperatureCalibrator
 from adaptexit.calibrators.threshold import ThresholdCalibrator
 
-__all__ = ["CPMCalibrator", "CalibrationWarning", "EMRouter", "TemperatureCalibrator", "ThresholdCalibrator"]
+__all__ = [
+    "CPMCalibrator",
+    "CalibrationWarning",
+    "EENetScheduler",
+    "EMRouter",
+    "TemperatureCalibrator",
+    "ThresholdCalibrator",
+]

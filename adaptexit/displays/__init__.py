@@ -8,6 +8,7 @@ from adaptexit.displays.curves import JobRatioDisplay, ParetoDisplay
 from adaptexit.displays.exemplars import ExemplarDisplay
 from adaptexit.displays.flow import ExitFlowDisplay
 from adaptexit.displays.reliability import ReliabilityDisplay
+from adaptexit.displays.sweep import SweepDisplay
 
 __all__ = [
     "BarsDisplay",
@@ -17,4 +18,5 @@ __all__ = [
     "JobRatioDisplay",
     "ParetoDisplay",
     "ReliabilityDisplay",
+    "SweepDisplay",
 ]

@@ -81,7 +81,7 @@ class ComparisonDisplay:
         )
         ax.axhline(self.full[1], color="grey", linewidth=0.8, linestyle="--")
         ax.set(xlabel="mean relative cost (full model = 1)", ylabel="accuracy")
-        ax.legend(loc="lower right", fontsize="small")
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize="small")
         self.ax_, self.figure_ = ax, ax.figure
         return self
 

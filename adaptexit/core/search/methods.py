@@ -217,16 +217,28 @@ def geometric_path(problem: Problem, points: Sequence[int] = range(1, 40)) -> Po
     policies = np.zeros((len(points), problem.n_early), dtype=np.int64)
     for row, p in enumerate(points):
         shares = (p / 20.0) ** np.arange(len(exits) + 1)
-        quotas = np.floor(problem.n_samples * shares / shares.sum()).astype(np.int64)
-        alive = np.ones(problem.n_samples, dtype=bool)
-        for quota, k in zip(quotas, exits, strict=False):
-            left = np.cumsum(alive[problem.order[k]])
-            if quota > 0:
-                reached = int(np.searchsorted(left, min(int(quota), int(left[-1])))) + 1
-                ends = problem.ends[k]
-                policies[row, k] = ends[np.searchsorted(ends, reached)]  # equal scores leave together
-                alive &= problem.rank[k] >= policies[row, k]
+        quotas = np.zeros(problem.n_early, dtype=np.int64)
+        quotas[exits] = np.floor(problem.n_samples * shares / shares.sum())[:-1]
+        policies[row] = quota_policy(problem, quotas)
     return policies
+
+
+def quota_policy(problem: Problem, quotas: NDArray[np.int64]) -> Policy:
+    """The policy (K-1,) at which every exit takes its quota of the surest samples that reach it, or all of fewer.
+
+    An exit with the quota 0 is switched off. Equal scores leave together, which may be more than the quota.
+    """
+    policy = np.zeros(problem.n_early, dtype=np.int64)
+    alive = np.ones(problem.n_samples, dtype=bool)
+    for k in np.flatnonzero(quotas):
+        left = np.cumsum(alive[problem.order[k]])
+        if not left[-1]:
+            break
+        reached = int(np.searchsorted(left, min(int(quotas[k]), int(left[-1])))) + 1
+        ends = problem.ends[k]
+        policy[k] = ends[np.searchsorted(ends, reached)]
+        alive &= problem.rank[k] >= policy[k]
+    return policy
 
 
 def shared(problem: Problem, targets: Sequence[Target]) -> Policies:

@@ -1,0 +1,281 @@
+"""EENet's scheduler: learned scores an exit, and thresholds that spend a budget."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.utils.validation import check_is_fitted
+
+from adaptexit.calibrators.base import Calibrator, check_outputs
+from adaptexit.core.checks import check_whole, checked_number
+from adaptexit.core.frontier import ParetoFrontier, evaluate, reference
+from adaptexit.core.outputs import ExitBatch, ExitOutputs
+from adaptexit.core.search.shares import frontier_of_shares
+from adaptexit.training.schedules import Scorer, probabilities, train_schedule
+
+Floats = NDArray[np.float64]
+
+FEWEST_EPOCHS, FEWEST_MINIBATCHES = 20, 1000
+
+
+class EENetScheduler(Calibrator):
+    """A learned score an exit, and the share of the samples that each exit answers, learned for a budget.
+
+    Ilhan et al., "Adaptive Deep Neural Network Inference Optimization with EENet". An exit's score is how likely it is
+    right, by logistic regression on its probabilities, the largest of them, its entropy and the scores of the exits
+    before it. Which share of the samples each exit should take is learned beside it; thresholds are where those shares
+    of the samples that reach an exit, surest first, end.
+
+    Parameters
+    ----------
+    budget : float, optional
+        Mean relative cost to learn for, and of the point in use. Half way between the first exit's cost and 1 unless
+        given.
+    kl_weight, budget_weight : float, default=1e-3 and 1e-2
+        Of the divergence between shares and scores, and of the distance from the budget, in the loss.
+    hidden : int, default=32
+        Width of the hidden layer of what learns the shares. It is not run where samples are answered.
+    epochs : int or "auto", default="auto"
+        20, or as many as make 1000 minibatches.
+    lr, weight_decay, batch_size
+        Of training by AdamW.
+    n_points : int, default=100
+        Budgets for which points are stored, each with the learned shares tilted to fit it
+        (:func:`adaptexit.core.search.shares.matched_shares`).
+    random_state : int, default=0
+    verbose : int, default=0
+
+    Attributes
+    ----------
+    scorers_ : list of K - 1 modules
+    shares_ : array (K,)
+        As learned for ``budget``, before they are made to fit it.
+    history_ : list of lists of 3 floats
+        The terms of the loss by epoch. Not saved.
+    extra_costs_ : array (K,)
+        MACs of the scorers, where costs are MACs; else 0.
+    thresholds_, point_, frontier_
+
+    Notes
+    -----
+    Scores read earlier scores, so all exits up to the deepest one in use are run. The published scores are linear and
+    cut off at 0 and 1, the published shares a softmax of numbers between 0 and 1, which cannot leave an exit with less
+    than a share of about 1/(eK); here both are logistic. The published schedule keeps its budget only as far as its
+    loss says; here the shares are fitted to it.
+    """
+
+    needs_logits = True
+    remembers = True
+    scorers_: list[Scorer]
+    shares_: Floats
+    history_: list[list[float]]
+
+    def __init__(
+        self,
+        budget: float | None = None,
+        *,
+        kl_weight: float = 1e-3,
+        budget_weight: float = 1e-2,
+        hidden: int = 32,
+        epochs: int | str = "auto",
+        lr: float = 1e-2,
+        weight_decay: float = 1e-4,
+        batch_size: int = 256,
+        n_points: int = 100,
+        random_state: int = 0,
+        verbose: int = 0,
+    ) -> None:
+        self.budget = budget
+        self.kl_weight = kl_weight
+        self.budget_weight = budget_weight
+        self.hidden = hidden
+        self.epochs = epochs
+        self.lr = lr
+        self.weight_decay = weight_decay
+        self.batch_size = batch_size
+        self.n_points = n_points
+        self.random_state = random_state
+        self.verbose = verbose
+
+    @property
+    def extra_costs_(self) -> Floats:
+        check_is_fitted(self)
+        macs = [scorer.macs if self._in_macs else 0 for scorer in self.scorers_]
+        return np.array([*macs, 0], dtype=np.float64)
+
+    # -- learning ------------------------------------------------------------------------------------------------------
+
+    def fit(self, outputs: ExitOutputs, y: None = None) -> EENetScheduler:
+        """Learn scores and shares on calibration outputs, which need logits, and find thresholds for every budget.
+
+        Raises
+        ------
+        ValueError
+            For parameters outside what is allowed, a budget below the first exit's cost, or outputs without what is
+            needed.
+        """
+        check_outputs(outputs)
+        self._check(outputs)
+        budget = self._reachable(outputs, self.budget)
+        learned = self._learned(outputs, budget)
+        before = dict(self.__dict__)
+        try:
+            self._take(outputs, learned)
+            self.history_ = learned[2]
+            budgets = np.linspace(self._least(outputs), 1.0, self.n_points)
+            self.frontier_, self.point_ = frontier_of_shares(
+                self.rescored(outputs), self.shares_, budgets.tolist(), budget
+            )
+        except BaseException:
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+        return self
+
+    def _take(self, outputs: ExitOutputs, learned: tuple[list[Scorer], Floats, Any]) -> None:
+        scorers, self.shares_, _ = learned
+        self.scorers_, self._in_macs = scorers[:-1], outputs.cost_unit == "MACs"
+        self._kept = outputs
+
+    def _check(self, outputs: ExitOutputs) -> None:
+        checked_number("kl_weight", self.kl_weight, "a finite number, at least 0", 0.0)
+        checked_number("budget_weight", self.budget_weight, "a finite number, at least 0", 0.0)
+        checked_number("lr", self.lr, "a finite number above 0", np.nextafter(0, 1))
+        checked_number("weight_decay", self.weight_decay, "a finite number, 0 or above", 0.0)
+        for name in ("hidden", "n_points"):
+            check_whole(name, getattr(self, name))
+        if not (isinstance(self.epochs, str) and self.epochs == "auto"):
+            check_whole("epochs", self.epochs)
+        check_whole("batch_size", self.batch_size, 2)
+        if outputs.logits is None or outputs.labels is None:
+            raise ValueError(
+                "a schedule needs logits and labels, but the outputs lack some. Record them (keep_logits=True)."
+            )
+
+    @staticmethod
+    def _least(outputs: ExitOutputs) -> float:
+        """Relative cost of the first exit, its score included."""
+        assert outputs.logits is not None
+        own = outputs.logits.shape[2] + 2 if outputs.cost_unit == "MACs" and outputs.n_exits > 1 else 0
+        return float((outputs.stage_costs[0] + outputs.exit_costs[0] + own) / outputs.full_cost)
+
+    def _reachable(self, outputs: ExitOutputs, budget: float | None) -> float:
+        """The budget, or half way between the first exit's cost and the full model's."""
+        least = self._least(outputs)
+        if budget is None:
+            return max(least, (least + 1.0) / 2)
+        budget = checked_number("budget", budget, "a finite relative cost (0.4 is 40% of the full model)")
+        if budget < least:
+            raise ValueError(
+                f"budget must be at least {least:.4g}, the relative cost of the first exit; got {budget:.4g}. Raise "
+                "the budget or use a cheaper first exit."
+            )
+        return budget
+
+    def _learned(self, outputs: ExitOutputs, budget: float) -> tuple[list[Scorer], Floats, list[list[float]]]:
+        assert outputs.logits is not None
+        epochs = self.epochs
+        if isinstance(epochs, str):
+            epochs = max(FEWEST_EPOCHS, -(-FEWEST_MINIBATCHES // -(-outputs.n_samples // self.batch_size)))
+        costs = outputs.path_costs(np.ones(outputs.n_exits, dtype=bool)) / outputs.full_cost
+        return train_schedule(
+            outputs.logits, outputs.graded, costs, budget,
+            hidden=self.hidden, kl_weight=self.kl_weight, budget_weight=self.budget_weight, epochs=epochs, lr=self.lr,
+            weight_decay=self.weight_decay, batch_size=self.batch_size, random_state=self.random_state,
+            verbose=self.verbose,
+        )  # fmt: skip
+
+    # -- answering -----------------------------------------------------------------------------------------------------
+
+    def rescored(self, outputs: ExitOutputs) -> ExitOutputs:
+        """Outputs with the learned probabilities as scores, what they cost, and exits that are chained."""
+        check_is_fitted(self, "scorers_")
+        self._check_logits(outputs)
+        assert outputs.logits is not None
+        found = np.empty((outputs.n_samples, 0), dtype=np.float32)
+        for scorer, logits in zip(self.scorers_, outputs.logits, strict=False):
+            found = np.column_stack([found, probabilities(scorer, logits, found)])
+        scores = np.vstack([found.T, np.ones((1, outputs.n_samples), dtype=np.float32)])
+        return self.priced(outputs.with_scores(scores))
+
+    def _check_logits(self, outputs: ExitOutputs) -> None:
+        if outputs.logits is None:
+            raise ValueError("a schedule needs logits, but the outputs have none. Record them (keep_logits=True).")
+        wanted = (len(self.shares_), self.scorers_[0].macs - 2 if self.scorers_ else outputs.logits.shape[2])
+        came = (outputs.logits.shape[0], outputs.logits.shape[2])
+        if came != wanted:
+            raise ValueError(
+                f"the schedule was learned for {wanted[0]} exits and {wanted[1]} classes; the outputs have {came[0]} "
+                f"and {came[1]}. Record them with the model that it was fitted with."
+            )
+
+    def rescored_batch(self, k: int, batch: ExitBatch) -> ExitBatch:
+        if k == len(self.scorers_):
+            return batch  # at the last exit everybody leaves
+        if batch.logits is None:
+            raise ValueError("a schedule needs logits, but the batch has none.")
+        earlier = np.empty((len(batch.logits), 0), dtype=np.float32) if batch.earlier is None else batch.earlier
+        if earlier.shape[1] != k:
+            raise ValueError(
+                f"exit {k} reads the scores of the {k} exits before it; the batch brings {earlier.shape[1]}. Ask every "
+                "exit in turn, and give each what decide returned at the one before."
+            )
+        scores = probabilities(self.scorers_[k], batch.logits, earlier)
+        return dataclasses.replace(batch, scores=scores, earlier=np.column_stack([earlier, scores]))
+
+    def pareto(
+        self, outputs: ExitOutputs | None = None, *, refit: bool = False, budgets: Sequence[float] = ()
+    ) -> ParetoFrontier:
+        """The frontier of one fitted schedule, or one schedule after another, each learned for its own budget.
+
+        Parameters
+        ----------
+        outputs : ExitOutputs, optional
+            Data to evaluate on, the calibration data unless given; needed for ``refit``.
+        refit : bool, default=False
+            Learn scores and shares anew for every budget, as published, on the data of ``fit``.
+        budgets : sequence of float
+            For ``refit``; 10 in even steps unless given.
+        """
+        if not refit:
+            return super().pareto(outputs)
+        check_is_fitted(self, "scorers_")
+        if outputs is None or not hasattr(self, "_kept"):
+            raise ValueError(
+                "refit=True needs outputs to evaluate on, and a schedule that was fitted, not loaded. Fit it anew."
+            )
+        check_outputs(outputs, self.point_.cutoffs)
+        kept, points = self._kept, []
+        for budget in list(budgets) or np.linspace(self._least(kept), 1.0, 11)[1:].tolist():
+            other = EENetScheduler(**self.get_params())
+            other._take(kept, self._learned(kept, self._reachable(kept, budget)))
+            point = frontier_of_shares(other.rescored(kept), other.shares_, (), budget)[1]
+            points.append(evaluate(other.rescored(outputs), point.thresholds, point.cutoffs, point.params))
+        points.sort(key=lambda point: (point.cost, point.accuracy))
+        return ParetoFrontier(points, *reference(outputs))
+
+    # -- persistence ---------------------------------------------------------------------------------------------------
+
+    def get_state(self) -> tuple[dict[str, Any], dict[str, Floats]]:
+        state, arrays = super().get_state()
+        arrays["shares"] = self.shares_
+        for k, scorer in enumerate(self.scorers_):
+            arrays |= {f"scorer_{k}.{name}": t.double().numpy() for name, t in scorer.state_dict().items()}
+        return state | {"n_scorers": len(self.scorers_), "in_macs": self._in_macs}, arrays
+
+    def set_state(self, state: dict[str, Any], arrays: dict[str, Floats]) -> None:
+        super().set_state(state, arrays)
+        self._in_macs, self.shares_ = state["in_macs"], arrays["shares"]
+        self.scorers_ = []
+        for k in range(state["n_scorers"]):
+            weight = arrays[f"scorer_{k}.net.weight"]
+            with torch.random.fork_rng(devices=[]):
+                scorer = Scorer(weight.shape[1] - 2 - k, k)
+            names = scorer.state_dict()
+            scorer.load_state_dict({name: torch.from_numpy(arrays[f"scorer_{k}.{name}"]).float() for name in names})
+            self.scorers_.append(scorer.eval())

@@ -1,0 +1,91 @@
+"""Thresholds from the share of samples that each exit is to answer, made to fit a budget."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+from scipy.optimize import brentq
+from scipy.special import softmax
+
+from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, evaluate, not_dominated, reference
+from adaptexit.core.outputs import ExitOutputs
+from adaptexit.core.search.methods import quota_policy
+from adaptexit.core.search.problem import Problem
+
+Floats = NDArray[np.float64]
+
+_STEEPEST = 1e6
+"""Tilt, in units of one over the range of costs, beyond which shares no longer change."""
+
+
+def matched_shares(shares: ArrayLike, costs: ArrayLike, budget: float) -> Floats:
+    """The shares nearest to given ones that cost a budget on average, (K,).
+
+    Of all shares with that mean cost these diverge least (Kullback-Leibler) from the given ones: each is multiplied by
+    exp(-t cost), with the one t that fits.
+
+    Parameters
+    ----------
+    shares : array (K,)
+        Above 0, of any sum.
+    costs : array (K,)
+        Of a sample that each exit answers.
+    budget : float
+        A mean cost; below the cheapest and above the dearest exit's, all go there.
+    """
+    logs, price = np.log(np.asarray(shares, dtype=np.float64)), np.asarray(costs, dtype=np.float64)
+    low, width = price.min(), np.ptp(price)
+    if width == 0:
+        return np.asarray(softmax(logs))
+    steps = (price - low) / width
+    wanted = (budget - low) / width
+
+    def tilted(t: float) -> Floats:
+        return np.asarray(softmax(logs - t * steps))
+
+    def excess(t: float) -> float:
+        return float(tilted(t) @ steps - wanted)
+
+    if excess(_STEEPEST) >= 0:
+        return tilted(_STEEPEST)
+    if excess(-_STEEPEST) <= 0:
+        return tilted(-_STEEPEST)
+    return tilted(brentq(excess, -_STEEPEST, _STEEPEST, xtol=1e-12, rtol=1e-14, maxiter=500))
+
+
+def frontier_of_shares(
+    outputs: ExitOutputs, shares: ArrayLike, budgets: Sequence[float], in_use: float
+) -> tuple[ParetoFrontier, OperatingPoint]:
+    """Operating points at which every exit takes its share of the surest samples that reach it.
+
+    Parameters
+    ----------
+    outputs : ExitOutputs
+    shares : array (K,)
+        Of samples that each exit answers; tilted (:func:`matched_shares`) to fit every budget.
+    budgets : sequence of float
+        Mean relative costs. Shares are rounded up exit by exit and equal scores leave together, so that points cost
+        their budget or a little less.
+    in_use : float
+        A further budget, whose point is returned.
+
+    Returns
+    -------
+    (ParetoFrontier, OperatingPoint)
+        Of the budgets' points those that no other dominates, the plain full model and the point in use.
+    """
+    problem = Problem.from_outputs(outputs)
+    costs = outputs.path_costs(np.ones(outputs.n_exits, dtype=bool)) / outputs.full_cost
+
+    def point(budget: float) -> OperatingPoint:
+        quotas = np.ceil(outputs.n_samples * matched_shares(shares, costs, budget)[:-1] - 1e-6).astype(np.int64)
+        return evaluate(outputs, *problem.thresholds(quota_policy(problem, quotas)), {"budget": float(budget)})
+
+    chosen = point(in_use)
+    plain = evaluate(outputs, *problem.thresholds(np.zeros(problem.n_early, dtype=np.int64)))
+    points = [chosen, plain, *(point(budget) for budget in budgets if budget != in_use)]
+    kept = {0, 1, *not_dominated([p.accuracy for p in points], [p.cost for p in points]).tolist()}
+    ordered = sorted((points[i] for i in kept), key=lambda p: (p.cost, p.accuracy))
+    return ParetoFrontier(ordered, *reference(outputs)), chosen

@@ -1,0 +1,308 @@
+import copy
+import json
+
+import numpy as np
+import pytest
+import torch
+from scipy.special import softmax
+from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
+from sklearn.metrics import log_loss
+
+import adaptexit
+from adaptexit import CascadeSaver, CPMCalibrator, EENetScheduler, compare
+from adaptexit.core.outputs import ExitBatch, ExitOutputs
+from adaptexit.training.schedules import Scorer, evidence, probabilities, train_schedule
+from tests.nets import branched, branched_trained, digits, large_trained, small_trained
+
+TRAIN, VAL, TEST = digits()
+CUTS = ["one", "two"]
+QUICK = {"epochs": 15, "n_points": 10}
+
+
+def recorded(n=600, seed=0, cost_unit="MACs", **changed):
+    """Three exits, the deeper the surer; whether the first two say "0" tells if they are right."""
+    rng = np.random.default_rng(seed)
+    labels, hard = rng.integers(0, 3, n), rng.random(n) < 0.5
+    strength = np.where(hard, np.array([[0.0], [0.5], [4.0]]), np.array([[3.0], [4.0], [4.0]]))
+    logits = rng.normal(size=(3, n, 3)) + strength[:, :, None] * np.eye(3)[labels]
+    given = {"costs": [100.0, 300.0, 1000.0], "cost_unit": cost_unit} | changed
+    return ExitOutputs.from_logits(logits.astype(np.float32), labels, **given)
+
+
+OUTPUTS = recorded()
+
+
+def online(calibrator, outputs, order, size, point):
+    """Exits when batches of samples go from exit to exit with what was found so far."""
+    last = outputs.n_exits - 1
+    exits = np.full(outputs.n_samples, last)
+    for start in range(0, len(order), size):
+        alive, earlier = order[start : start + size], None
+        for k in range(last):
+            batch = ExitBatch(
+                predictions=outputs.predictions[k][alive], scores=outputs.scores[k][alive],
+                logits=outputs.logits[k][alive], earlier=earlier,
+            )  # fmt: skip
+            leaves, earlier = calibrator.decide(k, batch, point)
+            exits[alive[leaves]] = k
+            alive, earlier = alive[~leaves], earlier[~leaves]
+    return exits
+
+
+# -- learning ---------------------------------------------------------------------------------------------------------
+
+
+def test_evidence_is_probabilities_the_largest_and_how_low_the_entropy():
+    logits = np.array([[2.0, 0.0, -1.0], [0.0, 0.0, 0.0], [40.0, 0.0, 0.0]], dtype=np.float32)
+    p = softmax(logits, axis=1)
+    said = evidence(torch.from_numpy(logits)).numpy()
+    np.testing.assert_allclose(said[:, :3], p, atol=1e-6)
+    np.testing.assert_allclose(said[:, 3], p.max(axis=1), atol=1e-6)
+    entropy = -(p * np.log(p)).sum(axis=1)
+    np.testing.assert_allclose(said[:, 4], 1 - entropy / np.log(3), atol=1e-6)
+    assert evidence(torch.zeros(2, 1)).tolist() == [[1, 1, 1], [1, 1, 1]]
+
+
+def test_scores_say_who_is_right_better_than_the_largest_probability():
+    """Two classes that an exit is sure of and always gets wrong for one answer: only a learned score can tell."""
+    rng = np.random.default_rng(0)
+    labels = rng.integers(0, 2, 2000)
+    first = np.where(rng.random(2000) < 0.5, labels, 1)  # answers 1 are right in two of three, answers 0 always
+    logits = np.stack([3.0 * np.eye(2)[first], 3.0 * np.eye(2)[labels]]).astype(np.float32)
+    outputs = ExitOutputs.from_logits(logits, labels, costs=[1.0, 10.0])
+    scores = EENetScheduler(0.6).fit(outputs).rescored(outputs).scores[0]
+    right = (first == labels).astype(int)
+    assert scores[first == 0].min() > 0.95
+    assert scores[first == 1].max() == pytest.approx(right[first == 1].mean(), abs=0.05)
+    assert log_loss(right, scores) < log_loss(right, outputs.scores[0]) - 0.05
+
+
+def test_shares_follow_the_budget():
+    cheap, dear = (EENetScheduler(budget).fit(OUTPUTS) for budget in (0.3, 0.8))
+    costs = np.array([0.1, 0.3, 1.0])
+    assert cheap.shares_ @ costs == pytest.approx(0.3, abs=0.06)
+    assert dear.shares_ @ costs == pytest.approx(0.8, abs=0.06)
+    for found in (cheap, dear):
+        assert found.shares_.sum() == pytest.approx(1.0)
+        assert found.point_.params == {"budget": found.budget}
+        assert found.budget - 0.01 <= found.point_.cost <= found.budget
+        assert found.history_[-1][2] < found.history_[0][2]
+
+
+def test_the_losses_are_the_papers():
+    """One epoch of one batch at a learning rate of next to nothing: the terms as the formula gives them."""
+    correct, costs = OUTPUTS.graded, np.array([0.1, 0.3, 1.0])
+    settings = {"hidden": 4, "epochs": 1, "batch_size": OUTPUTS.n_samples, "lr": 1e-12, "random_state": 3}
+    scorers, shares, history = train_schedule(
+        OUTPUTS.logits, correct, costs, 0.4, kl_weight=0.5, budget_weight=2.0, **settings
+    )
+    found = np.empty((OUTPUTS.n_samples, 0))
+    for k, scorer in enumerate(scorers):
+        found = np.column_stack([found, probabilities(scorer, OUTPUTS.logits[k], found)])
+    doubled, _, other = train_schedule(
+        OUTPUTS.logits, correct, costs, 0.4, kl_weight=1.0, budget_weight=4.0, **settings
+    )
+    assert torch.equal(doubled[0].net.weight, scorers[0].net.weight)
+    wrong, divergence, distance = history[0]
+    assert other[0] == pytest.approx([wrong, 2 * divergence, 2 * distance], rel=1e-5)
+    assert distance == pytest.approx(2.0 * abs(shares @ costs - 0.4) / 0.4, rel=1e-4)
+    each = -(correct.T * np.log(found) + ~correct.T * np.log(1 - found))
+    assert each.min(axis=0).mean() < wrong < each.max(axis=0).mean()  # some weighting of the samples
+    alone = train_schedule(OUTPUTS.logits[:, :1], correct[:, :1], costs, 0.4, kl_weight=1, budget_weight=1, **settings)
+    q, r = found[0], alone[1]
+    assert alone[2][0][0] == pytest.approx(each[0].mean(), rel=1e-4)  # of one sample the weights are 1
+    assert alone[2][0][1] == pytest.approx(np.sum(q / q.sum() * np.log(q / q.sum() / r)), rel=1e-3)
+
+
+def test_the_first_exits_score_reads_itself_alone_and_the_next_what_came_before():
+    model = EENetScheduler(**QUICK).fit(OUTPUTS)
+    assert [scorer.net.in_features for scorer in model.scorers_] == [5, 6]
+    other = OUTPUTS.logits.copy()
+    other[0] = -other[0]
+    changed = model.rescored(ExitOutputs.from_logits(other, OUTPUTS.labels, costs=[100.0, 300.0, 1000.0]))
+    assert not np.allclose(changed.scores[1], model.rescored(OUTPUTS).scores[1])
+
+
+@pytest.mark.parametrize(("unit", "expected"), [("MACs", [5, 6, 0]), ("seconds", [0, 0, 0]), (None, [0, 0, 0])])
+def test_what_scores_cost(unit, expected):
+    model = EENetScheduler(**QUICK).fit(recorded(cost_unit=unit))
+    assert model.extra_costs_.tolist() == expected
+    assert model.rescored(OUTPUTS).exit_costs.tolist() == expected
+    assert model.rescored(OUTPUTS).chained
+
+
+def test_without_a_budget_the_middle_counts():
+    model = EENetScheduler(**QUICK).fit(OUTPUTS)
+    assert model.point_.params["budget"] == pytest.approx((105 / 1000 + 1) / 2)
+
+
+def test_one_exit_has_nothing_to_learn_of():
+    alone = ExitOutputs.from_logits(OUTPUTS.logits[-1:], OUTPUTS.labels, costs=[10.0])
+    model = EENetScheduler(**QUICK).fit(alone)
+    assert model.scorers_ == []
+    assert model.point_.cost == 1.0
+    assert model.exit_index(alone).tolist() == [0] * 600
+
+
+def test_a_seed_determines_all_and_leaves_the_global_one_alone():
+    before = torch.get_rng_state()
+    one, same, other = (EENetScheduler(random_state=seed, **QUICK).fit(OUTPUTS) for seed in (0, 0, 1))
+    assert torch.equal(before, torch.get_rng_state())
+    assert one.rescored(OUTPUTS).scores.tolist() == same.rescored(OUTPUTS).scores.tolist()
+    assert one.shares_.tolist() == same.shares_.tolist()
+    assert one.rescored(OUTPUTS).scores.tolist() != other.rescored(OUTPUTS).scores.tolist()
+
+
+# -- answering --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 64, 600])
+def test_leaving_online_is_routing_offline(size):
+    model = EENetScheduler(**QUICK).fit(OUTPUTS)
+    order = np.random.default_rng(1).permutation(OUTPUTS.n_samples)
+    for point in model.frontier_.points[:: 4 if size == 1 else 1]:
+        exits = online(model, OUTPUTS, order, size, point)
+        assert exits.tolist() == model.exit_index(OUTPUTS, point).tolist()
+
+
+def test_budgets_are_served_by_points_within_them():
+    model = EENetScheduler(0.5, **QUICK).fit(OUTPUTS)
+    for budget in (0.2, 0.5, 0.9, 1.0):
+        assert model.operating_point(budget).cost <= budget + 1e-9
+    fresh = model.pareto(recorded(seed=1))
+    assert fresh.at(budget=0.5).cost == pytest.approx(0.5, abs=0.05)
+    assert len(fresh.points) == len(model.frontier_.points)
+
+
+def test_a_schedule_for_each_budget():
+    model = EENetScheduler(0.5, n_points=10).fit(OUTPUTS)
+    fresh = recorded(seed=1)
+    swept = model.pareto(fresh, refit=True, budgets=[0.8, 0.5])
+    assert [point.params["budget"] for point in swept.points] == [0.5, 0.8]
+    own = model.pareto(fresh).points[[p.params for p in model.frontier_.points].index({"budget": 0.5})]
+    assert (swept.points[0].accuracy, swept.points[0].cost) == (own.accuracy, own.cost)
+    assert len(EENetScheduler(epochs=1).fit(OUTPUTS).pareto(fresh, refit=True).points) == 10
+
+
+def test_in_a_comparison():
+    found = compare(OUTPUTS, {"EENet": EENetScheduler(0.5, **QUICK), "CPM": CPMCalibrator()}, test=recorded(seed=1))
+    assert found.at(0.5)["EENet"].accuracy > found.points["random exit"][0].accuracy
+
+
+# -- what is refused --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("params", "message"),
+    [
+        ({"budget": 0.1}, r"budget must be at least 0.105, the relative cost of the first exit; got 0.1\. Raise"),
+        ({"budget": float("nan")}, "budget must be a finite relative cost"),
+        ({"kl_weight": -1}, "kl_weight must be a finite number, at least 0; got -1"),
+        ({"budget_weight": -1}, "budget_weight must be a finite number, at least 0; got -1"),
+        ({"hidden": 0}, "hidden must be a whole number, at least 1; got 0"),
+        ({"n_points": 0}, "n_points must be a whole number, at least 1; got 0"),
+        ({"epochs": "some"}, "epochs must be a whole number, at least 1; got 'some'"),
+        ({"batch_size": 1}, "batch_size must be a whole number, at least 2; got 1"),
+        ({"lr": 0}, "lr must be a finite number above 0; got 0"),
+        ({"weight_decay": -1}, "weight_decay must be a finite number, 0 or above; got -1"),
+    ],
+)
+def test_parameters_that_cannot_be(params, message):
+    model = EENetScheduler(**QUICK).fit(OUTPUTS)
+    before = model.point_
+    with pytest.raises(ValueError, match=message):
+        model.set_params(**params).fit(OUTPUTS)
+    assert model.point_ is before
+
+
+def test_outputs_and_batches_that_lack_what_is_needed():
+    without = ExitOutputs.from_logits(OUTPUTS.logits, OUTPUTS.labels, costs=[1, 2, 3], keep_logits=False)
+    with pytest.raises(ValueError, match="a schedule needs logits and labels, but the outputs lack some"):
+        EENetScheduler().fit(without)
+    with pytest.raises(TypeError, match="outputs must be ExitOutputs; got list"):
+        EENetScheduler().fit([])
+    model = EENetScheduler(**QUICK).fit(OUTPUTS)
+    with pytest.raises(ValueError, match="a schedule needs logits, but the outputs have none"):
+        model.rescored(without)
+    fewer = ExitOutputs.from_logits(OUTPUTS.logits[1:], OUTPUTS.labels, costs=[1, 2])
+    with pytest.raises(ValueError, match="learned for 3 exits and 3 classes; the outputs have 2 and 3"):
+        model.rescored(fewer)
+    batch = ExitBatch(predictions=np.zeros(2, int), scores=np.zeros(2), logits=np.zeros((2, 3), dtype=np.float32))
+    with pytest.raises(ValueError, match="exit 1 reads the scores of the 1 exits before it; the batch brings 0"):
+        model.accept(1, batch)
+    with pytest.raises(ValueError, match="a schedule needs logits, but the batch has none"):
+        model.accept(0, ExitBatch(predictions=np.zeros(1, int), scores=np.zeros(1)))
+    with pytest.raises(NotFittedError):
+        EENetScheduler().rescored(OUTPUTS)
+    with pytest.raises(ValueError, match="refit=True needs outputs to evaluate on"):
+        model.pareto(refit=True)
+
+
+# -- copies and estimators --------------------------------------------------------------------------------------------
+
+
+def test_state_there_and_back():
+    model = EENetScheduler(**QUICK).fit(OUTPUTS)
+    state, arrays = model.get_state()
+    other = clone(model)
+    other.set_state(json.loads(json.dumps(state)), arrays)
+    assert other.rescored(OUTPUTS).scores.tolist() == model.rescored(OUTPUTS).scores.tolist()
+    assert other.exit_index(OUTPUTS).tolist() == model.exit_index(OUTPUTS).tolist()
+    assert other.extra_costs_.tolist() == model.extra_costs_.tolist()
+    assert other.shares_.tolist() == model.shares_.tolist()
+    assert copy.deepcopy(model).exit_index(OUTPUTS).tolist() == model.exit_index(OUTPUTS).tolist()
+    with pytest.raises(ValueError, match="a schedule that was fitted, not loaded"):
+        other.pareto(OUTPUTS, refit=True)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return branched(exits=CUTS, head="mlp", batch_size=50, calibrator=EENetScheduler(0.7, **QUICK)).fit(*TRAIN)
+
+
+@pytest.fixture(scope="module")
+def calibrated(model):
+    return copy.deepcopy(model).calibrate(*VAL)
+
+
+def test_an_estimator_leaves_as_its_record_says(calibrated):
+    outputs = calibrated.record(*TEST)
+    for point in calibrated.calibrator_.frontier_.points:
+        trace = calibrated.trace(TEST[0], budget=point.cost)
+        used = calibrated.calibrator_.operating_point(point.cost)
+        assert trace.exits.tolist() == calibrated.calibrator_.exit_index(outputs, used).tolist()
+        evaluated = calibrated.pareto(*TEST).points[calibrated.point_index(point.cost)]
+        assert trace.relative_costs.mean() == pytest.approx(evaluated.cost)
+
+
+def test_exits_before_the_deepest_one_on_are_asked_and_paid_though_nobody_leaves_there(calibrated):
+    outputs = calibrated.outputs_
+    rescored = calibrated.calibrator_.rescored(outputs)
+    thresholds = np.array([np.inf, float(np.median(rescored.scores[1])), -np.inf])
+    point = adaptexit.core.frontier.evaluate(rescored, thresholds, thresholds)
+    answers = calibrated._answer(VAL[0], point)
+    assert answers.exits.tolist() == calibrated.calibrator_.exit_index(outputs, point).tolist()
+    assert set(answers.exits.tolist()) == {1, 2}
+    assert calibrated._on(point).tolist() == [True, True, True]
+    paid = outputs.stage_costs + outputs.exit_costs + calibrated.calibrator_.extra_costs_
+    np.testing.assert_allclose(calibrated._paid().path_costs(point.on), np.cumsum(paid))
+
+
+def test_saved_and_loaded(calibrated, tmp_path):
+    calibrated.save(tmp_path / "saved")
+    loaded = adaptexit.load(tmp_path / "saved", backbone=branched_trained())
+    for budget in (None, 0.9):
+        assert loaded.predict(TEST[0], budget=budget).tolist() == calibrated.predict(TEST[0], budget=budget).tolist()
+
+
+@pytest.mark.filterwarnings("ignore::adaptexit.SaverWarning")
+def test_in_a_cascade():
+    cascade = CascadeSaver(large_trained(), small_trained(), calibrator=EENetScheduler(**QUICK)).fit(*VAL)
+    exits = cascade.trace(TEST[0]).exits
+    assert exits.tolist() == cascade.calibrator_.exit_index(cascade.record(*TEST)).tolist()
+    assert 0 < exits.mean() < 1
+
+
+def test_probabilities_of_nobody():
+    assert probabilities(Scorer(3, 1), np.empty((0, 3)), np.empty((0, 1))).shape == (0,)
