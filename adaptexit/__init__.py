@@ -14,6 +14,7 @@ if TYPE_CHECKING:
         CPMCalibrator,
         EENetScheduler,
         EMRouter,
+        PatienceCalibrator,
         TemperatureCalibrator,
         ThresholdCalibrator,
     )
@@ -55,6 +56,7 @@ _HOMES = {
     "CPMCalibrator": "adaptexit.calibrators",
     "EENetScheduler": "adaptexit.calibrators",
     "EMRouter": "adaptexit.calibrators",
+    "PatienceCalibrator": "adaptexit.calibrators",
     "TemperatureCalibrator": "adaptexit.calibrators",
     "ExitOutputs": "adaptexit.core.outputs",
     "OperatingPoint": "adaptexit.core.frontier",
@@ -92,6 +94,7 @@ __all__ = [
     "PTEERecipe",
     "ParetoDisplay",
     "ParetoFrontier",
+    "PatienceCalibrator",
     "ReliabilityDisplay",
     "SaverWarning",
     "SweepDisplay",

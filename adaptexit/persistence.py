@@ -26,6 +26,7 @@ HOMES = {
     "CPMCalibrator": "adaptexit.calibrators",
     "EENetScheduler": "adaptexit.calibrators",
     "EMRouter": "adaptexit.calibrators",
+    "PatienceCalibrator": "adaptexit.calibrators",
     "TemperatureCalibrator": "adaptexit.calibrators",
     "FrozenRecipe": "adaptexit.training",
     "CalexNetRecipe": "adaptexit.training",

@@ -4,6 +4,7 @@ from adaptexit.calibrators.base import CalibrationWarning
 from adaptexit.calibrators.cpm import CPMCalibrator
 from adaptexit.calibrators.eenet import EENetScheduler
 from adaptexit.calibrators.em import EMRouter
+from adaptexit.calibrators.patience import PatienceCalibrator
 from adaptexit.calibrators.temperature import TemperatureCalibrator
 from adaptexit.calibrators.threshold import ThresholdCalibrator
 
@@ -12,6 +13,7 @@ __all__ = [
     "CalibrationWarning",
     "EENetScheduler",
     "EMRouter",
+    "PatienceCalibrator",
     "TemperatureCalibrator",
     "ThresholdCalibrator",
 ]

@@ -87,6 +87,14 @@ def oracle(outputs: ExitOutputs) -> RulePoint:
     return RulePoint("oracle", accuracy, float(rates @ outputs.alone_costs()) / outputs.full_cost, rates)
 
 
+def confirmations(predictions: NDArray[Any]) -> NDArray[np.int64]:
+    """How many exits in a row, right before each exit, answer as it does, (K, N), for predictions (K, N)."""
+    found = np.zeros(predictions.shape, dtype=np.int64)
+    for k in range(1, len(predictions)):
+        found[k] = np.where(predictions[k] == predictions[k - 1], found[k - 1] + 1, 0)
+    return found
+
+
 def patience_exits(outputs: ExitOutputs, patience: int) -> Exits:
     """The exit at which every sample leaves when so many exits in a row have confirmed an answer, shape (N,).
 
@@ -106,15 +114,9 @@ def patience_exits(outputs: ExitOutputs, patience: int) -> Exits:
     check_whole("patience", patience)
     if outputs.predictions is None:
         raise ValueError("patience compares predictions, but the outputs have none: they were graded by quality.")
-    exits = np.full(outputs.n_samples, outputs.n_exits - 1, dtype=np.intp)
-    confirmed = np.zeros(outputs.n_samples, dtype=np.intp)
-    staying = np.ones(outputs.n_samples, dtype=bool)
-    for k in range(1, outputs.n_exits - 1):
-        confirmed = np.where(outputs.predictions[k] == outputs.predictions[k - 1], confirmed + 1, 0)
-        leaving = staying & (confirmed >= patience)
-        exits[leaving] = k
-        staying &= ~leaving
-    return exits
+    leaves = confirmations(outputs.predictions) >= patience
+    leaves[-1] = True
+    return np.asarray(np.argmax(leaves, axis=0), dtype=np.intp)
 
 
 def patience(outputs: ExitOutputs) -> list[RulePoint]:
