@@ -225,7 +225,7 @@ class CascadeSaver(AdaptiveClassifier):
             calibrator.operating_point(self.budget)
         _warn_of_savers(reports, self.exit_names)
         self.classes_, self.outputs_, self.calibrator_ = classes, outputs, calibrator
-        self.saver_reports_, self.cost_unit_ = reports, unit
+        self.saver_reports_ = reports
         return self
 
     def _known_classes(self, x: Tensor) -> NDArray[Any]:

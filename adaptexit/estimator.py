@@ -45,7 +45,7 @@ class AdaptiveClassifier(ClassifierMixin, BaseEstimator):
     """Base of the estimators: everything behind the stages and exits, which a subclass provides.
 
     A subclass has the parameters ``calibrator``, ``budget``, ``batch_size``, ``memory_limit`` and ``verbose``, learns
-    ``classes_``, ``outputs_``, ``calibrator_`` and ``cost_unit_``, and says what it runs (:meth:`_staged`,
+    ``classes_``, ``outputs_`` and ``calibrator_``, and says what it runs (:meth:`_staged`,
     :meth:`_modules`), what it calls its exits (:attr:`exit_names`) and whether data are a table (:meth:`_tabular`).
 
     Attributes
@@ -65,7 +65,6 @@ class AdaptiveClassifier(ClassifierMixin, BaseEstimator):
     classes_: NDArray[Any]
     calibrator_: Calibrator
     outputs_: ExitOutputs
-    cost_unit_: str
 
     # -- what a subclass provides --------------------------------------------------------------------------------------
 
@@ -87,6 +86,11 @@ class AdaptiveClassifier(ClassifierMixin, BaseEstimator):
     def _labels_needed(self) -> bool:
         """Whether accuracy is measured against labels; otherwise it is agreement with the full model."""
         return True
+
+    @property
+    def cost_unit_(self) -> str | None:
+        """Unit of the costs: "MACs", "seconds" or "given"."""
+        return self.outputs_.cost_unit
 
     # -- answering -----------------------------------------------------------------------------------------------------
 
@@ -128,7 +132,7 @@ class AdaptiveClassifier(ClassifierMixin, BaseEstimator):
 
     def _paid(self) -> ExitOutputs:
         """The calibration outputs at the costs that a sample pays when thresholds decide."""
-        return self.calibrator_.priced(self.outputs_)
+        return self.calibrator_.charged(self.outputs_)
 
     def predict_anytime(self, X: Any, limit: float) -> NDArray[Any]:
         """Labels (N,) when nobody may spend more than ``limit`` (relative cost): the deepest exit within it answers.
@@ -313,7 +317,6 @@ class AdaptiveClassifier(ClassifierMixin, BaseEstimator):
             "calibrator": calibrator,
             "classes": self.classes_,
             "classes_dtype": self.classes_.dtype.str,
-            "cost_unit": self.cost_unit_,
             "table": {name: getattr(self, name) for name in _TABLE_ATTRIBUTES if hasattr(self, name)},
         }
         return state, {f"calibrator.{name}": torch.from_numpy(np.array(array)) for name, array in arrays.items()}
@@ -323,7 +326,7 @@ class AdaptiveClassifier(ClassifierMixin, BaseEstimator):
         self.calibrator_ = self._fresh_calibrator()
         self.calibrator_.set_state(state["calibrator"], arrays)
         self.classes_ = np.array(state["classes"], dtype=state["classes_dtype"])
-        self.cost_unit_, self.outputs_ = state["cost_unit"], outputs
+        self.outputs_ = outputs
         for name, value in state["table"].items():
             setattr(self, name, np.array(value, dtype=object) if isinstance(value, list) else value)
 

@@ -329,7 +329,7 @@ class MultiExitClassifier(AdaptiveClassifier):
     ) -> MultiExitClassifier:
         calibrator = self._fresh_calibrator()
         with evaluating(network.modules):
-            costs, unit = priced(network, batches.first(), self.cost)
+            costs = priced(network, batches.first(), self.cost)
         with self._cached(network, batches, calibrator.needs_features) as everything:
             n_early = len(network.heads)
             cache, vectors = everything.part(slice(n_early)), everything.part(slice(n_early, None))
@@ -352,7 +352,7 @@ class MultiExitClassifier(AdaptiveClassifier):
             outputs = answers_on(held_out)
             self.training_outputs_ = answers_on(held_in) if calibrator.needs_training else None
         self.self_calibrated_ = True
-        return self._keep(calibrator, outputs, classes, unit, batches.labelled)
+        return self._keep(calibrator, outputs, classes, batches.labelled)
 
     def _cached(self, network: BranchedNetwork, batches: Batches, with_vectors: bool) -> FeatureCache:
         """What the heads keep of the features at every cut and, where wanted, vectors of all of them behind that."""
@@ -375,17 +375,17 @@ class MultiExitClassifier(AdaptiveClassifier):
             example = batches.first()
             width = logits_width(self._network.model, example[:8])
             classes = known_classes(self.classes, width, self._fitted_classes)
-            costs, unit = priced(self._network, example, self.cost)
+            costs = priced(self._network, example, self.cost)
         outputs = self._recorded(batches, classes, calibrator, "calibrating", chained=self._network.chained, **costs)
-        return self._keep(calibrator, outputs, classes, unit, batches.labelled)
+        return self._keep(calibrator, outputs, classes, batches.labelled)
 
     def _keep(
-        self, calibrator: Calibrator, outputs: ExitOutputs, classes: NDArray[Any], unit: str, labelled: bool
+        self, calibrator: Calibrator, outputs: ExitOutputs, classes: NDArray[Any], labelled: bool
     ) -> MultiExitClassifier:
         calibrator.fit(outputs, **({"training": self.training_outputs_} if calibrator.needs_training else {}))
         if self.budget is not None:
             calibrator.operating_point(self.budget)
-        self.classes_, self.outputs_, self.calibrator_, self.cost_unit_ = classes, outputs, calibrator, unit
+        self.classes_, self.outputs_, self.calibrator_ = classes, outputs, calibrator
         self.labelled_ = labelled
         if labelled:
             warn_of_labels(outputs)

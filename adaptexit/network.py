@@ -278,8 +278,8 @@ class NativeNetwork:
 Network = BranchedNetwork | NativeNetwork
 
 
-def priced(network: Network, x: Tensor, cost: Any) -> tuple[dict[str, Any], str]:
-    """Stage and exit costs as ``ExitOutputs`` takes them, and their unit.
+def priced(network: Network, x: Tensor, cost: Any) -> dict[str, Any]:
+    """Stage and exit costs and their unit, as ``ExitOutputs`` takes them.
 
     Parameters
     ----------
@@ -297,7 +297,7 @@ def priced(network: Network, x: Tensor, cost: Any) -> tuple[dict[str, Any], str]
         stage_costs, exit_costs = network.costs(x[:1] if unit == "MACs" else x, unit)
         if stage_costs.sum() + exit_costs[-1] <= 0:
             raise ValueError("cost='macs' found no multiply-accumulates. Use cost='latency' or give the costs.")
-        return {"stage_costs": stage_costs, "exit_costs": exit_costs, "cost_unit": unit}, unit
+        return {"stage_costs": stage_costs, "exit_costs": exit_costs, "cost_unit": unit}
     try:
         costs = np.asarray(cost, dtype=np.float64)
     except (TypeError, ValueError):
@@ -307,8 +307,7 @@ def priced(network: Network, x: Tensor, cost: Any) -> tuple[dict[str, Any], str]
             f"cost must be {n_exits} positive numbers that do not fall, what a sample has spent at each exit; "
             f"got {cost!r}."
         )
-    given = {"stage_costs": np.diff(costs, prepend=0.0), "exit_costs": np.zeros(n_exits), "cost_unit": "given"}
-    return given, "given"
+    return {"stage_costs": np.diff(costs, prepend=0.0), "exit_costs": np.zeros(n_exits), "cost_unit": "given"}
 
 
 def is_native(module: Any) -> bool:

@@ -18,9 +18,9 @@ from matplotlib import pyplot
 from safetensors.torch import load_file
 from sklearn.exceptions import ConvergenceWarning
 
-from adaptexit import CPMCalibrator, EMRouter, MultiExitClassifier, ThresholdCalibrator, compare
+from adaptexit import CPMCalibrator, EENetScheduler, EMRouter, MultiExitClassifier, ThresholdCalibrator, compare
 from adaptexit.backbones import resnet56_cifar
-from adaptexit.displays import BarsDisplay, ComparisonDisplay
+from adaptexit.displays import BarsDisplay, ComparisonDisplay, SweepDisplay
 
 try:
     from examples.calexnet_cifar10 import digits, digits_net, images
@@ -62,7 +62,7 @@ def main() -> None:
     outputs, training, answers = model.outputs_, model.training_outputs_, model.record(*test)
 
     methods = {"BranchyNet (entropy)": ThresholdCalibrator("entropy"), "largest probability": ThresholdCalibrator()}
-    methods["class precision margins"] = CPMCalibrator()
+    methods |= {"class precision margins": CPMCalibrator(), "EENet's schedule": EENetScheduler(BUDGET)}
     for prior in PRIORS:
         methods[f"EM routing, {prior}"] = EMRouter(COST_WEIGHT, prior)
     found = compare(outputs, methods, test=answers, training=training, exit_names=model.exit_names)
@@ -78,14 +78,12 @@ def main() -> None:
         rates = " ".join(f"{rate:.2f}" for rate in point.exit_rates)
         print(f"{point.params['cost_weight']:6.2f} | {point.accuracy:13.4f} | {point.cost:13.3f} | {rates}")
 
-    figure = pyplot.figure(figsize=(16, 4.8), layout="constrained")
+    figure = pyplot.figure(figsize=(19, 5.2), layout="constrained")
     axes = figure.subplots(1, 3)
     ComparisonDisplay.from_comparison(found).plot(axes[0])
     axes[0].set_title("curves and simple rules (test)")
-    axes[1].semilogx(weights, [p.accuracy for p in by_weight], marker="o", label="accuracy")
-    axes[1].semilogx(weights, [p.cost for p in by_weight], marker="s", label="relative cost")
-    axes[1].set(title="EM routing by cost weight (threshold 0.5)", xlabel="lambda (nats)")
-    axes[1].legend()
+    SweepDisplay.from_frontier(sweep, "cost_weight", exit_names=model.exit_names).plot(axes[1])
+    axes[1].set(xlabel="cost weight (nats) of EM routing, threshold 0.5")
     BarsDisplay.from_comparison(found, budget=BUDGET).plot(axes[2])
     axes[2].set_title(f"at a budget of {BUDGET}", loc="left")
     figure.savefig(args.out, dpi=110)

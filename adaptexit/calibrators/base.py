@@ -69,7 +69,7 @@ class Calibrator(BaseEstimator):
         """The same of one batch at exit k; one that ``remembers`` reads ``batch.earlier`` and adds to it."""
         return batch
 
-    def priced(self, outputs: ExitOutputs) -> ExitOutputs:
+    def charged(self, outputs: ExitOutputs) -> ExitOutputs:
         """The outputs at the costs that are paid when this calibrator decides."""
         extra = self.extra_costs_
         if not (extra.any() or self.remembers):

@@ -201,7 +201,7 @@ class EENetScheduler(Calibrator):
         for scorer, logits in zip(self.scorers_, outputs.logits, strict=False):
             found = np.column_stack([found, probabilities(scorer, logits, found)])
         scores = np.vstack([found.T, np.ones((1, outputs.n_samples), dtype=np.float32)])
-        return self.priced(outputs.with_scores(scores))
+        return self.charged(outputs.with_scores(scores))
 
     def _check_logits(self, outputs: ExitOutputs) -> None:
         if outputs.logits is None:

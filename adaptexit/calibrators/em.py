@@ -316,7 +316,7 @@ class EMRouter(Calibrator):
                 "Record the outputs with the model that the routers were fitted with."
             )
         scores = self._halting(routers, inputs).T if routers else np.ones_like(outputs.scores)
-        return self.priced(outputs.with_scores(scores))
+        return self.charged(outputs.with_scores(scores))
 
     def rescored_batch(self, k: int, batch: ExitBatch) -> ExitBatch:
         if k == len(self.routers_):
