@@ -18,8 +18,9 @@ from adaptexit.calibrators.base import Calibrator
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.saver import JobCurve, SaverReport, job_curve, saver_reports
 from adaptexit.core.scores import resolve_score
+from adaptexit.core.undo import unchanged_on_failure
 from adaptexit.data import as_batches, is_stream
-from adaptexit.estimator import AdaptiveClassifier, below, unchanged_on_failure
+from adaptexit.estimator import AdaptiveClassifier, below
 from adaptexit.labels import hold_out, known_classes
 from adaptexit.models import (
     ScikitModel,

@@ -21,8 +21,9 @@ from adaptexit.calibrators.base import CalibrationWarning, Calibrator
 from adaptexit.core.checks import checked_number
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import resolve_score
+from adaptexit.core.undo import unchanged_on_failure
 from adaptexit.data import Batches, as_batches, is_stream, split_pair
-from adaptexit.estimator import AdaptiveClassifier, below, unchanged_on_failure
+from adaptexit.estimator import AdaptiveClassifier, below
 from adaptexit.labels import class_indices, hold_out, known_classes, warn_of_labels
 from adaptexit.models import TorchModel, build_model, is_fitted, restore_model
 from adaptexit.network import BranchedNetwork, NativeNetwork, Network, is_native, priced

@@ -8,12 +8,10 @@ how the classes shift from exit to exit; where BoostNet's learnable factors end.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +27,7 @@ from adaptexit import (
 )
 from adaptexit.core.frontier import ParetoFrontier
 from adaptexit.core.metrics import exit_calibration, survivor_shift
-from benchmarks.cifar import pretrained, tensors
+from benchmarks.cifar import arguments, learning, pretrained
 from benchmarks.common import mean_and_sd, print_table, write_result
 from examples.calexnet_cifar10 import ABLATION, METHODS, Data, accuracy_at
 
@@ -47,14 +45,8 @@ RESIDUAL = {"CalexNet": "CalexNet, residual heads", "CalexNet, reference": "refe
 
 def main() -> None:
     """Run every method for every seed, report, write."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with train, val and test")
-    parser.add_argument("--weights", type=Path, required=True, help="folder with resnet56.safetensors")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=20_000, help="of train, to learn on")
-    args = parser.parse_args()
-    train = tuple(part[: args.images].clone() for part in tensors(args.data, ["train"]))
-    val, test = tensors(args.data, ["val"]), tensors(args.data, ["test"])
+    args = arguments(__doc__).parse_args()
+    train, val, test = learning(args.data, args.images)
     net = pretrained(56, args.weights)
 
     recipes = {name: (make, "auto") for name, make in (METHODS | ABLATION | MORE).items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -30,6 +31,22 @@ def pretrained(depth: int, weights: Path) -> nn.Module:
     net = FACTORIES[depth]()
     net.load_state_dict(load_file(weights / f"resnet{depth}.safetensors"))
     return net.eval()
+
+
+def arguments(doc: str) -> argparse.ArgumentParser:
+    """What every benchmark that learns heads on a frozen ResNet-56 takes."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--data", type=Path, required=True, help="folder with train, val and test")
+    parser.add_argument("--weights", type=Path, required=True, help="folder with resnet56.safetensors")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=20_000, help="of train, to learn on")
+    return parser
+
+
+def learning(data: Path, images: int) -> list[tuple[Tensor, Tensor]]:
+    """Images and labels of ``train``, so many of them, of ``val`` and of ``test``."""
+    x, y = tensors(data, ["train"])
+    return [(x[:images].clone(), y[:images].clone()), tensors(data, ["val"]), tensors(data, ["test"])]
 
 
 def tensors(data: Path, splits: Sequence[str], seed: int = 0) -> tuple[Tensor, Tensor]:

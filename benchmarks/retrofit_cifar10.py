@@ -8,17 +8,15 @@ Costs are MACs, heads included, relative to the plain ResNet-56. Loss of accurac
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 import time
 import warnings
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adaptexit import MultiExitClassifier
-from benchmarks.cifar import pretrained, tensors
+from benchmarks.cifar import arguments, learning, pretrained
 from benchmarks.common import print_table, write_result
 
 EXITS = ["layer1.4", "layer1.8", "layer2.4", "layer2.8"]
@@ -28,16 +26,10 @@ BUDGETS = (0.5, 0.6, 0.7, 0.8, 0.9)
 
 def main() -> None:
     """Train, calibrate and test every kind of head."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, required=True, help="folder with train, val and test")
-    parser.add_argument("--weights", type=Path, required=True, help="folder with resnet56.safetensors")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=20_000, help="of train, to learn on")
+    parser = arguments(__doc__)
     parser.add_argument("--heads", nargs="+", default=HEADS[:3], choices=HEADS, help="conv takes an hour on a CPU")
     args = parser.parse_args()
-    images, labels = tensors(args.data, ["train"])
-    images, labels = images[: args.images].clone(), labels[: args.images].clone()
-    val, test = tensors(args.data, ["val"]), tensors(args.data, ["test"])
+    train, val, test = learning(args.data, args.images)
     net = pretrained(56, args.weights)
 
     measured: dict[str, Any] = {}
@@ -49,7 +41,7 @@ def main() -> None:
                 model = MultiExitClassifier(
                     net, EXITS, head=head, calibration_size=0.02, random_state=seed, batch_size=64, cache_dir=kept
                 )
-                model.fit(images, labels).calibrate(*val)
+                model.fit(*train).calibrate(*val)
                 seconds = time.perf_counter() - started
                 frontier = model.pareto(*test)
                 points = {b: frontier.at(budget=b) for b in BUDGETS if b >= model.pareto().points[0].cost}
@@ -68,7 +60,7 @@ def main() -> None:
         print(f"{head}: {np.mean([run['seconds'] for run in runs]):.0f} s a fit with its calibration", flush=True)
     report(measured)
     write_result(
-        "retrofit_cifar10", {"exits": EXITS, "train_images": len(images), "seeds": args.seeds, "heads": measured}
+        "retrofit_cifar10", {"exits": EXITS, "train_images": len(train[1]), "seeds": args.seeds, "heads": measured}
     )
 
 

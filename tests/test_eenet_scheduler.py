@@ -202,7 +202,7 @@ def test_in_a_comparison():
         ({"budget_weight": -1}, "budget_weight must be a finite number, at least 0; got -1"),
         ({"hidden": 0}, "hidden must be a whole number, at least 1; got 0"),
         ({"n_points": 0}, "n_points must be a whole number, at least 1; got 0"),
-        ({"epochs": "some"}, "epochs must be a whole number, at least 1; got 'some'"),
+        ({"epochs": "some"}, "epochs must be a whole number, at least 1 or 'auto'; got 'some'"),
         ({"batch_size": 1}, "batch_size must be a whole number, at least 2; got 1"),
         ({"lr": 0}, "lr must be a finite number above 0; got 0"),
         ({"weight_decay": -1}, "weight_decay must be a finite number, 0 or above; got -1"),

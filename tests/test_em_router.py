@@ -225,7 +225,7 @@ def test_the_sweep_trains_a_router_for_each_weight_on_the_same_likelihoods(monke
         ({"threshold": 1.0}, "threshold must be a probability below 1; got 1.0"),
         ({"hidden": 0}, "hidden must be a whole number, at least 1; got 0"),
         ({"n_iter": 1.5}, "n_iter must be a whole number, at least 1; got 1.5"),
-        ({"epochs": "many"}, "epochs must be a whole number, at least 1; got 'many'"),
+        ({"epochs": "many"}, "epochs must be a whole number, at least 1 or 'auto'; got 'many'"),
         ({"batch_size": 1}, "batch_size must be a whole number, at least 2; got 1"),
         ({"lr": 0}, "lr must be a finite number above 0; got 0"),
         ({"weighted": "yes"}, "weighted must be True or False; got 'yes'"),

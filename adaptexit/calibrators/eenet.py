@@ -16,6 +16,8 @@ from adaptexit.core.checks import check_whole, checked_number
 from adaptexit.core.frontier import ParetoFrontier, evaluate, reference
 from adaptexit.core.outputs import ExitBatch, ExitOutputs
 from adaptexit.core.search.shares import frontier_of_shares
+from adaptexit.core.undo import unchanged_on_failure
+from adaptexit.training.loop import checked_settings, n_epochs
 from adaptexit.training.schedules import Scorer, probabilities, train_schedule
 
 Floats = NDArray[np.float64]
@@ -123,18 +125,13 @@ class EENetScheduler(Calibrator):
         self._check(outputs)
         budget = self._reachable(outputs, self.budget)
         learned = self._learned(outputs, budget)
-        before = dict(self.__dict__)
-        try:
+        with unchanged_on_failure(self):
             self._take(outputs, learned)
             self.history_ = learned[2]
             budgets = np.linspace(self._least(outputs), 1.0, self.n_points)
             self.frontier_, self.point_ = frontier_of_shares(
                 self.rescored(outputs), self.shares_, budgets.tolist(), budget
             )
-        except BaseException:
-            self.__dict__.clear()
-            self.__dict__.update(before)
-            raise
         return self
 
     def _take(self, outputs: ExitOutputs, learned: tuple[list[Scorer], Floats, Any]) -> None:
@@ -145,13 +142,9 @@ class EENetScheduler(Calibrator):
     def _check(self, outputs: ExitOutputs) -> None:
         checked_number("kl_weight", self.kl_weight, "a finite number, at least 0", 0.0)
         checked_number("budget_weight", self.budget_weight, "a finite number, at least 0", 0.0)
-        checked_number("lr", self.lr, "a finite number above 0", np.nextafter(0, 1))
-        checked_number("weight_decay", self.weight_decay, "a finite number, 0 or above", 0.0)
         for name in ("hidden", "n_points"):
             check_whole(name, getattr(self, name))
-        if not (isinstance(self.epochs, str) and self.epochs == "auto"):
-            check_whole("epochs", self.epochs)
-        check_whole("batch_size", self.batch_size, 2)
+        checked_settings(self.epochs, self.lr, self.weight_decay, self.batch_size)
         if outputs.logits is None or outputs.labels is None:
             raise ValueError(
                 "a schedule needs logits and labels, but the outputs lack some. Record them (keep_logits=True)."
@@ -179,9 +172,7 @@ class EENetScheduler(Calibrator):
 
     def _learned(self, outputs: ExitOutputs, budget: float) -> tuple[list[Scorer], Floats, list[list[float]]]:
         assert outputs.logits is not None
-        epochs = self.epochs
-        if isinstance(epochs, str):
-            epochs = max(FEWEST_EPOCHS, -(-FEWEST_MINIBATCHES // -(-outputs.n_samples // self.batch_size)))
+        epochs = n_epochs(self.epochs, outputs.n_samples, self.batch_size, FEWEST_EPOCHS, FEWEST_MINIBATCHES)
         costs = outputs.path_costs(np.ones(outputs.n_exits, dtype=bool)) / outputs.full_cost
         return train_schedule(
             outputs.logits, outputs.graded, costs, budget,

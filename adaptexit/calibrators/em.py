@@ -29,6 +29,8 @@ from adaptexit.core.posteriors import (
 )
 from adaptexit.core.scores import widened
 from adaptexit.core.search import SEARCHES, search_thresholds
+from adaptexit.core.undo import unchanged_on_failure
+from adaptexit.training.loop import checked_settings, n_epochs
 from adaptexit.training.routers import Router, halting, new_routers, train_routers
 
 Floats = NDArray[np.float64]
@@ -174,18 +176,13 @@ class EMRouter(Calibrator):
         in_macs = outputs.cost_unit == "MACs"
         costs = self._exit_costs(outputs, inputs, in_macs)
         routers, posterior = self._learned(log_likelihoods(source), inputs, float(self.cost_weight) * costs)
-        before = dict(self.__dict__)
-        try:
+        with unchanged_on_failure(self):
             self.routers_, self.posterior_, self._in_macs = routers, posterior, in_macs
             self._reads_logits = self._reading_logits(source)
             self._kept = (log_likelihoods(source), inputs, costs)
             rescored = self.rescored(outputs)
             found, _ = search_thresholds(rescored, self.search, n_points=self.n_points, random_state=self.random_state)
             chosen = self._at_threshold(rescored)
-        except BaseException:
-            self.__dict__.clear()
-            self.__dict__.update(before)
-            raise
         points = sorted([*found.points, chosen], key=lambda point: (point.cost, point.accuracy))
         self.frontier_, self.point_ = ParetoFrontier(points, *reference(rescored)), chosen
         return self
@@ -210,15 +207,11 @@ class EMRouter(Calibrator):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {list(allowed)}; got {value!r}.")
         numbers: dict[str, Any] = {"hidden": self.hidden, "n_points": self.n_points}
-        if not (isinstance(self.epochs, str) and self.epochs == "auto"):
-            numbers["epochs"] = self.epochs
         if self.n_iter is not None:
             numbers["n_iter"] = self.n_iter
         for name, value in numbers.items():
             check_whole(name, value)
-        check_whole("batch_size", self.batch_size, 2)
-        checked_number("lr", self.lr, "a finite number above 0", np.nextafter(0, 1))
-        checked_number("weight_decay", self.weight_decay, "a finite number, 0 or above", 0.0)
+        checked_settings(self.epochs, self.lr, self.weight_decay, self.batch_size)
         check_switch("weighted", self.weighted)
 
     def _reading_logits(self, outputs: ExitOutputs) -> bool:
@@ -267,14 +260,11 @@ class EMRouter(Calibrator):
         """M-step: routers learn the probability of leaving once there."""
         if not routers:
             return
-        epochs = self.epochs
-        if isinstance(epochs, str):
-            batches = -(-len(log_r) // self.batch_size)
-            fewest, minibatches = (2, 50) if self.prior == "amortized" else (20, 500)
-            epochs = max(fewest, -(-minibatches // batches))
+        usual = (2, 50) if self.prior == "amortized" else (20, 500)
         train_routers(
             routers, inputs, halting_targets(log_r)[:, :-1], reach(log_r)[:, :-1] if self.weighted else None,
-            epochs=epochs, lr=self.lr, weight_decay=self.weight_decay, batch_size=self.batch_size,
+            epochs=n_epochs(self.epochs, len(log_r), self.batch_size, *usual), lr=self.lr,
+            weight_decay=self.weight_decay, batch_size=self.batch_size,
             random_state=self.random_state + step, verbose=self.verbose,
         )  # fmt: skip
 

@@ -17,13 +17,11 @@ from torch.nn import functional as F
 
 from adaptexit.staging.rows import mapped
 from adaptexit.training.cache import FeatureCache
-from adaptexit.training.loop import minimise
+from adaptexit.training.loop import minimise, n_epochs
 
 if TYPE_CHECKING:
     from adaptexit.heads import Head, HeadOutput
 
-MINIBATCHES = 500
-"""At least so many where the epochs are left open."""
 
 CHUNK = 2048
 """Rows at a time where heads are only asked."""
@@ -84,11 +82,8 @@ class Lesson:
         return dataclasses.replace(self, rows=self.rows[samples], target=self.target[torch.from_numpy(samples)])
 
     def epochs(self, epochs: int | str, usual: int, batch_size: int | None = None) -> int:
-        """The number asked for; for "auto" the usual one, or as many as make ``MINIBATCHES``."""
-        if not isinstance(epochs, str):
-            return int(epochs)
-        batches = -(-self.n_samples // (batch_size or self.loop["batch_size"]))
-        return max(usual, -(-MINIBATCHES // batches))
+        """The number asked for; for "auto" the usual one, or as many as make 500 minibatches."""
+        return n_epochs(epochs, self.n_samples, batch_size or self.loop["batch_size"], usual)
 
     def learn_classes(self, loss: Loss, exits: Sequence[int], **options: Any) -> list[list[float]]:
         """Train all but the confidence outputs of some heads; mean losses by exit and epoch."""

@@ -14,6 +14,11 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
+from adaptexit.core.checks import check_whole, checked_number
+
+MINIBATCHES = 500
+"""That "auto" epochs make at least."""
+
 
 def minimise(
     loss: Callable[[Tensor], Tensor],
@@ -92,6 +97,26 @@ def minimise(
             if not np.isfinite(history[-1]).all():
                 _raise_diverged(description, epoch, epochs, history[-1], lr)
     return history
+
+
+def checked_settings(epochs: Any, lr: Any, weight_decay: Any, batch_size: Any) -> dict[str, Any]:
+    """Refuse settings that cannot be; those that :func:`minimise` takes, without ``epochs``, which may be "auto"."""
+    if not (isinstance(epochs, str) and epochs == "auto"):
+        check_whole("epochs", epochs, 1, " or 'auto'")
+    check_whole("batch_size", batch_size, 2)
+    return {
+        "lr": checked_number("lr", lr, "a finite number above 0", np.nextafter(0, 1)),
+        "weight_decay": checked_number("weight_decay", weight_decay, "a finite number, 0 or above", 0.0),
+        "batch_size": batch_size,
+    }
+
+
+def n_epochs(asked: int | str, n_samples: int, batch_size: int, usual: int, minibatches: int = MINIBATCHES) -> int:
+    """The number asked for; for "auto" the usual one, or as many as make so many minibatches."""
+    if not isinstance(asked, str):
+        return int(asked)
+    batches = -(-n_samples // batch_size)
+    return max(usual, -(-minibatches // batches))
 
 
 def _order(n_samples: int, probabilities: Tensor | None, generator: torch.Generator) -> Tensor:

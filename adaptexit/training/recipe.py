@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
-import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from sklearn.base import BaseEstimator
@@ -14,6 +13,7 @@ from sklearn.utils import check_random_state
 from adaptexit.core.checks import check_whole, checked_number
 from adaptexit.training.cache import FeatureCache
 from adaptexit.training.lesson import Lesson, checked_rows, class_loss
+from adaptexit.training.loop import checked_settings
 
 if TYPE_CHECKING:
     from adaptexit.heads import Head
@@ -77,18 +77,14 @@ class HeadRecipe(BaseEstimator):
 
     def check(self) -> dict[str, Any]:
         """Refuse settings that cannot be; those that the loop takes."""
-        if not (isinstance(self.epochs, str) and self.epochs == "auto"):
-            check_whole("epochs", self.epochs, 1, " or 'auto'")
-        check_whole("batch_size", self.batch_size, 2)
+        settings = checked_settings(self.epochs, self.lr, self.weight_decay, self.batch_size)
         if self.confidence_epochs is not None:
             check_whole("confidence_epochs", self.confidence_epochs, 1)
         if self.learn_from not in ("backbone", "labels"):
             raise ValueError(f"learn_from must be 'backbone' or 'labels'; got {self.learn_from!r}.")
         if not 0 <= checked_number("clamp", self.clamp, "a number from 0 to below 0.5") < 0.5:
             raise ValueError(f"clamp must lie between 0 and 0.5; got {self.clamp!r}.")
-        lr = checked_number("lr", self.lr, "a finite number above 0", np.nextafter(0, 1))
-        weight_decay = checked_number("weight_decay", self.weight_decay, "a finite number, 0 or above", 0.0)
-        return {"lr": lr, "weight_decay": weight_decay, "batch_size": self.batch_size}
+        return settings
 
     def train(
         self,
