@@ -36,6 +36,8 @@ class Comparison:
         Of every method, in the order given; ``chosen_on`` is the calibrated one.
     in_use : dict of str to int
         Index, on each method's frontier, of its calibrator's own ``point_``.
+    calibrators : dict of str to Calibrator
+        The fitted ones, such as for a sweep: ``pareto(test, refit=True)``.
     exit_names : list of K str or None
     full_accuracy : float
         Of the full model.
@@ -47,6 +49,7 @@ class Comparison:
     points: dict[str, list[RulePoint]]
     frontiers: dict[str, ParetoFrontier]
     in_use: dict[str, int]
+    calibrators: dict[str, Calibrator]
     exit_names: list[str] | None
     full_accuracy: float
     n_samples: int
@@ -186,6 +189,7 @@ def compare(
         points=points,
         frontiers={name: calibrator.pareto(reported) for name, calibrator in calibrators.items()},
         in_use={name: _index_in_use(calibrator) for name, calibrator in calibrators.items()},
+        calibrators=calibrators,
         exit_names=names,
         full_accuracy=reported.full_accuracy,
         n_samples=reported.n_samples,

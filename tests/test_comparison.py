@@ -90,6 +90,7 @@ def test_methods_are_fitted_on_the_calibration_outputs_and_evaluated_on_the_test
         again = [evaluate(TEST, p.thresholds, p.cutoffs) for p in stored]
         assert [figures(p) for p in frontier.points] == [figures(p) for p in again]
         assert stored[own.in_use[name]] is calibrator.point_
+        assert own.calibrators[name].frontier_ is frontier.chosen_on
 
 
 def test_usually_entropy_and_the_largest_probability_are_compared(usual):
