@@ -166,6 +166,14 @@ def test_leaving_online_is_routing_offline(size):
         assert exits.tolist() == model.exit_index(OUTPUTS, point).tolist()
 
 
+def test_each_exit_alone_is_charged_nothing_for_scores_or_for_those_before_it():
+    outputs = recorded(costs=None, stage_costs=[100.0, 0.0, 0.0], exit_costs=[10.0, 200.0, 890.0])
+    model = EENetScheduler(**QUICK).fit(outputs)
+    alone = outputs.alone_costs() / outputs.full_cost
+    assert model.pareto().fixed_cost.tolist() == alone.tolist()
+    assert model.pareto(outputs.take(np.arange(50))).fixed_cost.tolist() == alone.tolist()
+
+
 def test_budgets_are_served_by_points_within_them():
     model = EENetScheduler(0.5, **QUICK).fit(OUTPUTS)
     for budget in (0.2, 0.5, 0.9, 1.0):

@@ -128,7 +128,7 @@ class Calibrator(BaseEstimator):
         if outputs is None:
             return self.frontier_
         check_outputs(outputs, self.point_.cutoffs)
-        return self.frontier_.on(self.rescored(outputs))
+        return self.frontier_.on(self.rescored(outputs)).beside(outputs)
 
 
 class ScoreCalibrator(Calibrator):

@@ -129,9 +129,8 @@ class EENetScheduler(Calibrator):
             self._take(outputs, learned)
             self.history_ = learned[2]
             budgets = np.linspace(self._least(outputs), 1.0, self.n_points)
-            self.frontier_, self.point_ = frontier_of_shares(
-                self.rescored(outputs), self.shares_, budgets.tolist(), budget
-            )
+            frontier, self.point_ = frontier_of_shares(self.rescored(outputs), self.shares_, budgets.tolist(), budget)
+            self.frontier_ = frontier.beside(outputs)
         return self
 
     def _take(self, outputs: ExitOutputs, learned: tuple[list[Scorer], Floats, Any]) -> None:

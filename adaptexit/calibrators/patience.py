@@ -52,7 +52,7 @@ class PatienceCalibrator(Calibrator):
         points = {patience: _point(rescored, patience) for patience in swept}
         never = np.array([*[np.inf] * (outputs.n_exits - 1), -np.inf])
         ordered = sorted([*points.values(), evaluate(rescored, never, never)], key=lambda p: (p.cost, p.accuracy))
-        self.frontier_, self.point_ = ParetoFrontier(ordered, *reference(rescored)), points[int(self.patience)]
+        self.frontier_, self.point_ = ParetoFrontier(ordered, *reference(outputs)), points[int(self.patience)]
         return self
 
     def rescored(self, outputs: ExitOutputs) -> ExitOutputs:

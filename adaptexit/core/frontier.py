@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -134,6 +135,13 @@ class ParetoFrontier:
         """Every point evaluated on other data, in the same order."""
         points = [evaluate(outputs, point.thresholds, point.cutoffs, point.params) for point in self.points]
         return ParetoFrontier(points, *reference(outputs), chosen_on=self.chosen_on or self)
+
+    def beside(self, outputs: ExitOutputs) -> ParetoFrontier:
+        """The same points, with each exit alone as these outputs say: not charged with what a calibrator costs."""
+        full_accuracy, fixed_accuracy, fixed_cost, n_samples = reference(outputs)
+        return dataclasses.replace(
+            self, full_accuracy=full_accuracy, fixed_accuracy=fixed_accuracy, fixed_cost=fixed_cost, n_samples=n_samples
+        )
 
     def to_arrays(self) -> tuple[dict[str, Any], dict[str, Floats]]:
         """The frontier as a JSON value and named float64 arrays, for writing; :meth:`from_arrays` reads them."""
