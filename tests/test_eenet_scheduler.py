@@ -12,7 +12,8 @@ from sklearn.metrics import log_loss
 import adaptexit
 from adaptexit import CascadeSaver, CPMCalibrator, EENetScheduler, compare
 from adaptexit.core.outputs import ExitBatch, ExitOutputs
-from adaptexit.training.schedules import Scorer, evidence, probabilities, train_schedule
+from adaptexit.training.asking import probabilities
+from adaptexit.training.schedules import Assigner, Scorer, evidence, train_schedule
 from tests.nets import branched, branched_trained, digits, large_trained, small_trained
 
 TRAIN, VAL, TEST = digits()
@@ -108,11 +109,38 @@ def test_the_losses_are_the_papers():
     assert other[0] == pytest.approx([wrong, 2 * divergence, 2 * distance], rel=1e-5)
     assert distance == pytest.approx(2.0 * abs(shares @ costs - 0.4) / 0.4, rel=1e-4)
     each = -(correct.T * np.log(found) + ~correct.T * np.log(1 - found))
-    assert each.min(axis=0).mean() < wrong < each.max(axis=0).mean()  # some weighting of the samples
+    weights = assignment(found, 4, 3)
+    np.testing.assert_allclose(weights.mean(axis=0), shares, rtol=1e-4)
+    assert wrong == pytest.approx(np.mean((weights * each).sum(axis=0) / weights.sum(axis=0)), rel=1e-5)
+    assert wrong != pytest.approx(each.mean(), rel=1e-4)
     alone = train_schedule(OUTPUTS.logits[:, :1], correct[:, :1], costs, 0.4, kl_weight=1, budget_weight=1, **settings)
     q, r = found[0], alone[1]
     assert alone[2][0][0] == pytest.approx(each[0].mean(), rel=1e-4)  # of one sample the weights are 1
     assert alone[2][0][1] == pytest.approx(np.sum(q / q.sum() * np.log(q / q.sum() / r)), rel=1e-3)
+
+
+def assignment(found, hidden, seed):
+    """What the assigner of a fresh schedule says of OUTPUTS, (N, K)."""
+    torch.manual_seed(seed)
+    _ = [Scorer(3, k) for k in range(3)]
+    assigner = Assigner(3, 3, hidden)
+    read = [
+        torch.cat([evidence(torch.from_numpy(OUTPUTS.logits[k])), torch.from_numpy(found[:, :k]).float()], dim=1)
+        for k in range(3)
+    ]
+    with torch.no_grad():
+        return assigner(read).softmax(dim=1).double().numpy()
+
+
+def test_earlier_scores_are_taken_as_they_are():
+    """No exit's score learns to serve a later one: a step of the first is the same whatever the second has to learn."""
+    settings = {"hidden": 4, "epochs": 1, "batch_size": 600, "lr": 0.1, "random_state": 3}
+    both = {"kl_weight": 0.0, "budget_weight": 0.0}
+    three, *_ = train_schedule(OUTPUTS.logits, OUTPUTS.graded, [0.1, 0.3, 1.0], 0.4, **both, **settings)
+    wrong = np.stack([OUTPUTS.graded[0], ~OUTPUTS.graded[1], OUTPUTS.graded[2]])
+    other, *_ = train_schedule(OUTPUTS.logits, wrong, [0.1, 0.3, 1.0], 0.4, **both, **settings)
+    assert torch.equal(three[0].net.weight, other[0].net.weight)
+    assert not torch.equal(three[1].net.weight, other[1].net.weight)
 
 
 def test_the_first_exits_score_reads_itself_alone_and_the_next_what_came_before():
@@ -157,13 +185,16 @@ def test_a_seed_determines_all_and_leaves_the_global_one_alone():
 # -- answering --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 64, 600])
-def test_leaving_online_is_routing_offline(size):
-    model = EENetScheduler(**QUICK).fit(OUTPUTS)
-    order = np.random.default_rng(1).permutation(OUTPUTS.n_samples)
+@pytest.mark.parametrize("size", [1, 7, 64, 600])
+@pytest.mark.parametrize("scale", [1, 30, 300])
+def test_leaving_online_is_routing_offline(size, scale):
+    """Also where probabilities saturate and tie: rounding with the size of a batch must not part them."""
+    outputs = ExitOutputs.from_logits(scale * np.round(OUTPUTS.logits, 1), OUTPUTS.labels, costs=[100, 300, 1000])
+    model = EENetScheduler(**QUICK).fit(outputs)
+    order = np.random.default_rng(1).permutation(outputs.n_samples)
     for point in model.frontier_.points[:: 4 if size == 1 else 1]:
-        exits = online(model, OUTPUTS, order, size, point)
-        assert exits.tolist() == model.exit_index(OUTPUTS, point).tolist()
+        exits = online(model, outputs, order, size, point)
+        assert exits.tolist() == model.exit_index(outputs, point).tolist()
 
 
 def test_each_exit_alone_is_charged_nothing_for_scores_or_for_those_before_it():
@@ -190,7 +221,36 @@ def test_a_schedule_for_each_budget():
     assert [point.params["budget"] for point in swept.points] == [0.5, 0.8]
     own = model.pareto(fresh).points[[p.params for p in model.frontier_.points].index({"budget": 0.5})]
     assert (swept.points[0].accuracy, swept.points[0].cost) == (own.accuracy, own.cost)
-    assert len(EENetScheduler(epochs=1).fit(OUTPUTS).pareto(fresh, refit=True).points) == 10
+    quick = EENetScheduler(epochs=1).fit(OUTPUTS).pareto(fresh, refit=True)
+    assert len(quick.points) == 10
+    assert quick.chosen_on.n_samples == OUTPUTS.n_samples
+    assert (quick.chosen_on.cost <= [p.params["budget"] for p in quick.points]).all()
+
+
+def test_quality_is_what_points_are_judged_by_and_correctness_what_scores_learn():
+    graded = ExitOutputs(
+        predictions=OUTPUTS.predictions, labels=OUTPUTS.labels, n_classes=3, logits=OUTPUTS.logits,
+        scores=OUTPUTS.scores, costs=[100, 300, 1000], quality=10.0 * OUTPUTS.graded - 10.0, cost_unit="MACs",
+    )  # fmt: skip
+    model, other = EENetScheduler(**QUICK).fit(graded), EENetScheduler(**QUICK).fit(OUTPUTS)
+    assert model.rescored(graded).scores.tolist() == other.rescored(OUTPUTS).scores.tolist()
+    assert model.point_.accuracy == pytest.approx(10.0 * other.point_.accuracy - 10.0)
+
+
+def test_a_first_exit_dearer_than_the_full_model():
+    outputs = recorded(costs=None, stage_costs=[100.0, 300.0, 600.0], exit_costs=[1200.0, 0.0, 0.0], cost_unit=None)
+    for budget in (None, 1.0):
+        model = EENetScheduler(budget, **QUICK).fit(outputs)
+        assert model.point_.cost == 1.0
+        assert model.point_.exit_rates.tolist() == [0, 0, 1]
+        assert model.point_.params == {"budget": 1.0}
+
+
+def test_memory_mapped_outputs(tmp_path):
+    OUTPUTS.save(tmp_path / "outputs")
+    kept = ExitOutputs.load(tmp_path / "outputs", mmap=True)
+    model, other = (EENetScheduler(**QUICK).fit(o) for o in (kept, OUTPUTS))
+    assert model.rescored(kept).scores.tolist() == other.rescored(OUTPUTS).scores.tolist()
 
 
 def test_in_a_comparison():
@@ -213,6 +273,7 @@ def test_in_a_comparison():
         ({"epochs": "some"}, "epochs must be a whole number, at least 1 or 'auto'; got 'some'"),
         ({"batch_size": 1}, "batch_size must be a whole number, at least 2; got 1"),
         ({"lr": 0}, "lr must be a finite number above 0; got 0"),
+        ({"random_state": None}, "random_state must be a whole number, at least 0; got None"),
         ({"weight_decay": -1}, "weight_decay must be a finite number, 0 or above; got -1"),
     ],
 )
@@ -226,7 +287,7 @@ def test_parameters_that_cannot_be(params, message):
 
 def test_outputs_and_batches_that_lack_what_is_needed():
     without = ExitOutputs.from_logits(OUTPUTS.logits, OUTPUTS.labels, costs=[1, 2, 3], keep_logits=False)
-    with pytest.raises(ValueError, match="a schedule needs logits and labels, but the outputs lack some"):
+    with pytest.raises(ValueError, match="a schedule learns which answers are right; the outputs lack logits"):
         EENetScheduler().fit(without)
     with pytest.raises(TypeError, match="outputs must be ExitOutputs; got list"):
         EENetScheduler().fit([])
@@ -243,8 +304,8 @@ def test_outputs_and_batches_that_lack_what_is_needed():
         model.accept(0, ExitBatch(predictions=np.zeros(1, int), scores=np.zeros(1)))
     with pytest.raises(NotFittedError):
         EENetScheduler().rescored(OUTPUTS)
-    with pytest.raises(ValueError, match="refit=True needs outputs to evaluate on"):
-        model.pareto(refit=True)
+    with pytest.raises(ValueError, match=r"budgets must be a sequence of at least one number; got \[\]"):
+        model.pareto(refit=True, budgets=[])
 
 
 # -- copies and estimators --------------------------------------------------------------------------------------------
@@ -260,7 +321,7 @@ def test_state_there_and_back():
     assert other.extra_costs_.tolist() == model.extra_costs_.tolist()
     assert other.shares_.tolist() == model.shares_.tolist()
     assert copy.deepcopy(model).exit_index(OUTPUTS).tolist() == model.exit_index(OUTPUTS).tolist()
-    with pytest.raises(ValueError, match="a schedule that was fitted, not loaded"):
+    with pytest.raises(ValueError, match="learns anew from the data of fit, which are not saved"):
         other.pareto(OUTPUTS, refit=True)
 
 

@@ -14,7 +14,8 @@ from adaptexit.calibrators import em
 from adaptexit.core.outputs import ExitBatch, ExitOutputs
 from adaptexit.core.posteriors import halting_targets, log_likelihoods, reach
 from adaptexit.features import pooled
-from adaptexit.training.routers import Router, halting, new_routers
+from adaptexit.training.asking import probabilities
+from adaptexit.training.routers import Router, new_routers
 from tests.nets import branched, branched_trained, digits, large_trained, small_trained
 from tests.properties.test_calibrator_laws import online_exits
 
@@ -108,7 +109,7 @@ def test_without_cost_one_step_of_the_papers_prior_is_bayes_rule():
 def test_amortized_routers_are_the_prior():
     router = EMRouter(0.5, hidden=8, epochs=10, n_points=10).fit(OUTPUTS)
     assert router.posterior_.converged
-    halts = [halting(r, f) for r, f in zip(router.routers_, OUTPUTS.features[:2], strict=True)]
+    halts = [probabilities(r, f) for r, f in zip(router.routers_, OUTPUTS.features[:2], strict=True)]
     prior = np.stack([halts[0], (1 - halts[0]) * halts[1], (1 - halts[0]) * (1 - halts[1])], axis=1)
     np.testing.assert_allclose(router.posterior_.prior, prior, atol=1e-9)
     history = router.posterior_.history
@@ -117,11 +118,11 @@ def test_amortized_routers_are_the_prior():
 
 
 def test_not_to_converge_is_told():
-    with pytest.warns(
-        ConvergenceWarning, match=r"EM stopped after 2 steps; the last one gained .* more than tol=1e-09"
-    ):
-        router = EMRouter(n_iter=2, tol=1e-9, epochs=2, n_points=10).fit(OUTPUTS)
-    assert not router.posterior_.converged
+    for steps in (1, 2):
+        with pytest.warns(ConvergenceWarning, match=f"EM stopped after {steps} steps without having conv") as told:
+            router = EMRouter(n_iter=steps, tol=1e-9, epochs=2, n_points=10).fit(OUTPUTS)
+        assert not router.posterior_.converged
+        assert told[0].filename == __file__
 
 
 def test_routers_learn_from_the_training_outputs_and_thresholds_from_the_others():
@@ -156,7 +157,7 @@ def test_routers_standardise_what_they_read():
     np.testing.assert_allclose(inputs.mean(0), [0, 0, 0], atol=1e-4)
     np.testing.assert_allclose(inputs.std(0), [1, 1, 0], atol=0.01)
     assert router.macs == 3 * 5 + 5
-    assert halting(router, features[:0]).shape == (0,)
+    assert probabilities(router, features[:0]).shape == (0,)
 
 
 # -- routing ----------------------------------------------------------------------------------------------------------
@@ -210,6 +211,66 @@ def test_the_sweep_trains_a_router_for_each_weight_on_the_same_likelihoods(monke
     (own,) = [p for p in sweep.points if p.params["cost_weight"] == 0.5]
     assert own.accuracy == router.point_.accuracy
     assert own.cost == router.point_.cost
+    assert [p.cost for p in router.pareto(refit=True, cost_weights=[0.5]).points] == [router.point_.cost]
+
+
+def test_a_sweep_is_chosen_from_on_the_calibration_data():
+    router, fresh = EMRouter(**QUICK).fit(OUTPUTS), recorded(seed=3)
+    own, swept = (router.pareto(o, refit=True, cost_weights=[0.1, 1.0, 3.0]) for o in (None, fresh))
+    assert own.chosen_on is None
+    assert swept.chosen_on.cost.tolist() == own.cost.tolist()
+    assert [p.params for p in swept.points] == [p.params for p in own.points]
+    assert swept.index_at(max_drop=0.05) == own.index_at(max_drop=0.05)
+    assert swept.n_samples == fresh.n_samples
+    assert swept.fixed_cost.tolist() == (fresh.alone_costs() / fresh.full_cost).tolist()
+
+
+@pytest.mark.parametrize("scale", [1.0, 30.0, 300.0])
+def test_saturated_and_tied_inputs_leave_online_as_offline(scale):
+    rng = np.random.default_rng(2)
+    labels = rng.integers(0, 3, 701)
+    logits = (scale * np.round(rng.normal(size=(4, 701, 3)) + np.eye(3)[labels], 1)).astype(np.float32)
+    outputs = ExitOutputs.from_logits(logits, labels, costs=[1.0, 2.0, 3.0, 4.0])
+    router = EMRouter(**QUICK).fit(outputs)
+    order = rng.permutation(701)
+    for point in router.frontier_.points:
+        offline = router.exit_index(outputs, point).tolist()
+        for size in (1, 7, 32):
+            batches = np.split(order, range(size, 701, size))
+            assert online_exits(router, outputs, batches, point).tolist() == offline
+
+
+@pytest.mark.parametrize("prior", ["global", "per_sample", "amortized"])
+def test_one_exit_has_no_router(prior):
+    alone = ExitOutputs.from_logits(np.eye(3)[None], np.arange(3), costs=[10.0])
+    router = EMRouter(prior=prior).fit(alone)
+    assert router.routers_ == []
+    assert router.exit_index(alone).tolist() == [0, 0, 0]
+
+
+def test_what_routers_read_is_settled_by_fit():
+    router = EMRouter(**QUICK).fit(recorded(features=False))
+    assert not router.needs_features
+    features = [np.ones((400, 3), dtype=np.float32)] * 3
+    with_both = ExitOutputs.from_logits(OUTPUTS.logits, OUTPUTS.labels, costs=[100, 300, 1000], features=features)
+    assert router.exit_index(with_both).tolist() == router.exit_index(recorded(features=False)).tolist()
+    one_lacks_them = EMRouter(**QUICK).fit(OUTPUTS, training=recorded(200, features=False))
+    assert [len(r.mean) for r in one_lacks_them.routers_] == [3, 3]
+    narrow = ExitOutputs.from_logits(
+        OUTPUTS.logits,
+        OUTPUTS.labels,
+        costs=[1, 2, 3],
+        features=[np.ones((400, 2)), np.ones((400, 0)), np.ones((400, 0))],
+    )
+    assert [len(r.mean) for r in EMRouter(**QUICK).fit(narrow).routers_] == [3, 3]
+
+
+def test_memory_mapped_outputs(tmp_path):
+    OUTPUTS.save(tmp_path / "outputs")
+    kept = ExitOutputs.load(tmp_path / "outputs", mmap=True)
+    for inputs in ("logits", "features"):
+        router, other = (EMRouter(**QUICK, inputs=inputs).fit(o) for o in (kept, OUTPUTS))
+        assert router.rescored(kept).scores.tolist() == other.rescored(OUTPUTS).scores.tolist()
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -218,7 +279,10 @@ def test_the_sweep_trains_a_router_for_each_weight_on_the_same_likelihoods(monke
 @pytest.mark.parametrize(
     ("params", "message"),
     [
-        ({"cost_weight": -1}, "cost_weight must be a finite number of nats, at least 0; got -1"),
+        ({"cost_weight": -1}, r"cost_weight must be a number of nats from 0 to 1e\+06; got -1"),
+        ({"cost_weight": 1e7}, r"cost_weight must be a number of nats from 0 to 1e\+06; got 10000000.0"),
+        ({"tol": -1}, "tol must be a finite number, at least 0, or None; got -1"),
+        ({"random_state": None}, "random_state must be a whole number, at least 0; got None"),
         ({"prior": "flat"}, r"prior must be one of \['global', 'amortized', 'per_sample'\]; got 'flat'"),
         ({"inputs": "pixels"}, r"inputs must be one of \['auto', 'features', 'logits'\]; got 'pixels'"),
         ({"search": "luck"}, "search must be one of .* got 'luck'"),
@@ -240,19 +304,31 @@ def test_parameters_that_cannot_be(params, message):
 
 
 def test_outputs_that_lack_what_is_needed():
-    with pytest.raises(ValueError, match="inputs='features' needs features, but the outputs have none"):
+    with pytest.raises(ValueError, match="inputs='features' needs features of every early exit, but"):
         EMRouter(**QUICK, inputs="features").fit(recorded(features=False))
     with pytest.raises(ValueError, match=r"need logits and labels; the outputs lack logits|routers need logits"):
         EMRouter(**QUICK).fit(recorded(features=False, keep_logits=False))
     router = EMRouter(**QUICK).fit(OUTPUTS)
-    with pytest.raises(ValueError, match=r"read vectors of widths \[4, 2\]; the outputs have \[3, 3\]"):
+    with pytest.raises(ValueError, match="routers need features, but the outputs have none"):
         router.exit_index(recorded(features=False))
+    wider = ExitOutputs.from_logits(
+        OUTPUTS.logits, OUTPUTS.labels, costs=[1, 2, 3], features=[np.ones((400, 5))] * 3, cost_unit="MACs"
+    )
+    with pytest.raises(ValueError, match=r"read vectors of widths \[4, 2\]; the outputs have \[5, 5\]"):
+        router.exit_index(wider)
     with pytest.raises(ValueError, match="routers need features, but the batch has none"):
         router.accept(0, ExitBatch(predictions=np.zeros(1, int), scores=np.zeros(1)))
     with pytest.raises(NotFittedError):
         EMRouter().rescored(OUTPUTS)
-    with pytest.raises(ValueError, match="refit=True needs outputs to evaluate on"):
-        router.pareto(refit=True)
+    for weights, message in (
+        ([], r"cost_weights must be a sequence of at least one number; got \[\]"),
+        ("ab", "cost_weights must be a sequence of at least one number; got 'ab'"),
+        ([-1], "cost_weights must be a number of nats from 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            router.pareto(OUTPUTS, refit=True, cost_weights=weights)
+    with pytest.raises(TypeError, match="outputs must be ExitOutputs; got list"):
+        router.pareto([1], refit=True)
 
 
 # -- copies and estimators --------------------------------------------------------------------------------------------
@@ -261,8 +337,11 @@ def test_outputs_that_lack_what_is_needed():
 def test_state_there_and_back():
     router = EMRouter(**QUICK).fit(OUTPUTS)
     state, arrays = router.get_state()
-    other = clone(router)
+    other = clone(router).set_params(hidden=99, inputs="logits")
     other.set_state(json.loads(json.dumps(state)), arrays)
+    assert other.needs_features
+    with pytest.raises(ValueError, match="learns anew from the data of fit, which are not saved"):
+        other.pareto(OUTPUTS, refit=True)
     assert other.rescored(OUTPUTS).scores.tolist() == router.rescored(OUTPUTS).scores.tolist()
     assert other.exit_index(OUTPUTS).tolist() == router.exit_index(OUTPUTS).tolist()
     assert other.extra_costs_.tolist() == router.extra_costs_.tolist()

@@ -2,6 +2,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.exceptions import NotFittedError
 
 import adaptexit
 from adaptexit import PatienceCalibrator
@@ -71,6 +72,8 @@ def test_what_cannot_be():
         PatienceCalibrator().fit(graded)
     with pytest.raises(ValueError, match="patience must be a whole number, at least 1; got 0"):
         PatienceCalibrator(0).fit(graded)
+    with pytest.raises(NotFittedError):
+        PatienceCalibrator().rescored(graded)
     batch = ExitBatch(predictions=np.zeros(2, dtype=int), scores=np.zeros(2))
     with pytest.raises(ValueError, match="patience at exit 1 reads what was answered before it"):
         PatienceCalibrator().rescored_batch(1, batch)

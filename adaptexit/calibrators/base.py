@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
-from adaptexit.core.frontier import OperatingPoint, ParetoFrontier
+from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, reference
 from adaptexit.core.outputs import ExitBatch, ExitOutputs
 from adaptexit.core.routing import accepts, exit_index
 from adaptexit.core.scores import resolve_score, widened
@@ -129,6 +129,38 @@ class Calibrator(BaseEstimator):
             return self.frontier_
         check_outputs(outputs, self.point_.cutoffs)
         return self.frontier_.on(self.rescored(outputs)).beside(outputs)
+
+
+def sweep_of(
+    points: list[tuple[OperatingPoint, OperatingPoint | None]], calibration: ExitOutputs, outputs: ExitOutputs | None
+) -> ParetoFrontier:
+    """The frontier of a sweep that learns anew at each point.
+
+    Parameters
+    ----------
+    points : list of (OperatingPoint, OperatingPoint or None)
+        Each on the calibration outputs, and on ``outputs`` where there are any.
+    calibration : ExitOutputs
+        What a point is chosen on.
+    outputs : ExitOutputs or None
+        Other data to report.
+    """
+    ordered = sorted(points, key=lambda pair: (pair[0].cost, pair[0].accuracy))
+    chosen_on = ParetoFrontier([point for point, _ in ordered], *reference(calibration))
+    if outputs is None:
+        return chosen_on
+    return ParetoFrontier([point for _, point in ordered if point], *reference(outputs), chosen_on=chosen_on)
+
+
+def check_sweep(name: str, values: Any, calibrator: Any, outputs: ExitOutputs | None) -> None:
+    """Refuse a sweep over nothing, on outputs of another model, or of a calibrator that was loaded."""
+    check_is_fitted(calibrator)
+    if not hasattr(calibrator, "_kept"):
+        raise ValueError("refit=True learns anew from the data of fit, which are not saved. Fit the calibrator first.")
+    if outputs is not None:
+        check_outputs(outputs, calibrator.point_.cutoffs)
+    if isinstance(values, str) or not np.iterable(values) or not list(values):
+        raise ValueError(f"{name} must be a sequence of at least one number; got {values!r}.")
 
 
 class ScoreCalibrator(Calibrator):

@@ -7,18 +7,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
+from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 
-from adaptexit.calibrators.base import Calibrator, check_outputs
+from adaptexit.calibrators.base import Calibrator, check_outputs, check_sweep, sweep_of
 from adaptexit.core.checks import check_whole, checked_number
-from adaptexit.core.frontier import ParetoFrontier, evaluate, reference
+from adaptexit.core.frontier import ParetoFrontier, evaluate
 from adaptexit.core.outputs import ExitBatch, ExitOutputs
 from adaptexit.core.search.shares import frontier_of_shares
 from adaptexit.core.undo import unchanged_on_failure
+from adaptexit.training.asking import probabilities, restored, state_arrays
 from adaptexit.training.loop import checked_settings, n_epochs
-from adaptexit.training.schedules import Scorer, probabilities, train_schedule
+from adaptexit.training.schedules import Scorer, train_schedule
 
 Floats = NDArray[np.float64]
 
@@ -47,8 +48,8 @@ class EENetScheduler(Calibrator):
     lr, weight_decay, batch_size
         Of training by AdamW.
     n_points : int, default=100
-        Budgets for which points are stored, each with the learned shares tilted to fit it
-        (:func:`adaptexit.core.search.shares.matched_shares`).
+        Budgets that the learned shares are tilted to fit (:func:`adaptexit.core.search.shares.matched_shares`). Points
+        that another one beats are not kept.
     random_state : int, default=0
     verbose : int, default=0
 
@@ -143,11 +144,11 @@ class EENetScheduler(Calibrator):
         checked_number("budget_weight", self.budget_weight, "a finite number, at least 0", 0.0)
         for name in ("hidden", "n_points"):
             check_whole(name, getattr(self, name))
+        check_whole("random_state", self.random_state, 0)
         checked_settings(self.epochs, self.lr, self.weight_decay, self.batch_size)
         if outputs.logits is None or outputs.labels is None:
-            raise ValueError(
-                "a schedule needs logits and labels, but the outputs lack some. Record them (keep_logits=True)."
-            )
+            missing = "logits (record them with keep_logits=True)" if outputs.logits is None else "labels"
+            raise ValueError(f"a schedule learns which answers are right; the outputs lack {missing}.")
 
     @staticmethod
     def _least(outputs: ExitOutputs) -> float:
@@ -158,9 +159,9 @@ class EENetScheduler(Calibrator):
 
     def _reachable(self, outputs: ExitOutputs, budget: float | None) -> float:
         """The budget, or half way between the first exit's cost and the full model's."""
-        least = self._least(outputs)
+        least = min(self._least(outputs), 1.0)
         if budget is None:
-            return max(least, (least + 1.0) / 2)
+            return (least + 1.0) / 2
         budget = checked_number("budget", budget, "a finite relative cost (0.4 is 40% of the full model)")
         if budget < least:
             raise ValueError(
@@ -171,10 +172,11 @@ class EENetScheduler(Calibrator):
 
     def _learned(self, outputs: ExitOutputs, budget: float) -> tuple[list[Scorer], Floats, list[list[float]]]:
         assert outputs.logits is not None
+        assert outputs.labels is not None
         epochs = n_epochs(self.epochs, outputs.n_samples, self.batch_size, FEWEST_EPOCHS, FEWEST_MINIBATCHES)
         costs = outputs.path_costs(np.ones(outputs.n_exits, dtype=bool)) / outputs.full_cost
         return train_schedule(
-            outputs.logits, outputs.graded, costs, budget,
+            outputs.logits, np.equal(outputs.logits.argmax(axis=2), outputs.labels), costs, budget,
             hidden=self.hidden, kl_weight=self.kl_weight, budget_weight=self.budget_weight, epochs=epochs, lr=self.lr,
             weight_decay=self.weight_decay, batch_size=self.batch_size, random_state=self.random_state,
             verbose=self.verbose,
@@ -187,10 +189,10 @@ class EENetScheduler(Calibrator):
         check_is_fitted(self, "scorers_")
         self._check_logits(outputs)
         assert outputs.logits is not None
-        found = np.empty((outputs.n_samples, 0), dtype=np.float32)
+        found = np.empty((outputs.n_samples, 0))
         for scorer, logits in zip(self.scorers_, outputs.logits, strict=False):
             found = np.column_stack([found, probabilities(scorer, logits, found)])
-        scores = np.vstack([found.T, np.ones((1, outputs.n_samples), dtype=np.float32)])
+        scores = np.vstack([found.T, np.ones((1, outputs.n_samples))])
         return self.charged(outputs.with_scores(scores))
 
     def _check_logits(self, outputs: ExitOutputs) -> None:
@@ -209,7 +211,7 @@ class EENetScheduler(Calibrator):
             return batch  # at the last exit everybody leaves
         if batch.logits is None:
             raise ValueError("a schedule needs logits, but the batch has none.")
-        earlier = np.empty((len(batch.logits), 0), dtype=np.float32) if batch.earlier is None else batch.earlier
+        earlier = np.empty((len(batch.logits), 0)) if batch.earlier is None else batch.earlier
         if earlier.shape[1] != k:
             raise ValueError(
                 f"exit {k} reads the scores of the {k} exits before it; the batch brings {earlier.shape[1]}. Ask every "
@@ -219,53 +221,46 @@ class EENetScheduler(Calibrator):
         return dataclasses.replace(batch, scores=scores, earlier=np.column_stack([earlier, scores]))
 
     def pareto(
-        self, outputs: ExitOutputs | None = None, *, refit: bool = False, budgets: Sequence[float] = ()
+        self, outputs: ExitOutputs | None = None, *, refit: bool = False, budgets: Sequence[float] | None = None
     ) -> ParetoFrontier:
         """The frontier of one fitted schedule, or one schedule after another, each learned for its own budget.
 
         Parameters
         ----------
         outputs : ExitOutputs, optional
-            Data to evaluate on, the calibration data unless given; needed for ``refit``.
+            Data to evaluate on, the calibration data unless given.
         refit : bool, default=False
             Learn scores and shares anew for every budget, as published, on the data of ``fit``.
-        budgets : sequence of float
+        budgets : sequence of float, optional
             For ``refit``; 10 in even steps unless given.
         """
         if not refit:
             return super().pareto(outputs)
-        check_is_fitted(self, "scorers_")
-        if outputs is None or not hasattr(self, "_kept"):
-            raise ValueError(
-                "refit=True needs outputs to evaluate on, and a schedule that was fitted, not loaded. Fit it anew."
-            )
-        check_outputs(outputs, self.point_.cutoffs)
+        check_sweep("budgets", [1.0] if budgets is None else budgets, self, outputs)
         kept, points = self._kept, []
-        for budget in list(budgets) or np.linspace(self._least(kept), 1.0, 11)[1:].tolist():
-            other = EENetScheduler(**self.get_params())
+        least = min(self._least(kept), 1.0)
+        for budget in np.linspace(least, 1.0, 11)[1:].tolist() if budgets is None else budgets:
+            other = clone(self)
             other._take(kept, self._learned(kept, self._reachable(kept, budget)))
             point = frontier_of_shares(other.rescored(kept), other.shares_, (), budget)[1]
-            points.append(evaluate(other.rescored(outputs), point.thresholds, point.cutoffs, point.params))
-        points.sort(key=lambda point: (point.cost, point.accuracy))
-        return ParetoFrontier(points, *reference(outputs))
+            on_outputs = None
+            if outputs is not None:
+                on_outputs = evaluate(other.rescored(outputs), point.thresholds, point.cutoffs, point.params)
+            points.append((point, on_outputs))
+        return sweep_of(points, kept, outputs)
 
     # -- persistence ---------------------------------------------------------------------------------------------------
 
     def get_state(self) -> tuple[dict[str, Any], dict[str, Floats]]:
         state, arrays = super().get_state()
-        arrays["shares"] = self.shares_
-        for k, scorer in enumerate(self.scorers_):
-            arrays |= {f"scorer_{k}.{name}": t.double().numpy() for name, t in scorer.state_dict().items()}
+        arrays |= {"shares": self.shares_} | state_arrays("scorer", self.scorers_)
         return state | {"n_scorers": len(self.scorers_), "in_macs": self._in_macs}, arrays
 
     def set_state(self, state: dict[str, Any], arrays: dict[str, Floats]) -> None:
         super().set_state(state, arrays)
         self._in_macs, self.shares_ = state["in_macs"], arrays["shares"]
-        self.scorers_ = []
-        for k in range(state["n_scorers"]):
-            weight = arrays[f"scorer_{k}.net.weight"]
-            with torch.random.fork_rng(devices=[]):
-                scorer = Scorer(weight.shape[1] - 2 - k, k)
-            names = scorer.state_dict()
-            scorer.load_state_dict({name: torch.from_numpy(arrays[f"scorer_{k}.{name}"]).float() for name in names})
-            self.scorers_.append(scorer.eval())
+
+        def blank(k: int) -> Scorer:
+            return Scorer(arrays[f"scorer_{k}.net.weight"].shape[1] - 2 - k, k)
+
+        self.scorers_ = restored("scorer", arrays, blank, state["n_scorers"])

@@ -8,12 +8,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 
-from adaptexit.calibrators.base import Calibrator, check_outputs
+from adaptexit.calibrators.base import Calibrator, check_outputs, check_sweep, sweep_of
 from adaptexit.core.checks import check_switch, check_whole, checked_number
 from adaptexit.core.frontier import ParetoFrontier, evaluate, reference
 from adaptexit.core.outputs import ExitBatch, ExitOutputs
@@ -30,13 +29,19 @@ from adaptexit.core.posteriors import (
 from adaptexit.core.scores import widened
 from adaptexit.core.search import SEARCHES, search_thresholds
 from adaptexit.core.undo import unchanged_on_failure
+from adaptexit.training.asking import probabilities, restored, state_arrays
 from adaptexit.training.loop import checked_settings, n_epochs
-from adaptexit.training.routers import Router, halting, new_routers, train_routers
+from adaptexit.training.routers import Router, new_routers, train_routers
 
 Floats = NDArray[np.float64]
 
 PRIORS = ("global", "amortized", "per_sample")
 INPUTS = ("auto", "features", "logits")
+
+TOLERANCES = {"amortized": 1e-3, "global": 1e-8}
+"""``tol`` unless given."""
+
+MOST_NATS = 1e6
 
 COST_WEIGHTS = tuple(float(w) for w in np.geomspace(0.01, 30.0, 20))
 """Of the sweep that :meth:`EMRouter.pareto` makes."""
@@ -52,15 +57,17 @@ class EMRouter(Calibrator):
     Parameters
     ----------
     cost_weight : float, default=0.5
-        lambda: log-likelihood that the full model's cost is worth, in nats.
+        lambda: log-likelihood that the full model's cost is worth, in nats; at most 1e6.
     prior : {"amortized", "global", "per_sample"}, default="amortized"
         Of the exits. "amortized": what the routers say, learned in turns with the responsibilities; "global": one for
         all samples, by EM; "per_sample": the paper's, each sample's own last responsibilities, which sharpens with
         every step (one step is the posterior under an even prior).
     n_iter : int or None, default=None
-        Steps at most: 50 for "amortized", 200 for "global", 1 for "per_sample" unless given.
-    tol : float, default=1e-3
-        Gain of the mean penalised log-likelihood at which to stop, in nats; without it there is a warning.
+        Steps at most, 50 for "amortized" and 1000 for "global" unless given; steps, all of which are made, 1 unless
+        given, for "per_sample".
+    tol : float or None, default=None
+        Gain of the mean penalised log-likelihood at which "amortized" and "global" stop, in nats: 1e-3 and 1e-8 unless
+        given. There is a warning where they do not.
     threshold : float, default=0.5
         Probability of leaving above which a sample leaves, at the point in use.
     hidden : int, default=32
@@ -68,8 +75,8 @@ class EMRouter(Calibrator):
     weighted : bool, default=True
         Weight a router's loss by the probability of reaching it, the exact M-step; the paper's is unweighted.
     inputs : {"auto", "features", "logits"}, default="auto"
-        What routers read at an exit: means of its features over positions, or its logits. "auto" is features where the
-        outputs have them.
+        What routers read at an exit: means of its features over positions, or its logits. "auto" is features where all
+        outputs that ``fit`` is given have them, of every early exit.
     epochs : int or "auto", default="auto"
         Of the routers' training, with "amortized" of one step of it. "auto" is 20 (2 a step), or as many as make 500
         minibatches (50 a step) where the data are few.
@@ -107,7 +114,7 @@ class EMRouter(Calibrator):
         prior: str = "amortized",
         *,
         n_iter: int | None = None,
-        tol: float = 1e-3,
+        tol: float | None = None,
         threshold: float = 0.5,
         hidden: int = 32,
         weighted: bool = True,
@@ -141,7 +148,7 @@ class EMRouter(Calibrator):
     @property
     def needs_features(self) -> bool:  # type: ignore[override]
         """Whether outputs and batches are to carry features, where the model has any."""
-        return self.inputs != "logits"
+        return not getattr(self, "_reads_logits", self.inputs == "logits")
 
     @property
     def extra_costs_(self) -> Floats:
@@ -177,14 +184,15 @@ class EMRouter(Calibrator):
                     f"{training.n_exits} exits and {training.n_classes} classes. Record both with one model."
                 )
             source = training
-        inputs = self._inputs_of(source)
+        reads_logits = self._reading_logits(outputs, source)
+        inputs, log_p = _read(source, reads_logits), log_likelihoods(source)
         in_macs = outputs.cost_unit == "MACs"
         costs = self._exit_costs(outputs, inputs, in_macs)
-        routers, posterior = self._learned(log_likelihoods(source), inputs, float(self.cost_weight) * costs)
+        routers, posterior = self._learned(log_p, inputs, float(self.cost_weight) * costs)
         with unchanged_on_failure(self):
             self.routers_, self.posterior_, self._in_macs = routers, posterior, in_macs
-            self._reads_logits = self._reading_logits(source)
-            self._kept = (log_likelihoods(source), inputs, costs)
+            self._reads_logits = reads_logits
+            self._kept = (log_p, inputs, costs, outputs)
             rescored = self.rescored(outputs)
             found, _ = search_thresholds(rescored, self.search, n_points=self.n_points, random_state=self.random_state)
             chosen = self._at_threshold(rescored)
@@ -199,8 +207,10 @@ class EMRouter(Calibrator):
         return evaluate(rescored, thresholds, thresholds, known)
 
     def _check(self) -> None:
-        checked_number("cost_weight", self.cost_weight, "a finite number of nats, at least 0", 0.0)
-        checked_number("tol", self.tol, "a finite number, at least 0", 0.0)
+        _checked_weight("cost_weight", self.cost_weight)
+        if self.tol is not None:
+            checked_number("tol", self.tol, "a finite number, at least 0, or None", 0.0)
+        check_whole("random_state", self.random_state, 0)
         checked_number("threshold", self.threshold, "a probability")
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must be a probability below 1; got {self.threshold!r}.")
@@ -219,19 +229,16 @@ class EMRouter(Calibrator):
         checked_settings(self.epochs, self.lr, self.weight_decay, self.batch_size)
         check_switch("weighted", self.weighted)
 
-    def _reading_logits(self, outputs: ExitOutputs) -> bool:
-        if self.inputs == "features" and outputs.features is None:
-            raise ValueError("inputs='features' needs features, but the outputs have none. Use inputs='logits'.")
-        return self.inputs == "logits" or outputs.features is None
-
-    def _inputs_of(self, outputs: ExitOutputs) -> list[NDArray[Any]]:
-        """What the routers read, K - 1 arrays (N, d_k)."""
-        if not self._reading_logits(outputs):
-            assert outputs.features is not None
-            return list(outputs.features[:-1])
-        if outputs.logits is None:
-            raise ValueError("routers need logits, but the outputs have none. Record them (keep_logits=True).")
-        return [widened(logits) for logits in outputs.logits[:-1]]
+    def _reading_logits(self, *given: ExitOutputs) -> bool:
+        """What routers read, decided once for all outputs."""
+        if self.inputs == "logits":
+            return True
+        lacking = any(o.features is None or any(not f.shape[1] for f in o.features[:-1]) for o in given)
+        if lacking and self.inputs == "features":
+            raise ValueError(
+                "inputs='features' needs features of every early exit, but the outputs lack some. Use inputs='logits'."
+            )
+        return lacking
 
     def _exit_costs(self, outputs: ExitOutputs, inputs: Sequence[NDArray[Any]], in_macs: bool) -> Floats:
         """Relative cost of a sample that leaves at each exit, all exits and their routers on, (K,)."""
@@ -244,7 +251,8 @@ class EMRouter(Calibrator):
     ) -> tuple[list[Router], Posterior]:
         routers = new_routers(inputs, self.hidden, self.random_state)
         if self.prior == "global":
-            posterior = fit_global(log_p, penalty, n_iter=self.n_iter or 200, tol=self.tol)
+            tol = TOLERANCES["global"] if self.tol is None else self.tol
+            posterior = fit_global(log_p, penalty, n_iter=self.n_iter or 1000, tol=tol)
         elif self.prior == "per_sample":
             posterior = fit_per_sample(log_p, penalty, n_iter=self.n_iter or 1)
         else:
@@ -252,12 +260,12 @@ class EMRouter(Calibrator):
         if self.prior != "amortized":
             self._step(routers, inputs, posterior.log_responsibilities, 0)
         if not posterior.converged:
-            gain = posterior.history[-1] - posterior.history[-2] if len(posterior.history) > 1 else np.inf
+            gain = posterior.history[-1] - posterior.history[-2]
             warnings.warn(
-                f"EM stopped after {len(posterior.history) - 1} steps; the last one gained {gain:.2g} nats a sample, "
-                f"more than tol={self.tol}. Raise n_iter or tol.",
+                f"EM stopped after {len(posterior.history) - 1} steps without having converged; the last one changed "
+                f"the mean log-likelihood by {gain:.2g} nats. Raise n_iter or tol.",
                 ConvergenceWarning,
-                stacklevel=4,
+                stacklevel=3,
             )
         return routers, posterior
 
@@ -277,23 +285,18 @@ class EMRouter(Calibrator):
         self, log_p: Floats, inputs: Sequence[NDArray[Any]], penalty: Floats, routers: list[Router]
     ) -> Posterior:
         """Responsibilities under the routers' own prior, and routers on those, in turns."""
+        tol = TOLERANCES["amortized"] if self.tol is None else self.tol
         prior = np.full(log_p.shape, 1.0 / log_p.shape[1])
         log_r, likelihood = expectation(log_p, prior, penalty)
         history = [likelihood]
         for step in range(self.n_iter or 50):
             self._step(routers, inputs, log_r, step)
-            prior = exit_probabilities(self._halting(routers, inputs))
+            prior = exit_probabilities(_halting(routers, inputs, len(log_p)))
             log_r, likelihood = expectation(log_p, prior, penalty)
             history.append(likelihood)
-            if step and history[-1] - history[-2] < self.tol:
+            if step and history[-1] - history[-2] < tol:  # the first step leaves the even prior, and may lose
                 return Posterior(log_r, prior, history, True)
         return Posterior(log_r, prior, history, False)
-
-    @staticmethod
-    def _halting(routers: Sequence[Router], inputs: Sequence[NDArray[Any]]) -> Floats:
-        """Probability of leaving at each exit once there, (N, K); 1 at the last."""
-        columns = [halting(router, array) for router, array in zip(routers, inputs, strict=True)]
-        return np.stack([*columns, np.ones(len(columns[0]))], axis=1)
 
     # -- routing -------------------------------------------------------------------------------------------------------
 
@@ -303,15 +306,14 @@ class EMRouter(Calibrator):
         return self._scored(outputs, self.routers_)
 
     def _scored(self, outputs: ExitOutputs, routers: Sequence[Router]) -> ExitOutputs:
-        inputs = self._inputs_of(outputs)
+        inputs = _read(outputs, self._reads_logits)
         widths = [len(router.mean) for router in routers]
         if [array.shape[1] for array in inputs] != widths:
             raise ValueError(
                 f"routers read vectors of widths {widths}; the outputs have {[array.shape[1] for array in inputs]}. "
                 "Record the outputs with the model that the routers were fitted with."
             )
-        scores = self._halting(routers, inputs).T if routers else np.ones_like(outputs.scores)
-        return self.charged(outputs.with_scores(scores))
+        return self.charged(outputs.with_scores(_halting(routers, inputs, outputs.n_samples).T))
 
     def rescored_batch(self, k: int, batch: ExitBatch) -> ExitBatch:
         if k == len(self.routers_):
@@ -319,7 +321,7 @@ class EMRouter(Calibrator):
         read = batch.logits if self._reads_logits else batch.features
         if read is None:
             raise ValueError(f"routers need {'logits' if self._reads_logits else 'features'}, but the batch has none.")
-        return dataclasses.replace(batch, scores=halting(self.routers_[k], widened(read)))
+        return dataclasses.replace(batch, scores=probabilities(self.routers_[k], widened(read)))
 
     def pareto(
         self,
@@ -333,7 +335,7 @@ class EMRouter(Calibrator):
         Parameters
         ----------
         outputs : ExitOutputs, optional
-            Data to evaluate on, the calibration data unless given; needed for ``refit``.
+            Data to evaluate on, the calibration data unless given.
         refit : bool, default=False
             Train routers anew for every cost weight (the paper's Fig. 2 and 3), each at ``threshold``; likelihoods and
             features are those of ``fit``.
@@ -341,35 +343,58 @@ class EMRouter(Calibrator):
         """
         if not refit:
             return super().pareto(outputs)
-        check_is_fitted(self, "routers_")
-        if outputs is None or not hasattr(self, "_kept"):
-            raise ValueError(
-                "refit=True needs outputs to evaluate on, and a router that was fitted, not loaded. Fit it anew."
-            )
-        log_p, inputs, costs = self._kept
+        check_sweep("cost_weights", cost_weights, self, outputs)
+        weights = [_checked_weight("cost_weights", weight) for weight in cost_weights]
+        log_p, inputs, costs, calibration = self._kept
         points = []
-        for weight in cost_weights:
-            routers, _ = self._learned(log_p, inputs, checked_number("cost_weights", weight, "at least 0", 0.0) * costs)
-            points.append(self._at_threshold(self._scored(outputs, routers), cost_weight=float(weight)))
-        points.sort(key=lambda point: (point.cost, point.accuracy))
-        return ParetoFrontier(points, *reference(outputs))
+        for weight in weights:
+            routers, _ = self._learned(log_p, inputs, weight * costs)
+            point = self._at_threshold(self._scored(calibration, routers), cost_weight=weight)
+            other = None
+            if outputs is not None:
+                other = self._at_threshold(self._scored(outputs, routers), cost_weight=weight)
+            points.append((point, other))
+        return sweep_of(points, calibration, outputs)
 
     # -- persistence ---------------------------------------------------------------------------------------------------
 
     def get_state(self) -> tuple[dict[str, Any], dict[str, Floats]]:
         state, arrays = super().get_state()
-        for k, router in enumerate(self.routers_):
-            arrays |= {f"router_{k}.{name}": t.double().numpy() for name, t in router.state_dict().items()}
-        widths = [len(router.mean) for router in self.routers_]
-        return state | {"widths": widths, "in_macs": self._in_macs, "reads_logits": self._reads_logits}, arrays
+        arrays |= state_arrays("router", self.routers_)
+        known = {"n_routers": len(self.routers_), "in_macs": self._in_macs, "reads_logits": self._reads_logits}
+        return state | known, arrays
 
     def set_state(self, state: dict[str, Any], arrays: dict[str, Floats]) -> None:
         super().set_state(state, arrays)
         self._in_macs, self._reads_logits = state["in_macs"], state["reads_logits"]
-        self.routers_ = []
-        for k, width in enumerate(state["widths"]):
-            with torch.random.fork_rng(devices=[]):
-                router = Router(width, self.hidden)
-            names = router.state_dict()
-            router.load_state_dict({name: torch.from_numpy(arrays[f"router_{k}.{name}"]).float() for name in names})
-            self.routers_.append(router.eval())
+
+        def blank(k: int) -> Router:
+            hidden, width = arrays[f"router_{k}.net.0.weight"].shape
+            return Router(width, hidden)
+
+        self.routers_ = restored("router", arrays, blank, state["n_routers"])
+
+
+def _checked_weight(name: str, value: Any) -> float:
+    meaning = f"a number of nats from 0 to {MOST_NATS:g}"
+    weight = checked_number(name, value, meaning, 0.0)
+    if weight > MOST_NATS:
+        raise ValueError(f"{name} must be {meaning}; got {value!r}.")
+    return weight
+
+
+def _read(outputs: ExitOutputs, reads_logits: bool) -> list[NDArray[Any]]:
+    """What routers read, K - 1 arrays (N, d_k)."""
+    what = outputs.logits if reads_logits else outputs.features
+    if what is None:
+        named = "logits" if reads_logits else "features"
+        raise ValueError(
+            f"routers need {named}, but the outputs have none. Record them with an estimator that has these routers."
+        )
+    return [widened(array) for array in what[:-1]]
+
+
+def _halting(routers: Sequence[Router], inputs: Sequence[NDArray[Any]], n_samples: int) -> Floats:
+    """Probability of leaving at each exit once there, (N, K); 1 at the last."""
+    columns = [probabilities(router, array) for router, array in zip(routers, inputs, strict=True)]
+    return np.stack([*columns, np.ones(n_samples)], axis=1)

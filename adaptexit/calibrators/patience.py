@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
+from sklearn.utils.validation import check_is_fitted
 
 from adaptexit.calibrators.base import Calibrator, check_outputs
 from adaptexit.core.baselines import confirmations
@@ -57,6 +58,7 @@ class PatienceCalibrator(Calibrator):
 
     def rescored(self, outputs: ExitOutputs) -> ExitOutputs:
         """Outputs with the numbers of exits that confirmed an answer as scores, and exits that are chained."""
+        check_is_fitted(self, "point_")
         return self._scored(outputs)
 
     @staticmethod

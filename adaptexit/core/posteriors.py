@@ -71,7 +71,7 @@ def expectation(log_p: Floats, prior: Floats, penalty: Floats) -> tuple[Floats, 
     return joint - evidence, float(evidence.mean())
 
 
-def fit_global(log_p: Floats, penalty: Floats, *, n_iter: int = 200, tol: float = 1e-8) -> Posterior:
+def fit_global(log_p: Floats, penalty: Floats, *, n_iter: int = 1000, tol: float = 1e-8) -> Posterior:
     """EM with one prior for all samples, pi = mean responsibilities: its likelihood never falls.
 
     Parameters
@@ -84,17 +84,18 @@ def fit_global(log_p: Floats, penalty: Floats, *, n_iter: int = 200, tol: float 
     tol : float
         Gain of the mean log-likelihood at which to stop.
     """
+    utility = log_p - penalty
+    best = utility.max(axis=1, keepdims=True)
+    relative = np.exp(utility - best)  # rows have a 1, so no evidence vanishes as long as no prior does
     prior = np.full(log_p.shape[1], 1.0 / log_p.shape[1])
     history: list[float] = []
-    for _ in range(n_iter):
-        log_r, likelihood = expectation(log_p, prior, penalty)
-        history.append(likelihood)
-        if _settled(history, tol):
-            return Posterior(log_r, prior, history, True)
-        prior = np.exp(log_r).mean(axis=0)
-    log_r, likelihood = expectation(log_p, prior, penalty)
-    history.append(likelihood)
-    return Posterior(log_r, prior, history, _settled(history, tol))
+    for step in range(n_iter + 1):
+        evidence = relative @ np.maximum(prior, _TINY)
+        history.append(float(np.log(evidence).mean() + best.mean()))
+        if step == n_iter or _settled(history, tol):
+            break
+        prior = prior * (relative.T @ (1.0 / evidence)) / len(evidence)
+    return Posterior(expectation(log_p, prior, penalty)[0], prior, history, _settled(history, tol))
 
 
 def fit_per_sample(log_p: Floats, penalty: Floats, *, n_iter: int = 1) -> Posterior:

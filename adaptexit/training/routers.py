@@ -11,12 +11,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adaptexit.training.asking import rows_of
 from adaptexit.training.loop import minimise
 
 Floats = NDArray[np.float64]
-
-CHUNK = 8192
-"""Rows at a time where routers are only asked."""
 
 
 class Router(nn.Module):
@@ -74,9 +72,9 @@ def train_routers(
     **settings
         Of :func:`adaptexit.training.minimise`: epochs, lr, weight_decay, batch_size, random_state, verbose.
     """
-    inputs = [torch.from_numpy(np.ascontiguousarray(array, dtype=np.float32)) for array in features]
-    wanted = torch.from_numpy(np.asarray(targets, dtype=np.float32))
-    counted = None if weights is None else torch.from_numpy(np.asarray(weights, dtype=np.float32))
+    inputs = [rows_of(array) for array in features]
+    wanted = rows_of(targets)
+    counted = None if weights is None else rows_of(weights)
 
     def losses(rows: Tensor) -> Tensor:
         terms = []
@@ -86,13 +84,3 @@ def train_routers(
         return torch.stack(terms)
 
     return minimise(losses, routers, len(wanted), description="training routers", **settings)
-
-
-def halting(router: Router, features: NDArray[Any]) -> Floats:
-    """Probability of leaving, (N,), for features (N, d)."""
-    with torch.inference_mode():
-        parts = [
-            router(torch.from_numpy(np.ascontiguousarray(part, dtype=np.float32))).double().sigmoid()
-            for part in np.split(features, range(CHUNK, len(features), CHUNK))
-        ]
-    return torch.cat(parts).numpy()

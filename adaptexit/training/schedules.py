@@ -11,12 +11,10 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from adaptexit.training.asking import rows_of
 from adaptexit.training.loop import minimise
 
 Floats = NDArray[np.float64]
-
-CHUNK = 8192
-"""Rows at a time where scorers are only asked."""
 
 
 def evidence(logits: Tensor) -> Tensor:
@@ -28,7 +26,7 @@ def evidence(logits: Tensor) -> Tensor:
 
 
 class Scorer(nn.Module):
-    """The log-odds (B,) that one exit is right, from its evidence (B, C + 2) and earlier exits' scores (B, k)."""
+    """The log-odds (B,) that one exit is right, from its logits (B, C) and earlier exits' scores (B, k)."""
 
     def __init__(self, n_classes: int, k: int) -> None:
         super().__init__()
@@ -39,8 +37,12 @@ class Scorer(nn.Module):
         """Multiply-accumulates of a sample."""
         return self.net.in_features
 
-    def forward(self, said: Tensor, earlier: Tensor) -> Tensor:
-        return self.net(torch.cat([said, earlier], dim=1)).squeeze(1)
+    def forward(self, logits: Tensor, earlier: Tensor) -> Tensor:
+        return self.read(torch.cat([evidence(logits), earlier], dim=1))
+
+    def read(self, evidence_and_earlier: Tensor) -> Tensor:
+        """The same from what is read, (B, C + 2 + k)."""
+        return self.net(evidence_and_earlier).squeeze(1)
 
 
 class Assigner(nn.Module):
@@ -105,18 +107,16 @@ def train_schedule(
         scorers = [Scorer(n_classes, k) for k in range(n_exits)]
         assigner = Assigner(n_classes, n_exits, hidden)
     with torch.no_grad():
-        said = [evidence(torch.from_numpy(np.asarray(exit_logits, dtype=np.float32))) for exit_logits in logits]
-    right = torch.from_numpy(np.asarray(correct, dtype=np.float32)).T.contiguous()
-    paid = torch.from_numpy(np.asarray(costs, dtype=np.float32))
+        said = [evidence(rows_of(exit_logits)) for exit_logits in logits]
+    right, paid = rows_of(np.asarray(correct).T), rows_of(np.asarray(costs))
 
     def assigned(rows: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Log-odds of being right, (B, K), and log-probabilities of the exits, (B, K)."""
         odds: list[Tensor] = []
         read = []
         for k, scorer in enumerate(scorers):
-            earlier = _beside([logit.detach().sigmoid() for logit in odds], len(said[k][rows]))
-            read.append(torch.cat([said[k][rows], earlier], dim=1))
-            odds.append(scorer(said[k][rows], earlier))
+            read.append(torch.column_stack([said[k][rows], *(logit.detach().sigmoid() for logit in odds)]))
+            odds.append(scorer.read(read[k]))
         return torch.stack(odds, dim=1), assigner(read).log_softmax(dim=1)
 
     def terms(rows: Tensor) -> Tensor:
@@ -135,20 +135,3 @@ def train_schedule(
     with torch.inference_mode():
         shares = assigned(slice(None))[1].double().exp().mean(dim=0).numpy()
     return scorers, shares, history
-
-
-def probabilities(scorer: Scorer, logits: NDArray[Any], earlier: NDArray[Any]) -> NDArray[np.float32]:
-    """How likely one exit is right, (N,), from its logits (N, C) and the earlier exits' probabilities (N, k)."""
-    with torch.inference_mode():
-        parts = [
-            scorer(
-                evidence(torch.from_numpy(np.ascontiguousarray(logits[rows], dtype=np.float32))),
-                torch.from_numpy(np.ascontiguousarray(earlier[rows], dtype=np.float32)),
-            ).sigmoid()
-            for rows in (slice(start, start + CHUNK) for start in range(0, max(len(logits), 1), CHUNK))
-        ]
-    return torch.cat(parts).numpy()
-
-
-def _beside(columns: Sequence[Tensor], n: int) -> Tensor:
-    return torch.stack(list(columns), dim=1) if columns else torch.empty((n, 0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -83,8 +84,10 @@ def frontier_of_shares(
         quotas = np.ceil(outputs.n_samples * matched_shares(shares, costs, budget)[:-1] - 1e-6).astype(np.int64)
         return evaluate(outputs, *problem.thresholds(quota_policy(problem, quotas)), {"budget": float(budget)})
 
-    chosen = point(in_use)
     plain = evaluate(outputs, *problem.thresholds(np.zeros(problem.n_early, dtype=np.int64)))
+    chosen = point(in_use)
+    if plain.cost <= in_use < chosen.cost:  # the first exit is dearer than the full model
+        chosen = dataclasses.replace(plain, params=chosen.params)
     points = [chosen, plain, *(point(budget) for budget in budgets if budget != in_use)]
     kept = {0, 1, *not_dominated([p.accuracy for p in points], [p.cost for p in points]).tolist()}
     ordered = sorted((points[i] for i in kept), key=lambda p: (p.cost, p.accuracy))
