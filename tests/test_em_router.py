@@ -14,6 +14,7 @@ from adaptexit.calibrators import em
 from adaptexit.core.outputs import ExitBatch, ExitOutputs
 from adaptexit.core.posteriors import halting_targets, log_likelihoods, reach
 from adaptexit.features import pooled
+from adaptexit.training import routers as routers_module
 from adaptexit.training.asking import probabilities
 from adaptexit.training.routers import Router, new_routers
 from tests.nets import branched, branched_trained, digits, large_trained, small_trained
@@ -55,13 +56,13 @@ def test_hard_samples_go_on():
 @pytest.mark.parametrize("prior", ["global", "per_sample"])
 def test_routers_learn_halting_targets(prior, weighted, monkeypatch):
     told = []
-    original = em.train_routers
+    original = routers_module.train_routers
 
     def spy(routers, features, targets, weights=None, **settings):
         told.append((features, targets, weights, settings))
         return original(routers, features, targets, weights, **settings)
 
-    monkeypatch.setattr(em, "train_routers", spy)
+    monkeypatch.setattr(routers_module, "train_routers", spy)
     router = EMRouter(0.7, weighted=weighted, **QUICK | {"prior": prior}).fit(OUTPUTS)
     ((features, targets, weights, settings),) = told
     log_r = router.posterior_.log_responsibilities
@@ -283,7 +284,7 @@ def test_memory_mapped_outputs(tmp_path):
         ({"cost_weight": 1e7}, r"cost_weight must be a number of nats from 0 to 1e\+06; got 10000000.0"),
         ({"tol": -1}, "tol must be a finite number, at least 0, or None; got -1"),
         ({"random_state": None}, "random_state must be a whole number, at least 0; got None"),
-        ({"prior": "flat"}, r"prior must be one of \['global', 'amortized', 'per_sample'\]; got 'flat'"),
+        ({"prior": "flat"}, r"prior must be one of \['amortized', 'global', 'per_sample'\]; got 'flat'"),
         ({"inputs": "pixels"}, r"inputs must be one of \['auto', 'features', 'logits'\]; got 'pixels'"),
         ({"search": "luck"}, "search must be one of .* got 'luck'"),
         ({"threshold": 1.0}, "threshold must be a probability below 1; got 1.0"),

@@ -16,30 +16,17 @@ from adaptexit.calibrators.base import Calibrator, check_outputs, check_sweep, s
 from adaptexit.core.checks import check_switch, check_whole, checked_number
 from adaptexit.core.frontier import ParetoFrontier, evaluate, reference
 from adaptexit.core.outputs import ExitBatch, ExitOutputs
-from adaptexit.core.posteriors import (
-    Posterior,
-    exit_probabilities,
-    expectation,
-    fit_global,
-    fit_per_sample,
-    halting_targets,
-    log_likelihoods,
-    reach,
-)
+from adaptexit.core.posteriors import Posterior, log_likelihoods
 from adaptexit.core.scores import widened
 from adaptexit.core.search import SEARCHES, search_thresholds
 from adaptexit.core.undo import unchanged_on_failure
 from adaptexit.training.asking import probabilities, restored, state_arrays
-from adaptexit.training.loop import checked_settings, n_epochs
-from adaptexit.training.routers import Router, new_routers, train_routers
+from adaptexit.training.loop import checked_settings
+from adaptexit.training.routers import PRIORS, Router, fit_routers, halting
 
 Floats = NDArray[np.float64]
 
-PRIORS = ("global", "amortized", "per_sample")
 INPUTS = ("auto", "features", "logits")
-
-TOLERANCES = {"amortized": 1e-3, "global": 1e-8}
-"""``tol`` unless given."""
 
 MOST_NATS = 1e6
 
@@ -215,7 +202,7 @@ class EMRouter(Calibrator):
         if not 0 <= self.threshold < 1:
             raise ValueError(f"threshold must be a probability below 1; got {self.threshold!r}.")
         for name, value, allowed in (
-            ("prior", self.prior, PRIORS),
+            ("prior", self.prior, tuple(PRIORS)),
             ("inputs", self.inputs, INPUTS),
             ("search", self.search, ("auto", *SEARCHES)),
         ):
@@ -249,16 +236,12 @@ class EMRouter(Calibrator):
     def _learned(
         self, log_p: Floats, inputs: Sequence[NDArray[Any]], penalty: Floats
     ) -> tuple[list[Router], Posterior]:
-        routers = new_routers(inputs, self.hidden, self.random_state)
-        if self.prior == "global":
-            tol = TOLERANCES["global"] if self.tol is None else self.tol
-            posterior = fit_global(log_p, penalty, n_iter=self.n_iter or 1000, tol=tol)
-        elif self.prior == "per_sample":
-            posterior = fit_per_sample(log_p, penalty, n_iter=self.n_iter or 1)
-        else:
-            posterior = self._amortized(log_p, inputs, penalty, routers)
-        if self.prior != "amortized":
-            self._step(routers, inputs, posterior.log_responsibilities, 0)
+        routers, posterior = fit_routers(
+            log_p, penalty, inputs,
+            prior=self.prior, n_iter=self.n_iter, tol=self.tol, hidden=self.hidden, weighted=self.weighted,
+            epochs=self.epochs, lr=self.lr, weight_decay=self.weight_decay, batch_size=self.batch_size,
+            random_state=self.random_state, verbose=self.verbose,
+        )  # fmt: skip
         if not posterior.converged:
             gain = posterior.history[-1] - posterior.history[-2]
             warnings.warn(
@@ -268,35 +251,6 @@ class EMRouter(Calibrator):
                 stacklevel=3,
             )
         return routers, posterior
-
-    def _step(self, routers: list[Router], inputs: Sequence[NDArray[Any]], log_r: Floats, step: int) -> None:
-        """M-step: routers learn the probability of leaving once there."""
-        if not routers:
-            return
-        usual = (2, 50) if self.prior == "amortized" else (20, 500)
-        train_routers(
-            routers, inputs, halting_targets(log_r)[:, :-1], reach(log_r)[:, :-1] if self.weighted else None,
-            epochs=n_epochs(self.epochs, len(log_r), self.batch_size, *usual), lr=self.lr,
-            weight_decay=self.weight_decay, batch_size=self.batch_size,
-            random_state=self.random_state + step, verbose=self.verbose,
-        )  # fmt: skip
-
-    def _amortized(
-        self, log_p: Floats, inputs: Sequence[NDArray[Any]], penalty: Floats, routers: list[Router]
-    ) -> Posterior:
-        """Responsibilities under the routers' own prior, and routers on those, in turns."""
-        tol = TOLERANCES["amortized"] if self.tol is None else self.tol
-        prior = np.full(log_p.shape, 1.0 / log_p.shape[1])
-        log_r, likelihood = expectation(log_p, prior, penalty)
-        history = [likelihood]
-        for step in range(self.n_iter or 50):
-            self._step(routers, inputs, log_r, step)
-            prior = exit_probabilities(_halting(routers, inputs, len(log_p)))
-            log_r, likelihood = expectation(log_p, prior, penalty)
-            history.append(likelihood)
-            if step and history[-1] - history[-2] < tol:  # the first step leaves the even prior, and may lose
-                return Posterior(log_r, prior, history, True)
-        return Posterior(log_r, prior, history, False)
 
     # -- routing -------------------------------------------------------------------------------------------------------
 
@@ -313,7 +267,7 @@ class EMRouter(Calibrator):
                 f"routers read vectors of widths {widths}; the outputs have {[array.shape[1] for array in inputs]}. "
                 "Record the outputs with the model that the routers were fitted with."
             )
-        return self.charged(outputs.with_scores(_halting(routers, inputs, outputs.n_samples).T))
+        return self.charged(outputs.with_scores(halting(routers, inputs, outputs.n_samples).T))
 
     def rescored_batch(self, k: int, batch: ExitBatch) -> ExitBatch:
         if k == len(self.routers_):
@@ -392,9 +346,3 @@ def _read(outputs: ExitOutputs, reads_logits: bool) -> list[NDArray[Any]]:
             f"routers need {named}, but the outputs have none. Record them with an estimator that has these routers."
         )
     return [widened(array) for array in what[:-1]]
-
-
-def _halting(routers: Sequence[Router], inputs: Sequence[NDArray[Any]], n_samples: int) -> Floats:
-    """Probability of leaving at each exit once there, (N, K); 1 at the last."""
-    columns = [probabilities(router, array) for router, array in zip(routers, inputs, strict=True)]
-    return np.stack([*columns, np.ones(n_samples)], axis=1)

@@ -1,9 +1,9 @@
-"""Routers: a small perceptron an exit that says how likely a sample should leave there."""
+"""Routers: a small perceptron an exit that says how likely a sample should leave there, learned by EM."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,10 +11,35 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptexit.training.asking import rows_of
-from adaptexit.training.loop import minimise
+from adaptexit.core.posteriors import (
+    Posterior,
+    exit_probabilities,
+    expectation,
+    fit_global,
+    fit_per_sample,
+    halting_targets,
+    reach,
+)
+from adaptexit.training.asking import probabilities, rows_of
+from adaptexit.training.loop import minimise, n_epochs
 
 Floats = NDArray[np.float64]
+
+
+class Usual(NamedTuple):
+    """What counts for a prior unless given: steps, tolerance, and epochs or minibatches of a router's training."""
+
+    n_iter: int
+    tol: float
+    epochs: int
+    minibatches: int
+
+
+PRIORS = {
+    "amortized": Usual(50, 1e-3, 2, 50),
+    "global": Usual(1000, 1e-8, 20, 500),
+    "per_sample": Usual(1, 0.0, 20, 500),
+}
 
 
 class Router(nn.Module):
@@ -84,3 +109,87 @@ def train_routers(
         return torch.stack(terms)
 
     return minimise(losses, routers, len(wanted), description="training routers", **settings)
+
+
+def halting(routers: Sequence[Router], features: Sequence[NDArray[Any]], n_samples: int) -> Floats:
+    """Probability of leaving at each exit once there, (N, K); 1 at the last."""
+    columns = [probabilities(router, array) for router, array in zip(routers, features, strict=True)]
+    return np.stack([*columns, np.ones(n_samples)], axis=1)
+
+
+def fit_routers(
+    log_p: Floats,
+    penalty: Floats,
+    features: Sequence[NDArray[Any]],
+    *,
+    prior: str,
+    n_iter: int | None,
+    tol: float | None,
+    hidden: int,
+    weighted: bool,
+    epochs: int | str,
+    random_state: int,
+    **settings: Any,
+) -> tuple[list[Router], Posterior]:
+    """Responsibilities of the exits, and routers that learned to leave by them.
+
+    Kyauk, "Adaptive Multi-Exit Neural Networks using EM-Based Routing", section 4.3; for the amortized prior, which is
+    what the routers say, the E-step and the routers' training come in turns.
+
+    Parameters
+    ----------
+    log_p : array (N, K)
+        Log-likelihoods of the labels.
+    penalty : array (K,)
+        Cost weight times cost.
+    features : sequence of K - 1 arrays (N, d_k)
+    prior : {"amortized", "global", "per_sample"}
+    n_iter, tol : int and float, or None
+        Of EM; those of :data:`PRIORS` for None.
+    hidden : int
+    weighted : bool
+        Whether a router's loss is weighted by the probability of reaching it.
+    epochs : int or "auto"
+        Of each training of the routers.
+    random_state : int
+    **settings
+        Of :func:`adaptexit.training.minimise`.
+    """
+    usual = PRIORS[prior]
+    steps, least = n_iter or usual.n_iter, usual.tol if tol is None else tol
+    routers = new_routers(features, hidden, random_state)
+    n_times = n_epochs(epochs, len(log_p), settings["batch_size"], usual.epochs, usual.minibatches)
+
+    def learn(log_r: Floats, step: int = 0) -> None:
+        """M-step: the probability of leaving once there."""
+        if routers:
+            weights = reach(log_r)[:, :-1] if weighted else None
+            seed = random_state + step
+            train_routers(
+                routers,
+                features,
+                halting_targets(log_r)[:, :-1],
+                weights,
+                epochs=n_times,
+                random_state=seed,
+                **settings,
+            )
+
+    if prior != "amortized":
+        if prior == "global":
+            posterior = fit_global(log_p, penalty, n_iter=steps, tol=least)
+        else:
+            posterior = fit_per_sample(log_p, penalty, n_iter=steps)
+        learn(posterior.log_responsibilities)
+        return routers, posterior
+    exits = np.full(log_p.shape, 1.0 / log_p.shape[1])
+    log_r, likelihood = expectation(log_p, exits, penalty)
+    history = [likelihood]
+    for step in range(steps):
+        learn(log_r, step)
+        exits = exit_probabilities(halting(routers, features, len(log_p)))
+        log_r, likelihood = expectation(log_p, exits, penalty)
+        history.append(likelihood)
+        if step and history[-1] - history[-2] < least:  # the first step leaves the even prior, and may lose
+            return routers, Posterior(log_r, exits, history, True)
+    return routers, Posterior(log_r, exits, history, False)
