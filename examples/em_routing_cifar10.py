@@ -69,9 +69,8 @@ def main() -> None:
     print(f"Test accuracy and mean relative cost at a budget of {BUDGET}, held on the calibration data")
     print(found.to_frame(budget=BUDGET).round(4).to_string())
 
-    router = EMRouter(COST_WEIGHT).fit(outputs, training=training)
-    weights = np.geomspace(0.1, 10, 5) if args.digits else np.geomspace(0.03, 30, 9)
-    sweep = router.pareto(answers, refit=True, cost_weights=weights)
+    weights = np.geomspace(0.1, 10, 5 if args.digits else 15)
+    sweep = found.calibrators["EM routing, amortized"].pareto(answers, refit=True, cost_weights=weights)
     by_weight = sorted(sweep.points, key=lambda point: point.params["cost_weight"])
     print("\nlambda | test accuracy | relative cost | exit rates   (threshold 0.5, routers trained anew for each)")
     for point in by_weight:
