@@ -66,10 +66,10 @@ class EENetScheduler(Calibrator):
 
     Notes
     -----
-    Scores read earlier scores, so all exits up to the deepest one in use are run. The published scores are linear and
-    cut off at 0 and 1, the published shares a softmax of numbers between 0 and 1, which cannot leave an exit with less
-    than a share of about 1/(eK); here both are logistic. The published schedule keeps its budget only as far as its
-    loss says; here the shares are fitted to it.
+    Scores read earlier scores, so all exits up to the deepest one in use are run. In the authors' code scores are
+    linear and cut off at 0 and 1, and shares a softmax of numbers between 0 and 1, which cannot leave an exit with less
+    than about 1/(eK); here scores are logistic, and nothing bounds what the shares are a softmax of. The published
+    schedule keeps its budget only as far as its loss says; here the shares are tilted to fit it.
     """
 
     needs_logits = True
