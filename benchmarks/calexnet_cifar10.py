@@ -28,7 +28,7 @@ from adaptexit import (
 from adaptexit.core.frontier import ParetoFrontier
 from adaptexit.core.metrics import exit_calibration, survivor_shift
 from benchmarks.cifar import arguments, learning, pretrained
-from benchmarks.common import mean_and_sd, print_table, write_result
+from benchmarks.common import print_table, spread, write_result
 from examples.calexnet_cifar10 import ABLATION, METHODS, Data, accuracy_at
 
 EXITS = ["layer1.4", "layer1.8", "layer2.4", "layer2.8"]
@@ -166,16 +166,6 @@ def report(runs: dict[str, list[dict[str, Any]]]) -> None:
 
 def stacked(runs: list[dict[str, Any]], key: str) -> np.ndarray:
     return np.stack([run[key] for run in runs])
-
-
-def spread(values: Any, digits: int = 2) -> str:
-    """Mean and standard deviation; a dash where a seed has no value."""
-    if not np.isfinite(values).all():
-        return "-"
-    if len(values) == 1:
-        return f"{values[0]:.{digits}f}"
-    found = mean_and_sd(values)
-    return f"{found['mean']:.{digits}f} ({found['sd']:.{digits}f})"
 
 
 if __name__ == "__main__":

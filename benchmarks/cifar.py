@@ -33,13 +33,14 @@ def pretrained(depth: int, weights: Path) -> nn.Module:
     return net.eval()
 
 
-def arguments(doc: str) -> argparse.ArgumentParser:
-    """What every benchmark that learns heads on a frozen ResNet-56 takes."""
+def arguments(doc: str, seeds: int | None = 3, images: int = 20_000) -> argparse.ArgumentParser:
+    """What every benchmark that learns heads on a frozen ResNet-56 takes, and its defaults; None for a single run."""
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, help="folder with train, val and test")
     parser.add_argument("--weights", type=Path, required=True, help="folder with resnet56.safetensors")
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--images", type=int, default=20_000, help="of train, to learn on")
+    if seeds is not None:
+        parser.add_argument("--seeds", type=int, default=seeds)
+    parser.add_argument("--images", type=int, default=images, help="of train, to learn on")
     return parser
 
 

@@ -127,6 +127,16 @@ def mean_and_sd(values: Sequence[float]) -> dict[str, float]:
     return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)), "n": len(values)}
 
 
+def spread(values: Any, digits: int = 2) -> str:
+    """Mean and standard deviation; a dash where a seed has no value."""
+    if not np.isfinite(values).all():
+        return "-"
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f}"
+    found = mean_and_sd(values)
+    return f"{found['mean']:.{digits}f} ({found['sd']:.{digits}f})"
+
+
 def write_result(name: str, payload: dict[str, Any]) -> Path:
     """Write figures, with the machine they were measured on, to ``benchmarks/results/<name>.json``."""
     RESULTS.mkdir(exist_ok=True)

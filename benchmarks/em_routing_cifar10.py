@@ -24,9 +24,8 @@ from adaptexit import CPMCalibrator, EENetScheduler, EMRouter, ExitOutputs, Mult
 from adaptexit.comparison import Comparison, compare
 from adaptexit.core.frontier import ParetoFrontier
 from adaptexit.training import routers
-from benchmarks.calexnet_cifar10 import spread
 from benchmarks.cifar import arguments, learning, pretrained
-from benchmarks.common import interleaved, print_table, ratios, write_result
+from benchmarks.common import interleaved, print_table, ratios, spread, write_result
 from examples.calexnet_cifar10 import accuracy_at
 
 EXITS = ["layer1.8", "layer2.8", "layer3.4"]

@@ -32,8 +32,7 @@ IMAGES = {1: 200, 32: 1600, 256: 2560}
 
 def main() -> None:
     """Calibrate every rule, time, report, write."""
-    parser = arguments(__doc__)
-    parser.set_defaults(images=3000, seeds=1)
+    parser = arguments(__doc__, seeds=None, images=3000)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     torch.set_num_threads(1)

@@ -72,27 +72,17 @@ Curves = dict[str, ParetoFrontier]
 
 def main() -> None:
     """Train all methods, calibrate, report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder with train, val and test")
-    parser.add_argument("--weights", type=Path, help="folder with resnet56.safetensors")
-    parser.add_argument("--digits", action="store_true", help="small, without any download")
-    parser.add_argument("--images", type=int, default=20_000, help="of train, to learn on")
+    parser = arguments(__doc__, "calexnet.png")
     parser.add_argument("--seeds", type=int, default=3, help="of the heads")
-    parser.add_argument("--out", default="calexnet.png", help="where the picture goes")
     args = parser.parse_args()
+    net, (train, val, test) = network_and_data(parser, args)
     if args.digits:
-        net, exits = digits_net(), ["layer1.0", "layer1.2", "layer2.0", "layer2.2"]
+        exits = ["layer1.0", "layer1.2", "layer2.0", "layer2.2"]
         settings = {"epochs": 20, "batch_size": 64, "distillation_batch_size": 64}
-        train, val, test = digits()
         classes, reductions = None, (0.6, 0.7, 0.75, 0.8)
-    elif args.data and args.weights:
-        net, exits, settings = resnet56_cifar(), ["layer1.4", "layer1.8", "layer2.4", "layer2.8"], {}
-        net.load_state_dict(load_file(args.weights / "resnet56.safetensors"))
-        train, val, test = (images(args.data, split) for split in ("train", "val", "test"))
-        train = (train[0][: args.images].clone(), train[1][: args.images].clone())
-        classes, reductions = ImageFolder(args.data / "test").classes, (0.3, 0.4, 0.5, 0.6)
     else:
-        parser.error("give --data and --weights, or --digits")
+        exits, settings = ["layer1.4", "layer1.8", "layer2.4", "layer2.8"], {}
+        classes, reductions = ImageFolder(args.data / "test").classes, (0.3, 0.4, 0.5, 0.6)
 
     methods = METHODS | ABLATION
     frontiers: dict[str, list[Curves]] = {name: [] for name in methods}
@@ -100,7 +90,7 @@ def main() -> None:
         for seed, name in tqdm([(seed, name) for seed in range(args.seeds) for name in methods]):
             recipe = methods[name]()
             recipe.set_params(**{key: settings[key] for key in settings.keys() & recipe.get_params().keys()})
-            model = trained(net.eval(), exits, recipe, train, val, seed, features)
+            model = trained(net, exits, recipe, train, val, seed, features)
             frontiers[name].append(tested(model, test))
             if (seed, name) == (0, "CalexNet"):
                 (point,) = [p for p in model.pareto().points if p.params.get("margin") == SHOWN]
@@ -181,6 +171,29 @@ def draw(frontiers: dict[str, list[Curves]], full: float, leaving: ExitFlowDispl
     leaving.plot(axes[2], name=f"CalexNet, margin {SHOWN}: who is left")
     figure.savefig(out, dpi=120)
     print(f"picture: {out}")
+
+
+def arguments(doc: str, out: str) -> argparse.ArgumentParser:
+    """What says where the network and the images come from, and where the picture goes."""
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--data", type=Path, help="folder with train, val and test")
+    parser.add_argument("--weights", type=Path, help="folder with resnet56.safetensors")
+    parser.add_argument("--digits", action="store_true", help="small, without any download")
+    parser.add_argument("--images", type=int, default=20_000, help="of train, to learn on")
+    parser.add_argument("--out", default=out, help="where the picture goes")
+    return parser
+
+
+def network_and_data(parser: argparse.ArgumentParser, args: argparse.Namespace) -> tuple[nn.Module, Sequence[Data]]:
+    """A network in evaluation mode, and what to learn, calibrate and test on."""
+    if args.digits:
+        return digits_net().eval(), digits()
+    if not (args.data and args.weights):
+        parser.error("give --data and --weights, or --digits")
+    net = resnet56_cifar()
+    net.load_state_dict(load_file(args.weights / "resnet56.safetensors"))
+    train, val, test = (images(args.data, split) for split in ("train", "val", "test"))
+    return net.eval(), ((train[0][: args.images].clone(), train[1][: args.images].clone()), val, test)
 
 
 def images(data: Path, split: str) -> Data:

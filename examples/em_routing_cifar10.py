@@ -9,23 +9,19 @@ those heads answer there; thresholds come from ``val``, and everything is report
 same with scikit-learn's digits and a ResNet-20 that is trained first: half a minute, and no download. With
 ``--paper-costs`` exits cost 1/4, 2/4, 3/4 and all of the full model instead of their multiply-accumulates."""
 
-import argparse
 import warnings
-from pathlib import Path
 
 import numpy as np
 from matplotlib import pyplot
-from safetensors.torch import load_file
 from sklearn.exceptions import ConvergenceWarning
 
 from adaptexit import CPMCalibrator, EENetScheduler, EMRouter, MultiExitClassifier, ThresholdCalibrator, compare
-from adaptexit.backbones import resnet56_cifar
 from adaptexit.displays import BarsDisplay, ComparisonDisplay, SweepDisplay
 
 try:
-    from examples.calexnet_cifar10 import digits, digits_net, images
+    from examples.calexnet_cifar10 import arguments, network_and_data
 except ImportError:  # run as a script, from anywhere
-    from calexnet_cifar10 import digits, digits_net, images
+    from calexnet_cifar10 import arguments, network_and_data
 
 PRIORS = ("amortized", "global", "per_sample")
 COST_WEIGHT = 1.0
@@ -34,28 +30,15 @@ BUDGET = 0.8
 
 def main() -> None:
     """Train heads and routers, compare, report."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--data", type=Path, help="folder with train, val and test")
-    parser.add_argument("--weights", type=Path, help="folder with resnet56.safetensors")
-    parser.add_argument("--digits", action="store_true", help="small, without any download")
-    parser.add_argument("--images", type=int, default=20_000, help="of train, to learn on")
+    parser = arguments(__doc__, "em_routing.png")
     parser.add_argument("--paper-costs", action="store_true", help="1/4, 2/4, 3/4 and 1 instead of MACs")
-    parser.add_argument("--out", default="em_routing.png", help="where the picture goes")
     args = parser.parse_args()
-    if args.digits:
-        net, exits = digits_net(), ["layer1.2", "layer2.2", "layer3.1"]
-        train, val, test = digits()
-    elif args.data and args.weights:
-        net, exits = resnet56_cifar(), ["layer1.8", "layer2.8", "layer3.4"]
-        net.load_state_dict(load_file(args.weights / "resnet56.safetensors"))
-        train, val, test = (images(args.data, split) for split in ("train", "val", "test"))
-        train = (train[0][: args.images].clone(), train[1][: args.images].clone())
-    else:
-        parser.error("give --data and --weights, or --digits")
+    net, (train, val, test) = network_and_data(parser, args)
+    exits = ["layer1.2", "layer2.2", "layer3.1"] if args.digits else ["layer1.8", "layer2.8", "layer3.4"]
     warnings.simplefilter("ignore", ConvergenceWarning)  # long chains of EM steps are told in posterior_.history
 
     model = MultiExitClassifier(
-        net.eval(), exits, head="mlp", calibrator=EMRouter(COST_WEIGHT), batch_size=64, calibration_size=0.02,
+        net, exits, head="mlp", calibrator=EMRouter(COST_WEIGHT), batch_size=64, calibration_size=0.02,
         cost=[0.25, 0.5, 0.75, 1.0] if args.paper_costs else "macs",
     )  # fmt: skip
     model.fit(*train).calibrate(*val)

@@ -154,7 +154,7 @@ class EENetScheduler(Calibrator):
     def _least(outputs: ExitOutputs) -> float:
         """Relative cost of the first exit, its score included."""
         assert outputs.logits is not None
-        own = outputs.logits.shape[2] + 2 if outputs.cost_unit == "MACs" and outputs.n_exits > 1 else 0
+        own = Scorer.macs_of(outputs.logits.shape[2], 0) if outputs.cost_unit == "MACs" and outputs.n_exits > 1 else 0
         return float((outputs.stage_costs[0] + outputs.exit_costs[0] + own) / outputs.full_cost)
 
     def _reachable(self, outputs: ExitOutputs, budget: float | None) -> float:
@@ -198,7 +198,7 @@ class EENetScheduler(Calibrator):
     def _check_logits(self, outputs: ExitOutputs) -> None:
         if outputs.logits is None:
             raise ValueError("a schedule needs logits, but the outputs have none. Record them (keep_logits=True).")
-        wanted = (len(self.shares_), self.scorers_[0].macs - 2 if self.scorers_ else outputs.logits.shape[2])
+        wanted = (len(self.shares_), self.scorers_[0].n_classes if self.scorers_ else outputs.logits.shape[2])
         came = (outputs.logits.shape[0], outputs.logits.shape[2])
         if came != wanted:
             raise ValueError(
@@ -254,13 +254,14 @@ class EENetScheduler(Calibrator):
     def get_state(self) -> tuple[dict[str, Any], dict[str, Floats]]:
         state, arrays = super().get_state()
         arrays |= {"shares": self.shares_} | state_arrays("scorer", self.scorers_)
-        return state | {"n_scorers": len(self.scorers_), "in_macs": self._in_macs}, arrays
+        known = {"n_scorers": len(self.scorers_), "in_macs": self._in_macs}
+        return state | known | {"n_classes": self.scorers_[0].n_classes if self.scorers_ else None}, arrays
 
     def set_state(self, state: dict[str, Any], arrays: dict[str, Floats]) -> None:
         super().set_state(state, arrays)
         self._in_macs, self.shares_ = state["in_macs"], arrays["shares"]
 
         def blank(k: int) -> Scorer:
-            return Scorer(arrays[f"scorer_{k}.net.weight"].shape[1] - 2 - k, k)
+            return Scorer(state["n_classes"], k)
 
         self.scorers_ = restored("scorer", arrays, blank, state["n_scorers"])

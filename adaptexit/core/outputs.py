@@ -50,7 +50,7 @@ class ExitOutputs:
     chained : bool, default=False
         Exits read earlier exits, so all of them up to the deepest one switched on are run and paid for.
     cost_unit : str, optional
-        Of the costs, where it is known: "MACs" or "seconds" a sample.
+        Of the costs, where it is known: "MACs" or "seconds" a sample, or "given" by the user.
 
     Raises
     ------

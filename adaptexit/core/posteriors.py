@@ -1,8 +1,8 @@
 """Exits as a latent variable: which exit should have answered a sample, given its label and what exits cost.
 
 Kyauk, "Adaptive Multi-Exit Neural Networks using EM-Based Routing", section 4.3. Exit k explains the label of sample i
-with probability p_ik; a cost weight lambda takes lambda c_k off its logarithm. All of it is in logarithms:
-responsibilities far below the smallest number still have targets.
+with probability p_ik; a cost weight lambda takes lambda c_k off its logarithm. Responsibilities are kept as logarithms:
+those far below the smallest number still have targets.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Small modules of calibrators asked for probabilities, the same to the bit whoever else is in the batch."""
+"""Small modules of calibrators asked for probabilities, which do not depend on who else is in the batch."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ def rows_of(array: NDArray[Any], dtype: Any = np.float32) -> Tensor:
 def probabilities(module: nn.Module, *arrays: NDArray[Any]) -> Floats:
     """Probability (N,) whose log-odds a module gives for arrays (N, ...).
 
-    Matrix products round differently with the size of a batch. In double precision and rounded to ``STEP`` that cannot
-    be seen, so that samples with equal probabilities stay together wherever they are asked for.
+    Matrix products round differently with the size of a batch. In double precision, some 1e-16, and then rounded to
+    ``STEP``, that is seen only where a probability lies within this distance of the middle of a step. So samples with
+    equal probabilities stay together wherever they are asked for.
     """
     exact = {name: tensor.double() for name, tensor in module.state_dict().items()}
 

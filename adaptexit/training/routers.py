@@ -54,10 +54,15 @@ class Router(nn.Module):
         self.register_buffer("scale", torch.ones(width))
         self.net = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, 1))
 
+    @staticmethod
+    def macs_of(width: int, hidden: int) -> int:
+        """Multiply-accumulates of a sample in a router of that size."""
+        return (width + 1) * hidden
+
     @property
     def macs(self) -> int:
         """Multiply-accumulates of a sample."""
-        return sum(layer.in_features * layer.out_features for layer in self.net if isinstance(layer, nn.Linear))
+        return self.macs_of(len(self.mean), self.net[0].out_features)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor) -> Tensor:
         return self.net((features - self.mean) * self.scale).squeeze(1)

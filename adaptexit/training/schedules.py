@@ -30,7 +30,13 @@ class Scorer(nn.Module):
 
     def __init__(self, n_classes: int, k: int) -> None:
         super().__init__()
-        self.net = nn.Linear(n_classes + 2 + k, 1)
+        self.n_classes = n_classes
+        self.net = nn.Linear(self.macs_of(n_classes, k), 1)
+
+    @staticmethod
+    def macs_of(n_classes: int, k: int) -> int:
+        """Multiply-accumulates of a sample at exit k: one for each number that is read."""
+        return n_classes + 2 + k
 
     @property
     def macs(self) -> int:
@@ -46,12 +52,12 @@ class Scorer(nn.Module):
 
 
 class Assigner(nn.Module):
-    """How far each exit lies from being the one that should answer, log-odds (B, K); used in training alone."""
+    """Log-probabilities of the exits to answer a sample, not normalised, (B, K); used in training alone."""
 
     def __init__(self, n_classes: int, n_exits: int, hidden: int) -> None:
         super().__init__()
         self.nets = nn.ModuleList(
-            nn.Sequential(nn.Linear(n_classes + 2 + k, hidden), nn.Sigmoid(), nn.Linear(hidden, 1))
+            nn.Sequential(nn.Linear(Scorer.macs_of(n_classes, k), hidden), nn.Sigmoid(), nn.Linear(hidden, 1))
             for k in range(n_exits)
         )
 
