@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,33 +11,32 @@ import torch
 from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
-from torch import Tensor, nn
+from torch import Tensor
 
+from adaptexit.base import AdaptiveClassifier, ConfidenceName, CostName
 from adaptexit.calibrators.base import Calibrator
+from adaptexit.core.costs import Costs
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.saver import JobCurve, SaverReport, job_curve, saver_reports
-from adaptexit.core.scores import resolve_score
-from adaptexit.core.undo import unchanged_on_failure
-from adaptexit.data import as_batches, is_stream
-from adaptexit.estimator import AdaptiveClassifier, below
-from adaptexit.labels import hold_out, known_classes
-from adaptexit.models import (
+from adaptexit.data.batches import Batches, as_batches, check_source, check_table, is_stream, split_pair
+from adaptexit.data.classes import hold_out, known_classes
+from adaptexit.data.inputs import InputSpec
+from adaptexit.exceptions import SaverWarning, warn
+from adaptexit.networks.base import Network, below
+from adaptexit.networks.models import (
     ScikitModel,
     WholeModel,
     build_model,
-    describe_model,
     is_fitted,
     is_scikit,
     restore_model,
     unspoiled,
 )
-from adaptexit.staging.cost import measure_latency
-from adaptexit.staging.executor import MEMORY_LIMIT, StagedModel
-from adaptexit.staging.modes import evaluating
-
-
-class SaverWarning(UserWarning):
-    """A saver does not pay: running it costs more than the work it takes off the models behind it."""
+from adaptexit.networks.preprocessing import TimmPreprocess
+from adaptexit.networks.row import Row
+from adaptexit.staging.contexts import evaluating
+from adaptexit.staging.executor import MEMORY_LIMIT
+from adaptexit.utils.rollback import unchanged_on_failure
 
 
 class CascadeSaver(AdaptiveClassifier):
@@ -51,25 +49,28 @@ class CascadeSaver(AdaptiveClassifier):
     ----------
     base : str, callable, nn.Module or scikit-learn classifier
         The large model: a timm name (made with its pretrained weights), a factory of a module, a module that answers
-        with logits (B, C), or a classifier with ``predict_proba``. Modules are frozen and shared, not copied.
-        Unfitted classifiers are cloned and fitted on the part of the data that is not held out for calibration.
+        with logits (B, C) or an object with ``.logits``, or a classifier with ``predict_proba``. Modules are frozen and
+        shared, not copied. Unfitted classifiers are cloned and fitted on the part of the data that is not held out for
+        calibration.
     saver : the same, or a list of them from small to large
         The small model(s).
-    confidence : {"max_proba", "entropy", "margin"} or callable, default="max_proba"
-        From a model's output (a tensor of logits (B, C)) to one number a sample, larger = surer.
+    confidence : {"auto", "max_proba", "entropy", "margin"} or callable, default="auto"
+        From a model's logits (B, C) to one number a sample, larger = surer. "auto" is the largest probability.
     calibrator : Calibrator, optional
         ``ThresholdCalibrator()`` unless given.
     budget : float, optional
         Mean relative cost (1 = the base alone) to keep to when ``predict`` gets none.
     cost : {"auto", "macs", "latency"} or sequence of K floats, default="auto"
-        Cost of each model a sample, savers first, base last. MACs are counted for modules; latency is measured on
-        the first batch and so differs a little from fit to fit; numbers are taken as given. "auto" counts MACs where
-        all models are modules and measures otherwise.
+        MACs are counted for modules; latency is measured on the first batch and so differs a little from fit to fit;
+        "auto" counts MACs where all models are modules and measures otherwise. Numbers are what a sample costs that
+        one exit answers, the others switched off: here each model's own, savers first, base last (see Notes).
     base_preprocess, saver_preprocess : "auto", None or callable, default="auto"
         From a batch of inputs to what the model takes; for several savers one for all or a list. "auto" is timm's data
-        config for timm models (inputs are images in [0, 1], resized and normalised for each) and nothing for others.
+        config for timm models (inputs are images in [0, 1], resized and normalised for each) and nothing for others; an
+        image processor of transformers will do.
     classes : sequence of C labels, optional
-        Labels in the order of the modules' outputs; 0 ... C-1 unless given.
+        Labels in the order of the modules' outputs; 0 ... C-1 unless given. Where they are names, ``y`` may hold names
+        or positions.
     calibration_size : float, default=0.25
         Share of the samples held out for calibration where classifiers have to be fitted.
     batch_size : int, default=128
@@ -92,6 +93,8 @@ class CascadeSaver(AdaptiveClassifier):
         What every model answered on the calibration data.
     saver_reports_ : list of SaverReport
         Job ratio (eq. 7) and ΔC (eq. 10) of every saver on the calibration data.
+    stages_, heads_ : nn.ModuleList
+        What is run; the heads are the models.
     cost_unit_ : "MACs", "seconds" or "given"
 
     Examples
@@ -101,6 +104,13 @@ class CascadeSaver(AdaptiveClassifier):
 
     Notes
     -----
+    ``cost=[3, 10]`` says what a sample costs that each exit answers alone, as for :class:`MultiExitClassifier`::
+
+        a cascade: models share nothing          exits on one model: stages are shared
+        saver  ###         3                     layer1  ###         3
+        base   ##########  10                    full    ##########  10
+        both on: 3, or 3 + 10 = 13               both on: 3, or 10
+
     Calibrate on data that the models were not trained on: on its training data a model is too sure. A budget is kept on
     the calibration data, and elsewhere as far as the data are like those.
 
@@ -114,10 +124,10 @@ class CascadeSaver(AdaptiveClassifier):
         base: Any,
         saver: Any,
         *,
-        confidence: str | Callable[[Any], Any] = "max_proba",
+        confidence: ConfidenceName | Callable[[Any], Any] = "auto",
         calibrator: Calibrator | None = None,
         budget: float | None = None,
-        cost: Any = "auto",
+        cost: CostName | Sequence[float] = "auto",
         base_preprocess: Any = "auto",
         saver_preprocess: Any = "auto",
         classes: Any = None,
@@ -160,20 +170,23 @@ class CascadeSaver(AdaptiveClassifier):
             For bad data or parameters; the estimator is then left as it was.
         """
         with unchanged_on_failure(self):
+            self._check_parameters()
+            X, y = split_pair(X, y)
+            check_source(X)
             X, y = self._validated(X, y, reset=True)
-            given = self._given()
-            fitted, X, y = self._fit_classifiers(given, X, y)
-            self._models = [
-                build_model(model, preprocess, label, self.device) for model, (_, preprocess, label) in fitted
-            ]
-            return self._calibrate(X, y)
+            entries = self._given()
+            models, X, y = self._fit_classifiers(entries, X, y)
+            network = Row(
+                [build_model(model, how, label, self.device) for model, how, label in models],
+                [label for _, _, label in entries],
+            )
+            return self._calibrate(network, as_batches(X, y, batch_size=self.batch_size, labels=True, ordered=False))
 
     def calibrate(self, X: Any, y: Any = None) -> CascadeSaver:
         """Calibrate anew on other data (as for :meth:`fit`); the models stay as they are."""
         check_is_fitted(self)
         with unchanged_on_failure(self):
-            X, y = self._validated(X, y, reset=False)
-            return self._calibrate(X, y)
+            return self._calibrate(self._network, self._labelled_batches(X, y, needed=True))
 
     def _given(self) -> list[tuple[Any, Any, str]]:
         """(model, preprocessing, name in errors) of every saver, then the base."""
@@ -189,50 +202,40 @@ class CascadeSaver(AdaptiveClassifier):
         labels = ["saver"] if len(savers) == 1 else [f"saver[{k}]" for k in range(len(savers))]
         return [*zip(savers, preprocesses, labels, strict=True), (self.base, self.base_preprocess, "base")]
 
-    def _fit_classifiers(self, given: list[Any], X: Any, y: Any) -> tuple[list[Any], Any, Any]:
+    def _fit_classifiers(self, given: list[tuple[Any, Any, str]], X: Any, y: Any) -> tuple[list[Any], Any, Any]:
         """Unfitted classifiers fitted on the held-in part; the part for calibration is what remains."""
-        unfitted = [is_scikit(model) and not is_fitted(model) for model, _, _ in given]
-        if not any(unfitted):
-            return [(entry[0], entry) for entry in given], X, y
-        if is_stream(X):
-            raise ValueError(
-                f"X must be an array where a classifier has to be fitted; got a {type(X).__name__}. Fit the classifier "
-                "first, or give arrays."
-            )
+        to_fit = [is_scikit(model) and not is_fitted(model) for model, _, _ in given]
+        if not any(to_fit):
+            return given, X, y
+        check_table(X, "a classifier has to be fitted")
         X, y = np.asarray(X), np.asarray(y)
         held_in, held_out = hold_out(y, self.calibration_size, self.random_state)
         flat = X.reshape(len(X), -1)
         models = [
-            clone(entry[0]).fit(flat[held_in], y[held_in]) if new else entry[0]
-            for entry, new in zip(given, unfitted, strict=True)
+            (clone(model).fit(flat[held_in], y[held_in]) if new else model, how, label)
+            for (model, how, label), new in zip(given, to_fit, strict=True)
         ]
-        return list(zip(models, given, strict=True)), X[held_out], y[held_out]
+        return models, X[held_out], y[held_out]
 
-    def _calibrate(self, X: Any, y: Any) -> CascadeSaver:
-        calibrator = self._fresh_calibrator()
-        batches = as_batches(X, y, batch_size=self.batch_size, labels=True, ordered=False)
-        with evaluating(self._modules()):
+    def _calibrate(self, network: Network, batches: Batches) -> CascadeSaver:
+        calibrator, network = self._fresh_calibrator(), self._with_reader(network)
+        assert isinstance(network, Row)
+        models: Any = network.networks
+        with evaluating(network.modules):
             example = batches.first()
-            classes = self._known_classes(example)
-            costs, unit = self._costs(example)
-        outputs = self._recorded(
-            batches, classes, calibrator, "calibrating", stage_costs=np.zeros(len(costs)), exit_costs=costs,
-            cost_unit=unit,
-        )  # fmt: skip
-        _check_rising(costs)
-        calibrator.fit(outputs)
-        reports = saver_reports(calibrator.rescored(outputs))
-        if self.budget is not None:
-            calibrator.operating_point(self.budget)
-        _warn_of_savers(reports, self.exit_names)
-        self.classes_, self.outputs_, self.calibrator_ = classes, outputs, calibrator
-        self.saver_reports_ = reports
+            classes = self._known_classes(models, example)
+            costs = network.costs(example, self.cost)
+        outputs = self._recorded(network, batches, classes, costs, calibrator, "calibrating")
+        resizes = all(isinstance(getattr(model, "preprocess", None), TimmPreprocess) for model in models)
+        self._calibrated(network, calibrator, outputs, classes, InputSpec.of(example, resizes), labelled=True)
+        self.saver_reports_ = saver_reports(calibrator.rescored(outputs))
+        _warn_of_savers(self.saver_reports_, network.exit_names, costs)
         return self
 
-    def _known_classes(self, x: Tensor) -> NDArray[Any]:
+    def _known_classes(self, models: list[WholeModel], x: Tensor) -> NDArray[Any]:
         """Labels in the order of the outputs, on which all models have to agree."""
-        scikit = [model for model in self._models if isinstance(model, ScikitModel)]
-        widths = {model.label: _width(model, x[:1]) for model in self._models}
+        scikit = [model for model in models if isinstance(model, ScikitModel)]
+        widths = {model.label: _width(model, x[:1]) for model in models}
         if len(set(widths.values())) > 1:
             raise ValueError(f"base and savers must answer for the same number of classes; got {widths}.")
         width = next(iter(widths.values()))
@@ -244,52 +247,7 @@ class CascadeSaver(AdaptiveClassifier):
                 )
         return known_classes(self.classes, width, scikit[0].classes if scikit else None)
 
-    def _costs(self, x: Tensor) -> tuple[NDArray[np.float64], str]:
-        modules = [not isinstance(model, ScikitModel) for model in self._models]
-        if not isinstance(self.cost, str):
-            try:
-                costs = np.asarray(self.cost, dtype=np.float64)
-            except (TypeError, ValueError):
-                costs = np.empty(0)
-            if costs.shape != (len(self._models),) or not (np.isfinite(costs).all() and (costs > 0).all()):
-                raise ValueError(
-                    f"cost must be {len(self._models)} positive numbers, savers first and base last; got {self.cost!r}."
-                )
-            return costs, "given"
-        if self.cost not in ("auto", "macs", "latency"):
-            raise ValueError(f"cost must be 'auto', 'macs', 'latency' or a sequence of numbers; got {self.cost!r}.")
-        if self.cost == "latency" or (self.cost == "auto" and not all(modules)):
-            return np.array([measure_latency(model, x) for model in self._models]), "seconds"
-        counted = []
-        for model in self._models:
-            if isinstance(model, ScikitModel):
-                raise ValueError(
-                    f"cost='macs' cannot be counted for {model.label}, a scikit-learn classifier. Use cost='latency' "
-                    "or give the costs."
-                )
-            counted.append(model.macs(x[:1]))
-            if counted[-1] <= 0:
-                raise ValueError(
-                    f"cost='macs' found no multiply-accumulates in {model.label}. Use cost='latency' or give the costs."
-                )
-        return np.array(counted), "MACs"
-
-    # -- what the base class runs --------------------------------------------------------------------------------------
-
-    @property
-    def exit_names(self) -> list[str]:
-        """How pictures and tables name the models, savers first."""
-        return [label for _, _, label in self._given()]
-
-    def _staged(self, calibrator: Calibrator | None = None) -> StagedModel:
-        confidence = resolve_score(self.confidence, "confidence", torch)
-        return StagedModel([None] * len(self._models), self._models, confidence)
-
-    def _modules(self) -> list[nn.Module]:
-        return [model.module for model in self._models if model.module is not None]
-
     def _tabular(self, X: Any) -> bool:
-        """Whether X is a table for scikit-learn classifiers, validated as scikit-learn does."""
         return all(is_scikit(model) for model, _, _ in self._given()) and not is_stream(X)
 
     # -- reporting and persistence -------------------------------------------------------------------------------------
@@ -299,28 +257,26 @@ class CascadeSaver(AdaptiveClassifier):
         check_is_fitted(self)
         if saver not in range(self.outputs_.n_exits - 1):
             raise ValueError(f"saver must be one of 0 ... {self.outputs_.n_exits - 2}; got {saver!r}.")
-        outputs = self.outputs_ if X is None else self.record(X, y)
+        outputs = self._thresholded(X, y)
         return job_curve(outputs.scores[saver], outputs.graded[saver], outputs.graded[-1])
 
     def _get_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state, tensors = super()._get_state()
-        for k, model in enumerate(self._models):
-            if model.module is not None:
-                tensors |= {f"models.{k}.{key}": value for key, value in model.module.state_dict().items()}
-        state["models"] = [describe_model(model) for model in self._models]
-        state["saver_reports"] = [dataclasses.asdict(report) for report in self.saver_reports_]
-        return state, tensors
+        return state | {"saver_reports": [dataclasses.asdict(report) for report in self.saver_reports_]}, tensors
 
     def _set_state(self, state: dict[str, Any], tensors: dict[str, Tensor], outputs: ExitOutputs) -> None:
-        given, described = self._given(), state["models"]
-        if len(given) != len(described):
-            raise ValueError(f"saver must be the {len(described) - 1} that were saved; got {len(given) - 1}.")
-        self._models = [
-            restore_model(*entry, described[k], below(f"models.{k}.", tensors), self.device)
-            for k, entry in enumerate(given)
-        ]
-        self.saver_reports_ = [SaverReport(**report) for report in state["saver_reports"]]
         super()._set_state(state, tensors, outputs)
+        self.saver_reports_ = [SaverReport(**report) for report in state["saver_reports"]]
+
+    def _restored_network(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> Network:
+        entries, headers = self._given(), state["models"]
+        if len(entries) != len(headers):
+            raise ValueError(f"saver must be the {len(headers) - 1} that were saved; got {len(entries) - 1}.")
+        models = [
+            restore_model(*entry, headers[k], below(f"models.{k}.", tensors), self.device)
+            for k, entry in enumerate(entries)
+        ]
+        return Row(models, [label for _, _, label in entries])
 
 
 def _width(model: WholeModel, x: Tensor) -> int:
@@ -329,29 +285,27 @@ def _width(model: WholeModel, x: Tensor) -> int:
         return int(model(x).shape[-1])
 
 
-def _check_rising(costs: NDArray[np.float64]) -> None:
-    if len(costs) > 2 and (np.diff(costs) <= 0).any():
-        warnings.warn(
-            f"savers are meant to come from small to large, base last; their costs are {costs.tolist()}.",
-            SaverWarning,
-            stacklevel=4,
-        )
-
-
-def _warn_of_savers(reports: list[SaverReport], labels: list[str]) -> None:
+def _warn_of_savers(reports: list[SaverReport], labels: list[str], costs: Costs) -> None:
+    own = costs.exits
+    if len(own) > 2 and (np.diff(own) <= 0).any():
+        warn(f"savers are meant to come from small to large, base last; their costs are {own.tolist()}.", SaverWarning)
     for report in reports:
-        if not report.pays and report.delta_cost == 0 and len(reports) > 1:
-            warnings.warn(
-                f"{labels[report.saver]} does not pay beside the other savers: at no loss of accuracy the cascade "
-                "costs the same without it (ΔC = 0). Leave it out, or allow a drop of accuracy.",
-                SaverWarning,
-                stacklevel=4,
+        if report.pays:
+            continue
+        if len(own) == 2 and own[0] >= own[1]:
+            reason = (
+                f"does not pay: it costs {own[0] / own[1]:.3g} times what the base costs. Are base and saver swapped? "
+                "The base is the large model."
             )
-        elif not report.pays:
-            warnings.warn(
-                f"{labels[report.saver]} does not pay: at no loss of accuracy it changes the mean cost by "
-                f"{100 * report.delta_cost:+.1f}% of the base's (ΔC >= 0; it could take {100 * report.job_ratio:.1f}% "
-                "of the samples). Choose a cheaper or a more accurate one, or allow a drop of accuracy.",
-                SaverWarning,
-                stacklevel=4,
+        elif report.delta_cost == 0 and len(reports) > 1:
+            reason = (
+                "does not pay beside the other savers: at no loss of accuracy the cascade costs the same without it "
+                "(ΔC = 0). Leave it out, or allow a drop of accuracy."
             )
+        else:
+            reason = (
+                f"does not pay: at no loss of accuracy it changes the mean cost by {100 * report.delta_cost:+.1f}% of "
+                f"the base's (ΔC >= 0; it could take {100 * report.job_ratio:.1f}% of the samples). Choose a cheaper "
+                "or a more accurate one, or allow a drop of accuracy."
+            )
+        warn(f"{labels[report.saver]} {reason}", SaverWarning)

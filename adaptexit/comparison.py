@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from sklearn.base import clone
@@ -15,12 +15,16 @@ from sklearn.utils.validation import check_is_fitted
 from adaptexit.calibrators import ThresholdCalibrator
 from adaptexit.calibrators.base import Calibrator, check_outputs
 from adaptexit.core.baselines import RulePoint, fixed_exits, oracle, patience, random_routing
-from adaptexit.core.checks import checked_number
 from adaptexit.core.frontier import TOLERANCE, OperatingPoint, ParetoFrontier
 from adaptexit.core.outputs import ExitOutputs
+from adaptexit.utils.frames import as_frame
+from adaptexit.utils.validation import checked_number
 
 if TYPE_CHECKING:
     import pandas
+
+RuleName = Literal["exits alone", "random exit", "patience", "oracle"]
+Points = dict[RuleName, list[RulePoint]]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -29,7 +33,7 @@ class Comparison:
 
     Attributes
     ----------
-    points : dict of str to list of RulePoint
+    points : dict of rule name to list of RulePoint
         Rules without a curve: ``exits alone``, ``random exit``, ``patience`` (not for outputs by quality) and
         ``oracle``. The name of a point is its row in the table.
     frontiers : dict of str to ParetoFrontier
@@ -46,7 +50,7 @@ class Comparison:
         Whether these are other outputs than methods were fitted on.
     """
 
-    points: dict[str, list[RulePoint]]
+    points: Points
     frontiers: dict[str, ParetoFrontier]
     in_use: dict[str, int]
     calibrators: dict[str, Calibrator]
@@ -60,31 +64,40 @@ class Comparison:
         """Number of exits K."""
         return len(self.points["exits alone"])
 
-    def at(self, budget: float | None = None) -> dict[str, RulePoint | OperatingPoint | None]:
+    def at(
+        self, budget: float | None = None, max_drop: float | None = None
+    ) -> dict[str, RulePoint | OperatingPoint | None]:
         """One point a row of the table: rules without a curve, then methods, and the oracle last.
 
         Parameters
         ----------
         budget : float, optional
             Mean relative cost: of each method the point that the calibration data say is best within it, or None where
-            its cheapest costs more. Without, each method's own point. Rules without a curve stay as they are.
+            its cheapest costs more.
+        max_drop : float, optional
+            Instead: of each method the cheapest point that loses at most so much accuracy on the calibration data (0.01
+            is one point). With neither, each method's own point. Rules without a curve stay as they are.
         """
+        if budget is not None and max_drop is not None:
+            raise ValueError(f"give at most one of budget and max_drop; got {budget=}, {max_drop=}.")
         if budget is not None:
             budget = checked_number("budget", budget, "a finite relative cost (0.4 is 40% of the full model)")
-        found: dict[str, RulePoint | OperatingPoint | None] = {
+        rows: dict[str, RulePoint | OperatingPoint | None] = {
             point.name: point for rule, points in self.points.items() if rule != "oracle" for point in points
         }
-        found |= {name: self._point(name, budget) for name in self.frontiers}
-        return found | {point.name: point for point in self.points["oracle"]}
+        rows |= {name: self._point(name, budget, max_drop) for name in self.frontiers}
+        return rows | {point.name: point for point in self.points["oracle"]}
 
-    def _point(self, name: str, budget: float | None) -> OperatingPoint | None:
+    def _point(self, name: str, budget: float | None, max_drop: float | None) -> OperatingPoint | None:
         frontier = self.frontiers[name]
-        if budget is None:
+        if budget is None and max_drop is None:
             return frontier.points[self.in_use[name]]
-        calibrated = frontier.chosen_on or frontier
-        return frontier.at(budget=budget) if calibrated.cost.min() <= budget + TOLERANCE else None
+        choosing = frontier.chosen_on or frontier
+        if budget is not None and choosing.cost.min() > budget + TOLERANCE:
+            return None
+        return frontier.at(budget=budget, max_drop=max_drop)
 
-    def to_frame(self, budget: float | None = None) -> pandas.DataFrame:
+    def to_frame(self, budget: float | None = None, max_drop: float | None = None) -> pandas.DataFrame:
         """A pandas table, one row a method or rule: ``accuracy``, ``cost`` and ``exit_rate_...`` (needs pandas).
 
         Table 1 of Kyauk, "Adaptive Multi-Exit Neural Networks using EM-Based Routing", with the exit rates: columns
@@ -92,17 +105,13 @@ class Comparison:
 
         Parameters
         ----------
-        budget : float, optional
+        budget, max_drop : float, optional
             As for :meth:`at`; a method that has nothing within it gets a row of NaN.
         """
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("to_frame needs pandas: pip install pandas (the extra 'plot' brings it).") from error
-        found = self.at(budget)
+        points = self.at(budget, max_drop)
         columns = ["accuracy", "cost", *(f"exit_rate_{name}" for name in self.exit_names or range(self.n_exits))]
-        index = pandas.Index(list(found), name="method")
-        return pandas.DataFrame([self._row(point) for point in found.values()], index, columns, dtype=float)
+        rows = [self._row(point) for point in points.values()]
+        return as_frame(rows, index=list(points), columns=columns, dtype=float).rename_axis("method")
 
     def _row(self, point: RulePoint | OperatingPoint | None) -> list[float]:
         if point is None:
@@ -110,16 +119,16 @@ class Comparison:
         return [point.accuracy, point.cost, *point.exit_rates]
 
     def __str__(self) -> str:
-        found = self.at()
-        first = max(len(name) for name in found)
+        points = self.at()
+        first = max(len(name) for name in points)
         heads = ["accuracy", "cost", *(self.exit_names or _made_up(self.n_exits))]
         widths = [max(len(head), 6) for head in heads]
         lines = [" " * first + "".join(f"  {head:>{width}}" for head, width in zip(heads, widths, strict=True))]
-        for name, point in found.items():
+        for name, point in points.items():
             cells = [f"{value:.4f}" for value in self._row(point)]
             lines.append(f"{name:<{first}}" + "".join(f"  {c:>{w}}" for c, w in zip(cells, widths, strict=True)))
-        came = "held out" if self.held_out else "the calibration data themselves, which flatters calibrated methods"
-        return "\n".join([*lines, f"Share of samples that each exit answers; {self.n_samples:,} samples, {came}."])
+        source = "held out" if self.held_out else "the calibration data themselves, which flatters calibrated methods"
+        return "\n".join([*lines, f"Share of samples that each exit answers; {self.n_samples:,} samples, {source}."])
 
     def __repr__(self) -> str:
         return (
@@ -144,7 +153,7 @@ def compare(
     Parameters
     ----------
     outputs : ExitOutputs
-        Calibration data: K exits, N samples, with logits where a method needs them.
+        Calibration data: K exits, N samples, with logits and features where a method needs them.
     methods : dict of str to Calibrator, optional
         Unfitted calibrators are cloned and fitted on ``outputs``; fitted ones are taken as they are. Unless given,
         BranchyNet's entropy and the largest probability, with a threshold an exit each; where ``outputs`` have no
@@ -169,26 +178,31 @@ def compare(
     TypeError
         For outputs that are none, or methods that are no dict of calibrators.
     ValueError
-        For ``test`` with other exits or classes, logits that are missing, a fitted method of other exits, or names
-        that are not distinct.
+        For ``test`` or ``training`` with other exits or classes, logits or features that are missing (before any
+        method is fitted), a fitted method of other exits, or names that are not distinct.
     """
     check_outputs(outputs)
-    reported = outputs if test is None else _checked_test(test, outputs)
+    _check_like("test", test, outputs)
+    _check_like("training", training, outputs)
+    reported = outputs if test is None else test
     names = _checked_names(exit_names, outputs.n_exits)
     points = _simple_rules(reported, names)
-    chosen = _checked_methods(_usual(outputs) if methods is None else methods, points)
-    fresh = {name: not _fitted(method) for name, method in chosen.items()}
-    for name, method in chosen.items():
-        _check_logits(name, method, {"outputs": outputs if fresh[name] or test is None else None, "test": test})
-        if not fresh[name]:
+    candidates = _checked_methods(_usual(outputs) if methods is None else methods, points)
+    fresh = {name for name, method in candidates.items() if not _fitted(method)}
+    for name, method in candidates.items():
+        learned_on = {"outputs": outputs, "training": training if method.needs_training else None}
+        _check_needs(
+            name, method, learned_on if name in fresh else {}, {"outputs" if test is None else "test": reported}
+        )
+        if name not in fresh:
             _check_exits(name, method, outputs)
     calibrators = {
-        name: _calibrated(method, outputs, training) if fresh[name] else method for name, method in chosen.items()
+        name: _calibrated(method, outputs, training) if name in fresh else method for name, method in candidates.items()
     }
     return Comparison(
         points=points,
         frontiers={name: calibrator.pareto(reported) for name, calibrator in calibrators.items()},
-        in_use={name: _index_in_use(calibrator) for name, calibrator in calibrators.items()},
+        in_use={name: calibrator.frontier_.index(calibrator.point_) for name, calibrator in calibrators.items()},
         calibrators=calibrators,
         exit_names=names,
         full_accuracy=reported.full_accuracy,
@@ -198,8 +212,8 @@ def compare(
 
 
 def _calibrated(method: Calibrator, outputs: ExitOutputs, training: ExitOutputs | None) -> Calibrator:
-    fresh: Any = clone(method)
-    return fresh.fit(outputs, **({"training": training} if method.needs_training else {}))
+    copy: Calibrator = clone(method)
+    return copy.fit(outputs, **({"training": training} if method.needs_training else {}))
 
 
 def _usual(outputs: ExitOutputs) -> dict[str, Calibrator]:
@@ -211,12 +225,12 @@ def _usual(outputs: ExitOutputs) -> dict[str, Calibrator]:
     }
 
 
-def _simple_rules(outputs: ExitOutputs, exit_names: list[str] | None) -> dict[str, list[RulePoint]]:
+def _simple_rules(outputs: ExitOutputs, exit_names: list[str] | None) -> Points:
     alone = fixed_exits(outputs)
     if exit_names is not None:
         rows = [*(f"{name} alone" for name in exit_names[:-1]), exit_names[-1]]
         alone = [dataclasses.replace(point, name=row) for point, row in zip(alone, rows, strict=True)]
-    rules = {"exits alone": alone, "random exit": [random_routing(outputs)]}
+    rules: Points = {"exits alone": alone, "random exit": [random_routing(outputs)]}
     if outputs.predictions is not None:
         rules["patience"] = patience(outputs)
     return rules | {"oracle": [oracle(outputs)]}
@@ -235,23 +249,24 @@ def _checked_names(exit_names: Any, n_exits: int) -> list[str] | None:
     return names
 
 
-def _checked_test(test: Any, outputs: ExitOutputs) -> ExitOutputs:
-    if not isinstance(test, ExitOutputs):
-        raise TypeError(f"test must be ExitOutputs, or None to report on outputs; got {type(test).__name__}.")
-    wanted, came = ((o.n_exits, o.n_classes) for o in (outputs, test))
-    if wanted != came:
+def _check_like(argument: Literal["test", "training"], other: Any, outputs: ExitOutputs) -> None:
+    if other is None:
+        return
+    if not isinstance(other, ExitOutputs):
+        without = {"test": "report on outputs", "training": "learn from outputs alone"}[argument]
+        raise TypeError(f"{argument} must be ExitOutputs, or None to {without}; got {type(other).__name__}.")
+    if (other.n_exits, other.n_classes) != (outputs.n_exits, outputs.n_classes):
         raise ValueError(
-            f"test must have the exits and classes of outputs, {wanted[0]} and {wanted[1]}; got {came[0]} and "
-            f"{came[1]}. Record both with the same estimator."
+            f"{argument} must have the exits and classes of outputs, {outputs.n_exits} and {outputs.n_classes}; got "
+            f"{other.n_exits} and {other.n_classes}. Record both with the same estimator."
         )
-    return test
 
 
-def _checked_methods(methods: Any, points: dict[str, list[RulePoint]]) -> dict[str, Calibrator]:
+def _checked_methods(methods: Any, points: Points) -> dict[str, Calibrator]:
     form = 'a dict of names to calibrators, as {"mine": ThresholdCalibrator()}'
     if not isinstance(methods, Mapping):
         raise TypeError(f"methods must be {form}; got {type(methods).__name__}.")
-    taken = {point.name for rule in points.values() for point in rule}
+    rule_names = {point.name for rule in points.values() for point in rule}
     for name, method in methods.items():
         if not isinstance(name, str):
             raise TypeError(f"methods must be {form}; got the key {name!r}.")
@@ -262,18 +277,43 @@ def _checked_methods(methods: Any, points: dict[str, list[RulePoint]]) -> dict[s
                 f"methods must be {form}; methods[{name!r}] is {type(method).__name__}. "
                 "Of a fitted estimator give its calibrator_."
             )
-        if name in taken:
+        if name in rule_names:
             raise ValueError(f"methods must not be called as a simple rule, which {name!r} is; choose another name.")
     return dict(methods)
 
 
-def _check_logits(name: str, method: Calibrator, used: dict[str, ExitOutputs | None]) -> None:
-    for argument, data in used.items():
-        if data is not None and data.logits is None and method.needs_logits:
+def _check_needs(
+    name: str, method: Calibrator, learned_on: Mapping[str, ExitOutputs | None], reported: Mapping[str, ExitOutputs]
+) -> None:
+    """Refuse data without the logits or features that a method reads, before anything is fitted."""
+    sources = {argument: data for argument, data in learned_on.items() if data is not None}
+    reads_features = _reads_features(method, list(sources.values()))
+    for argument, data in (sources | dict(reported)).items():
+        if method.needs_logits and data.logits is None:
             raise ValueError(
                 f"{argument} must have logits for methods[{name!r}]; they have none. Record them (keep_logits=True), "
                 "or compare methods that do without."
             )
+        if reads_features and not _has_features(data):
+            raise ValueError(
+                f"{argument} must have features of every early exit for methods[{name!r}]; they have "
+                f"{'none' if data.features is None else 'not all'}. Record them (an estimator with such a calibrator "
+                "does), or compare methods that do without."
+            )
+
+
+def _reads_features(method: Calibrator, sources: Sequence[ExitOutputs]) -> bool:
+    """Whether a method cannot do without features.
+
+    A fitted one, which learns from no more sources, says so itself. Others are told to, or read them where all that
+    they learn from has them.
+    """
+    insists = method.get_params(deep=False).get("inputs") == "features"
+    return method.needs_features and (insists or all(map(_has_features, sources)))
+
+
+def _has_features(outputs: ExitOutputs) -> bool:
+    return outputs.features is not None and all(feature.shape[1] for feature in outputs.features[:-1])
 
 
 def _fitted(method: Calibrator) -> bool:
@@ -287,12 +327,8 @@ def _fitted(method: Calibrator) -> bool:
 def _check_exits(name: str, method: Calibrator, outputs: ExitOutputs) -> None:
     shape = method.point_.cutoffs.shape
     if shape[0] != outputs.n_exits or (len(shape) == 2 and shape[1] != outputs.n_classes):
-        came = f"{shape[0]} exits" + (f" and {shape[1]} classes" if len(shape) == 2 else "")
+        origin = f"{shape[0]} exits" + (f" and {shape[1]} classes" if len(shape) == 2 else "")
         raise ValueError(
             f"methods must be calibrated on the {outputs.n_exits} exits and {outputs.n_classes} classes of outputs, or "
-            f"not yet; methods[{name!r}] was on {came}. Give clone(calibrator) to have it calibrated here."
+            f"not yet; methods[{name!r}] was on {origin}. Give clone(calibrator) to have it calibrated here."
         )
-
-
-def _index_in_use(calibrator: Calibrator) -> int:
-    return next(i for i, point in enumerate(calibrator.frontier_.points) if point is calibrator.point_)

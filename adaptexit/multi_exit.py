@@ -2,52 +2,45 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
-from numbers import Real
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.base import BaseEstimator, clone
-from sklearn.neural_network import MLPClassifier
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
-from adaptexit.backbones.mlp import describe_mlp, mlp_of, new_mlp
-from adaptexit.calibrators.base import CalibrationWarning, Calibrator
-from adaptexit.core.checks import checked_number
+from adaptexit.base import AdaptiveClassifier, ConfidenceName, CostName
+from adaptexit.calibrators.base import Calibrator
 from adaptexit.core.outputs import ExitOutputs
-from adaptexit.core.scores import resolve_score
-from adaptexit.core.undo import unchanged_on_failure
-from adaptexit.data import Batches, as_batches, is_stream, split_pair
-from adaptexit.estimator import AdaptiveClassifier, below
-from adaptexit.labels import class_indices, hold_out, known_classes, warn_of_labels
-from adaptexit.models import TorchModel, build_model, is_fitted, restore_model
-from adaptexit.network import BranchedNetwork, NativeNetwork, Network, is_native, priced
-from adaptexit.retrofit import (
-    as_mlp,
+from adaptexit.data.batches import Batches, as_batches, check_source, check_table, is_stream, split_pair
+from adaptexit.data.classes import class_indices, hold_out, known_classes
+from adaptexit.data.inputs import InputSpec
+from adaptexit.exceptions import CalibrationWarning, warn
+from adaptexit.heads.by_name import HeadName
+from adaptexit.networks.base import Network, below
+from adaptexit.networks.branched import BranchedNetwork
+from adaptexit.networks.build import (
     as_module,
+    check_backbone,
     checked_exits,
     logits_width,
-    new_heads,
+    new_network,
     restored_network,
     seed_of,
-    staged_backbone,
 )
-from adaptexit.staging.cost import StageLatencies
-from adaptexit.staging.executor import MEMORY_LIMIT, StagedModel, record
-from adaptexit.staging.modes import autocast_in_use, evaluating
-from adaptexit.training import FeatureCache, Recipe, cache_key, collect, recipe_of
-
-CACHE_MEMORY = 1 << 30
-"""Bytes of cached features above which they move to disk."""
-
-
-DEFAULT_HEAD = "mlp"
-"""Where neither the user nor the recipe says what is to answer at a cut."""
+from adaptexit.networks.mlp import as_mlp, describe_mlp, fitted_mlp, mlp_of, restored_mlp
+from adaptexit.networks.models import TorchModel, build_model, is_fitted, restore_model
+from adaptexit.networks.native import is_native, native_network
+from adaptexit.networks.preprocessing import TimmPreprocess
+from adaptexit.staging.contexts import evaluating
+from adaptexit.staging.executor import MEMORY_LIMIT
+from adaptexit.training.cached_answers import answers_on, record_features
+from adaptexit.training.recipes import Recipe, RecipeName, recipe_of
+from adaptexit.utils.rollback import unchanged_on_failure
+from adaptexit.utils.validation import check_whole
 
 
 class MultiExitClassifier(AdaptiveClassifier):
@@ -61,19 +54,22 @@ class MultiExitClassifier(AdaptiveClassifier):
     ----------
     backbone : str, callable, nn.Module, list of nn.Module, or MLPClassifier
         The trained model: a timm name (made with its pretrained weights), a factory of a module or a module that
-        answers with logits (B, C); modules are frozen and shared, not copied. A list of modules is a model given as
-        its stages, for what cannot be cut. A module built with exits (``stages`` and ``heads``, ModuleLists of equal
-        length) is taken as trained with its heads: ``fit`` only calibrates it. For tables: scikit-learn's
-        MLPClassifier, cloned and fitted on the part held in unless it is fitted; "mlp" is one with four layers of 64.
+        answers with logits (B, C) or an object with ``.logits``; modules are frozen and shared, not copied. A list of
+        modules is a model given as its stages, for what cannot be cut. A module built with exits (``stages`` and
+        ``heads``, ModuleLists of equal length) is taken as trained with its heads: ``fit`` only calibrates it, and what
+        says how exits are made and trained (``exits``, ``head``, ``recipe``, ``layout``, ``cache_dir``, ``cache_half``)
+        is refused. For tables: scikit-learn's MLPClassifier, cloned and fitted on the part held in unless it is fitted;
+        "mlp" is one with four layers of 64.
     exits : "auto", int or list of str, default="auto"
         Dotted names of the modules to answer after, in execution order (``adaptexit.staging.list_cuts`` shows what
         there is); a number of exits to choose at even cost, or fewer where the model has fewer places; "auto" is 3.
     head : str or callable, default="auto"
-        What answers at a cut: "mlp", "conv", "prototype", "refined_prototype", "residual" (see ``adaptexit.heads``), or
-        a factory ``(FeatureSpec, n_classes) -> nn.Module``. "auto" is the recipe's own: "mlp" for "frozen".
-    recipe : str or Recipe, default="frozen"
+        What answers at a cut: "mlp", "conv", "prototype", "refined_prototype", "residual" (see ``adaptexit.heads``),
+        or a factory ``(FeatureSpec, n_classes) -> nn.Module``. "auto" is the recipe's own: "mlp" for "frozen".
+    recipe : str or Recipe, default="auto"
         How the heads are trained, the backbone untouched: "frozen" (cross-entropy with the labels), "calexnet",
         "calexnet_reference", "ptee", "ztw", "boostnet", or a recipe with settings of its own, as ``CalexNetRecipe()``.
+        "auto" is "frozen", and nothing for a module built with exits.
         Some are published with class precision margins: ``CPMCalibrator.published_with(recipe, margin=0.1)``.
     calibrator : Calibrator, optional
         ``ThresholdCalibrator()`` unless given.
@@ -82,18 +78,21 @@ class MultiExitClassifier(AdaptiveClassifier):
         and the largest probability elsewhere.
     budget : float, optional
         Mean relative cost (1 = the backbone alone) to keep to when ``predict`` gets none.
-    cost : {"macs", "latency"} or sequence of K floats, default="macs"
-        Costs of stages and heads, counted or measured on the first batch. Numbers are what a sample has spent at each
-        exit, rising, the full model last; the heads are then free.
+    cost : {"auto", "macs", "latency"} or sequence of K floats, default="auto"
+        Costs of stages and heads, counted or measured on the first batch; "auto" counts. Numbers are what a sample
+        costs that one exit answers, the others switched off: here they rise, the full model last, since stages are
+        shared, and the heads are free (see the Notes of :class:`CascadeSaver`).
     preprocess : "auto", None or callable, default="auto"
         From a batch of inputs to what the backbone takes. "auto" is timm's data config for timm models (inputs are
-        images in [0, 1], resized and normalised) and nothing for others.
+        images in [0, 1], resized and normalised) and nothing for others; an image processor of transformers will do.
     layout : str or dict, optional
         Of the features, "NCHW", "NHWC", "NLC", "NCL" or "NC", for all cuts or by cut, where it cannot be told.
     classes : sequence of C labels, optional
-        Labels in the order of the logits; 0 ... C-1 unless given.
+        Labels in the order of the logits; 0 ... C-1 unless given. Where they are names, ``y`` may hold names or
+        positions.
     calibration_size : float, default=0.25
-        Share of the samples given to ``fit`` that heads are not trained on, for calibration.
+        Share of the samples given to ``fit`` that heads (or routers) are not trained on, for calibration. Where
+        nothing is trained, all samples are calibrated on.
     cache_dir : path, optional
         Where features are kept for later runs with the same backbone, exits and data (a loader that shuffles or
         augments anew never gives the same); otherwise they last as long as the fit, in memory or, beyond
@@ -126,10 +125,8 @@ class MultiExitClassifier(AdaptiveClassifier):
         Losses of the heads' training.
     self_calibrated_ : bool
         Whether the thresholds come from data given to ``fit`` rather than to ``calibrate``.
-    labelled_ : bool
-        Whether the calibration data had labels; otherwise accuracy is agreement with the full model, and so ``record``
-        and ``pareto`` take data without labels.
-    cost_unit_ : "MACs", "seconds" or "given"
+    stages_, heads_, labelled_, cost_unit_
+        As for every adaptive estimator (:class:`adaptexit.base.AdaptiveClassifier`).
 
     Examples
     --------
@@ -143,33 +140,33 @@ class MultiExitClassifier(AdaptiveClassifier):
 
     Calibrate on data that the backbone was not trained on: on its training data it, and what is trained on its
     features, is too sure. Where ``calibrate`` is not called, part of what ``fit`` got serves, and a
-    :class:`CalibrationWarning` says so when the thresholds are used (a classifier fitted here has not seen that part).
+    :class:`adaptexit.CalibrationWarning` says so when the thresholds are used (a classifier fitted here has not seen
+    that part).
     """
 
+    _label_hint = " Without labels the heads learn the backbone's own answers."
     exits_: list[str]
     history_: dict[str, Any]
     self_calibrated_: bool
-    labelled_: bool
     training_outputs_: ExitOutputs | None
-    _network: Network
 
     def __init__(
         self,
         backbone: Any,
         exits: Any = "auto",
         *,
-        head: str | Callable[..., nn.Module] = "auto",
-        recipe: str | Recipe = "frozen",
+        head: HeadName | Callable[..., nn.Module] = "auto",
+        recipe: RecipeName | Recipe = "auto",
         calibrator: Calibrator | None = None,
-        confidence: str | Callable[[Any], Any] = "auto",
+        confidence: ConfidenceName | Callable[[Any], Any] = "auto",
         budget: float | None = None,
-        cost: Any = "macs",
+        cost: CostName | Sequence[float] = "auto",
         preprocess: Any = "auto",
         layout: Any = None,
         classes: Any = None,
         calibration_size: float = 0.25,
         cache_dir: Any = None,
-        cache_memory: int = CACHE_MEMORY,
+        cache_memory: int = 1 << 30,
         cache_half: bool = False,
         batch_size: int = 128,
         memory_limit: int = MEMORY_LIMIT,
@@ -216,12 +213,18 @@ class MultiExitClassifier(AdaptiveClassifier):
             For bad data or parameters (SplitError where the backbone cannot be cut); the estimator is left as it was.
         """
         with unchanged_on_failure(self), torch.inference_mode(False), torch.enable_grad():
-            recipe = self._checked_parameters()
+            recipe = self._checked_recipe()
             seed = seed_of(self.random_state)
-            X, y, mlp = self._fitted_mlp(X, y, seed)
+            X, y = split_pair(X, y)
+            check_source(X)
+            mlp = as_mlp(self.backbone)
+            if mlp is not None:
+                check_table(X, "the backbone is a classifier for tables")
+                X, y = self._validated(X, y, reset=True)
+                mlp = fitted_mlp(mlp, X, y, self.calibration_size, seed)
             batches = as_batches(X, y, batch_size=self.batch_size, labels=None, ordered=False)
-            given = as_module(self.backbone) if mlp is None else mlp_of(mlp)
-            model = build_model(given, self.preprocess, "backbone", self.device)
+            module = as_module(self.backbone) if mlp is None else mlp_of(mlp)
+            model = build_model(module, self.preprocess, "backbone", self.device)
             assert isinstance(model, TorchModel)
             self._mlp = mlp if mlp is None else describe_mlp(mlp)
             self._fitted_classes = None if mlp is None else mlp.classes_
@@ -232,265 +235,165 @@ class MultiExitClassifier(AdaptiveClassifier):
                 if not is_stream(X) and y is not None:
                     # Refused before the backbone runs over everything.
                     class_indices(np.asarray(y.cpu() if isinstance(y, Tensor) else y), classes)
-                self._network = self._built(model, example, len(classes), seed)
-            if isinstance(self._network, NativeNetwork):
-                self.history_, self.self_calibrated_, self.training_outputs_ = {}, False, None
-                return self._calibrate(batches)
-            return self._train(self._network, recipe, batches, classes, seed)
+                network = self._with_reader(self._built(model, example, len(classes), seed))
+            self.self_calibrated_ = True
+            if isinstance(network, BranchedNetwork):
+                return self._train(network, recipe, batches, classes, seed)
+            return self._take_trained(network, batches, classes, seed)
 
     def calibrate(self, X: Any, y: Any = None) -> MultiExitClassifier:
         """Calibrate on other data (as for :meth:`fit`); the backbone and its heads stay as they are."""
         check_is_fitted(self)
         with unchanged_on_failure(self):
-            X, y = split_pair(X, y)
-            X, y = self._validated(X, y, reset=False) if y is not None else (self._validated_inputs(X), None)
+            batches = self._labelled_batches(X, y, needed=False)
+            classes = known_classes(self.classes, len(self.classes_), self._fitted_classes)
+            calibrator, network = self._fresh_calibrator(), self._with_reader(self._network)
+            outputs = self._outputs_on(network, batches, calibrator, classes)
             self.self_calibrated_ = False
-            return self._calibrate(as_batches(X, y, batch_size=self.batch_size, labels=None, ordered=False))
+            return self._keep(network, calibrator, outputs, batches, classes)
 
-    def _checked_parameters(self) -> Recipe:
-        """Refuse at once what would be met only after the backbone has run; the recipe."""
+    def _checked_recipe(self) -> Recipe:
+        """The recipe; what could not be met before the backbone has run is refused at once."""
         checked_exits(self.exits)
-        backbone = self.backbone
-        if as_mlp(backbone) is None and isinstance(backbone, BaseEstimator):
-            raise TypeError(
-                "backbone must be a module, or scikit-learn's MLPClassifier (a timm name, a factory or a list of "
-                f"stages will do too), as other estimators have no stages to stop between; got {backbone!r}. Use "
-                "CascadeSaver for other classifiers."
-            )
-        if self.calibrator is not None and not isinstance(self.calibrator, Calibrator):
-            raise TypeError(f"calibrator must be a Calibrator, as ThresholdCalibrator(); got {self.calibrator!r}.")
-        self._confidences()
-        for name in ("cache_memory", "memory_limit"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 0:
-                raise ValueError(f"{name} must be a number of bytes; got {value!r}.")
+        check_backbone(self.backbone)
+        self._check_parameters()
+        check_whole("cache_memory", self.cache_memory, 0, " (a number of bytes)")
         if self.cache_dir is not None and Path(self.cache_dir).is_file():
             raise NotADirectoryError(f"cache_dir must be a folder or new; {self.cache_dir} is a file.")
-        if not (isinstance(self.calibration_size, Real) and 0 < self.calibration_size < 1):
-            raise ValueError(f"calibration_size must lie between 0 and 1; got {self.calibration_size!r}.")
-        if self.budget is not None:
-            checked_number("budget", self.budget, "a finite relative cost (0.4 is 40% of the full model)")
-        if not isinstance(self.verbose, (int, np.integer)):
-            raise ValueError(f"verbose must be an integer; got {self.verbose!r}.")
-        recipe = recipe_of(self.recipe)
+        recipe = self._recipe()
         getattr(recipe, "check", lambda: None)()
         return recipe
 
-    def _fitted_mlp(self, X: Any, y: Any, seed: int) -> tuple[Any, Any, MLPClassifier | None]:
-        """Checked data and, for tables, the fitted classifier whose layers are the backbone."""
-        X, y = split_pair(X, y)
-        mlp = as_mlp(self.backbone)
-        if mlp is None:
-            return X, y, None
-        if is_stream(X):
-            raise ValueError(
-                f"X must be an array where the backbone is a classifier for tables; got a {type(X).__name__}. Give "
-                "arrays."
-            )
-        X, y = self._validated(X, y, reset=True)
-        if is_fitted(mlp):
-            if X.shape[1] != mlp.n_features_in_:
-                raise ValueError(
-                    f"X has {X.shape[1]} features, but the backbone was fitted on {mlp.n_features_in_}. Give a table "
-                    "like the one that it learned from, or an unfitted classifier."
-                )
-            return X, y, mlp
-        held_in, _ = hold_out(y, self.calibration_size, seed)
-        mlp = clone(mlp)
-        if mlp.random_state is None:
-            mlp.set_params(random_state=seed)
-        return X, y, mlp.fit(X[held_in], y[held_in])
+    def _recipe(self) -> Recipe:
+        return recipe_of("frozen" if isinstance(self.recipe, str) and self.recipe == "auto" else self.recipe)
 
-    def _head(self, recipe: Recipe) -> Any:
+    def _head(self) -> Any:
         """What answers at a cut: the user's choice, the recipe's own, or what the recipe makes of either."""
-        chosen = getattr(recipe, "head_for", lambda head: head)(self.head)
-        return DEFAULT_HEAD if isinstance(chosen, str) and chosen == "auto" else chosen
+        head = getattr(self._recipe(), "head_for", lambda head: head)(self.head)
+        return "mlp" if isinstance(head, str) and head == "auto" else head
 
     def _built(self, model: TorchModel, example: Tensor, n_classes: int, seed: int) -> Network:
-        """The network with new heads."""
-        given_as_stages = isinstance(self.backbone, (list, tuple))
-        if is_native(model.module) or given_as_stages:
-            if not isinstance(self.exits, str):
-                raise ValueError(
-                    f"exits must be 'auto' for a network built with exits or given as its stages; got {self.exits!r}."
-                )
-            if not given_as_stages:
-                network = NativeNetwork(model)
-                network.verify(example[:6])
-                return network
-        exits = None if given_as_stages else self.exits
-        parts, specs = staged_backbone(model.module, exits, model.prepare(example), self.layout)
-        recipe = recipe_of(self.recipe)
-        heads = new_heads(self._head(recipe), specs, model, n_classes, seed)
-        getattr(recipe, "check_heads", lambda heads: None)(heads)
-        return BranchedNetwork(model, parts, heads)
+        """The network with new heads, or one that was built with exits."""
+        if is_native(model.module) and not isinstance(self.backbone, (list, tuple)):
+            return native_network(model, example, self.get_params(deep=False))
+        exits = self.exits
+        if isinstance(self.backbone, (list, tuple)):
+            if not isinstance(exits, str):
+                raise ValueError(f"exits must be 'auto' for a network given as its stages; got {exits!r}.")
+            exits = None
+        network = new_network(model, exits, self._head(), self.layout, example, n_classes, seed)
+        getattr(self._recipe(), "check_heads", lambda heads: None)(network.early)
+        return network
 
     def _train(
         self, network: BranchedNetwork, recipe: Recipe, batches: Batches, classes: NDArray[Any], seed: int
     ) -> MultiExitClassifier:
         calibrator = self._fresh_calibrator()
         with evaluating(network.modules):
-            costs = priced(network, batches.first(), self.cost)
-        with self._cached(network, batches, calibrator.needs_features) as everything:
-            n_early = len(network.heads)
-            cache, vectors = everything.part(slice(n_early)), everything.part(slice(n_early, None))
-            answered = cache.logits.argmax(axis=1)
-            labels = batches.indices(classes, len(answered)) if batches.labelled else answered
+            costs = network.costs(batches.first(), self.cost)
+        with evaluating(network.modules), self._progress(batches, "recording features") as progress:
+            features = record_features(
+                network, progress, calibrator.needs_features,
+                half=self.cache_half, memory_limit=self.cache_memory, folder=self.cache_dir,
+            )  # fmt: skip
+        with features:
+            n_early = len(network.early)
+            cache, vectors = features.part(slice(n_early)), features.part(slice(n_early, None))
+            full = cache.logits.argmax(axis=1)
+            labels = batches.indices(classes, len(full)) if batches.labelled else full
             held_in, held_out = hold_out(labels, self.calibration_size, seed)
             self.history_ = recipe.train(
-                network.heads, cache, held_in, labels[held_in], random_state=seed, verbose=self.verbose
+                network.early, cache, held_in, labels[held_in], random_state=seed, verbose=self.verbose
             )
-            staged = network.staged_on(cache, *self._confidences(), vectors if vectors.features else None)
 
-            def answers_on(rows: NDArray[Any]) -> ExitOutputs:
+            def outputs_on(rows: NDArray[Any]) -> ExitOutputs:
                 with evaluating(network.modules):
-                    parts = torch.from_numpy(rows).split(self.batch_size)
-                    recorded = record(staged, parts, keep_logits=calibrator.needs_logits)
-                return ExitOutputs(
-                    labels=labels[rows], n_classes=len(classes), chained=network.chained, **recorded._asdict(), **costs
-                )
+                    answers = answers_on(
+                        network, cache, rows, vectors if vectors.features else None,
+                        logits=calibrator.needs_logits, batch_size=self.batch_size,
+                    )  # fmt: skip
+                return ExitOutputs.from_answers(answers, labels[rows], len(classes), costs, chained=network.chained)
 
-            outputs = answers_on(held_out)
-            self.training_outputs_ = answers_on(held_in) if calibrator.needs_training else None
-        self.self_calibrated_ = True
-        return self._keep(calibrator, outputs, classes, batches.labelled)
+            outputs = outputs_on(held_out)
+            self.training_outputs_ = outputs_on(held_in) if calibrator.needs_training else None
+        return self._keep(network, calibrator, outputs, batches, classes)
 
-    def _cached(self, network: BranchedNetwork, batches: Batches, with_vectors: bool) -> FeatureCache:
-        """What the heads keep of the features at every cut and, where wanted, vectors of all of them behind that."""
-        run, reducers, reductions = network.collecting(with_vectors)
-        key = None
-        if self.cache_dir is not None:
-            key = cache_key(
-                network.split.module, network.split.cuts, reductions,
-                preprocess=network.model.preprocess, autocast=autocast_in_use(network.model.device),
-            )  # fmt: skip
-        with evaluating(network.modules), self._progress(batches, "recording features") as shown:
-            return collect(
-                shown, run, reducers,
-                half=self.cache_half, memory_limit=self.cache_memory, folder=self.cache_dir, key=key,
-            )  # fmt: skip
-
-    def _calibrate(self, batches: Batches) -> MultiExitClassifier:
+    def _take_trained(
+        self, network: Network, batches: Batches, classes: NDArray[Any], seed: int
+    ) -> MultiExitClassifier:
+        """A network whose exits are trained: samples are held out only where the calibrator trains something."""
         calibrator = self._fresh_calibrator()
-        with evaluating(self._modules()):
-            example = batches.first()
-            width = logits_width(self._network.model, example[:8])
-            classes = known_classes(self.classes, width, self._fitted_classes)
-            costs = priced(self._network, example, self.cost)
-        outputs = self._recorded(batches, classes, calibrator, "calibrating", chained=self._network.chained, **costs)
-        return self._keep(calibrator, outputs, classes, batches.labelled)
+        outputs = self._outputs_on(network, batches, calibrator, classes)
+        self.history_, self.training_outputs_ = {}, None
+        if calibrator.needs_training:
+            assert outputs.labels is not None
+            held_in, held_out = hold_out(outputs.labels, self.calibration_size, seed)
+            self.training_outputs_, outputs = outputs.take(held_in), outputs.take(held_out)
+        return self._keep(network, calibrator, outputs, batches, classes)
+
+    def _outputs_on(
+        self, network: Network, batches: Batches, calibrator: Calibrator, classes: NDArray[Any]
+    ) -> ExitOutputs:
+        """What every exit answers, at costs counted or measured anew."""
+        with evaluating(network.modules):
+            costs = network.costs(batches.first(), self.cost)
+        return self._recorded(network, batches, classes, costs, calibrator, "calibrating")
 
     def _keep(
-        self, calibrator: Calibrator, outputs: ExitOutputs, classes: NDArray[Any], labelled: bool
+        self,
+        network: Network,
+        calibrator: Calibrator,
+        outputs: ExitOutputs,
+        batches: Batches,
+        classes: NDArray[Any],
     ) -> MultiExitClassifier:
-        calibrator.fit(outputs, **({"training": self.training_outputs_} if calibrator.needs_training else {}))
-        if self.budget is not None:
-            calibrator.operating_point(self.budget)
-        self.classes_, self.outputs_, self.calibrator_ = classes, outputs, calibrator
-        self.labelled_ = labelled
-        if labelled:
-            warn_of_labels(outputs)
-        self.exits_ = self._network.exit_names[:-1]
+        model: Any = network.model  # type: ignore[attr-defined]
+        inputs = InputSpec.of(batches.example, isinstance(model.preprocess, TimmPreprocess))
+        self._calibrated(
+            network, calibrator, outputs, classes, inputs,
+            labelled=batches.labelled, training=self.training_outputs_,
+        )  # fmt: skip
+        self.exits_ = network.exit_names[:-1]
         return self
 
-    def latencies(self, X: Any, batch_sizes: Sequence[int] = (1, 8, 64)) -> StageLatencies:
-        """Measured seconds of every stage and head on batches of several sizes, made from the first inputs of X.
-
-        MACs mispredict time; this says what leaving early is worth on this machine.
-        """
-        check_is_fitted(self)
-        sizes = np.asarray(batch_sizes)
-        if sizes.ndim != 1 or not len(sizes) or sizes.dtype.kind not in "iu" or (sizes < 1).any():
-            raise ValueError(f"batch_sizes must be positive integers; got {batch_sizes!r}.")
-        with evaluating(self._modules()):
-            x = as_batches(self._validated_inputs(X), batch_size=self.batch_size, ordered=False).first()
-            measured = [self._network.costs(x[torch.arange(size) % len(x)], "seconds") for size in sizes]
-        stage_s, exit_s = (np.stack(part, axis=1) * sizes for part in zip(*measured, strict=True))
-        return StageLatencies(self.exit_names, sizes, stage_s, exit_s)
-
-    # -- what the base class runs --------------------------------------------------------------------------------------
-
-    @property
-    def exit_names(self) -> list[str]:
-        """How pictures and tables name the exits: by their cuts."""
-        check_is_fitted(self)
-        return self._network.exit_names
-
-    def _confidences(self) -> tuple[Callable[[Tensor], Tensor], bool]:
-        own = isinstance(self.confidence, str) and self.confidence == "auto"
-        return resolve_score("max_proba" if own else self.confidence, "confidence", torch, also=("auto",)), own
-
-    def _staged(self, calibrator: Calibrator | None = None) -> StagedModel:
-        return self._network.staged(*self._confidences(), calibrator is not None and calibrator.needs_features)
-
-    def _modules(self) -> list[nn.Module]:
-        return self._network.modules
-
-    def _labels_needed(self) -> bool:
-        return self.labelled_
+    # -- what the base class asks, persistence -------------------------------------------------------------------------
 
     def _tabular(self, X: Any) -> bool:
         return as_mlp(self.backbone) is not None and not is_stream(X)
 
-    def _point(self, budget: float | None) -> Any:
-        point = super()._point(budget)
-        self._warn_of_calibration()
-        return point
-
-    def pareto(self, X: Any = None, y: Any = None) -> Any:
-        frontier = super().pareto(X, y)
-        self._warn_of_calibration(stacklevel=3)
-        return frontier
-
-    pareto.__doc__ = AdaptiveClassifier.pareto.__doc__
-
-    def _warn_of_calibration(self, stacklevel: int = 4) -> None:
+    def _remark(self) -> None:
         if self.self_calibrated_ and not self._unseen:
-            warnings.warn(
-                "thresholds come from part of the data given to fit. If the backbone was trained on them, it is too "
-                "sure there: call calibrate with data that it has not seen.",
+            warn(
+                "thresholds come from data given to fit. If the backbone was trained on them, it is too sure there: "
+                "call calibrate with data that it has not seen.",
                 CalibrationWarning,
-                stacklevel=stacklevel,
             )
-
-    # -- persistence ---------------------------------------------------------------------------------------------------
 
     def _get_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state, tensors = super()._get_state()
-        described, weights = self._network.get_state()
-        state |= described | {
+        state |= {
             "mlp": self._mlp,
             "fitted_classes": self._fitted_classes is not None,
             "unseen": self._unseen,
             "self_calibrated": self.self_calibrated_,
-            "labelled": self.labelled_,
             "history": self.history_,
         }
-        return state, tensors | weights
+        return state, tensors
 
     def _set_state(self, state: dict[str, Any], tensors: dict[str, Tensor], outputs: ExitOutputs) -> None:
-        super()._set_state(state, tensors, outputs)
         self._mlp, self._unseen, self.self_calibrated_ = state["mlp"], state["unseen"], state["self_calibrated"]
+        super()._set_state(state, tensors, outputs)
         self._fitted_classes = self.classes_ if state["fitted_classes"] else None
-        self.history_, self.labelled_ = state["history"], state["labelled"]
+        self.history_ = state["history"]
         self.training_outputs_ = None  # where there are any, load reads them
+        self.exits_ = self.exit_names[:-1]
+
+    def _restored_network(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> Network:
         if self._mlp and as_mlp(self.backbone) is None:
             raise ValueError(f"backbone must be the MLPClassifier that was saved; got {self.backbone!r}.")
-        given = new_mlp(self._mlp) if self._mlp else as_module(self.backbone)
         weights = below("backbone.", tensors)
-        if self._mlp:
-            given = given.to(next(iter(weights.values())).dtype)
-        model = restore_model(given, self.preprocess, "backbone", state["backbone"], weights, self.device)
+        module = restored_mlp(self._mlp, weights) if self._mlp else as_module(self.backbone)
+        model = restore_model(module, self.preprocess, "backbone", state["backbone"], weights, self.device)
         assert isinstance(model, TorchModel)
-        if "cuts" in state:
-            self._network = restored_network(
-                model,
-                state,
-                tensors,
-                self._head(recipe_of(self.recipe)),
-                len(self.classes_),
-                isinstance(self.backbone, (list, tuple)),
-            )
-        else:
-            self._network = NativeNetwork(model)
-        self.exits_ = self._network.exit_names[:-1]
+        as_stages = isinstance(self.backbone, (list, tuple))
+        return restored_network(model, state, tensors, self._head(), len(self.classes_), as_stages)

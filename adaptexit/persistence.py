@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +13,11 @@ from safetensors.torch import save_file
 from sklearn.base import BaseEstimator
 from torch import Tensor
 
-from adaptexit.core.folders import written_whole
+import adaptexit
 from adaptexit.core.outputs import ExitOutputs
+from adaptexit.utils.folders import written_whole
 
-FORMAT_VERSION = 1
-
-HOMES = {
-    "CascadeSaver": "adaptexit.cascade",
-    "MultiExitClassifier": "adaptexit.multi_exit",
-    "ThresholdCalibrator": "adaptexit.calibrators",
-    "CPMCalibrator": "adaptexit.calibrators",
-    "EENetScheduler": "adaptexit.calibrators",
-    "EMRouter": "adaptexit.calibrators",
-    "PatienceCalibrator": "adaptexit.calibrators",
-    "TemperatureCalibrator": "adaptexit.calibrators",
-    "FrozenRecipe": "adaptexit.training",
-    "CalexNetRecipe": "adaptexit.training",
-    "PTEERecipe": "adaptexit.training",
-    "ZTWRecipe": "adaptexit.training",
-    "BoostNetRecipe": "adaptexit.training",
-}
-"""The closed registry: classes that a folder may name, and the module of each."""
+FORMAT_VERSION = 2
 
 MACHINE = ("device", "cache_dir")
 """Parameters that belong to a machine: they are stored, and may be given to ``load`` all the same."""
@@ -61,7 +44,7 @@ def save(estimator: Any, folder: str | os.PathLike[str]) -> None:
             estimator.training_outputs_.save(scratch / "training")
 
 
-def load(folder: str | os.PathLike[str], **given: Any) -> Any:
+def load(folder: str | os.PathLike[str], **given: Any) -> adaptexit.CascadeSaver | adaptexit.MultiExitClassifier:
     """Read an estimator that its ``save`` wrote.
 
     Parameters
@@ -91,10 +74,10 @@ def load(folder: str | os.PathLike[str], **given: Any) -> Any:
             "Read it with the version that wrote it."
         )
     again = config["given_again"]
-    missing = [name for name in again if name not in given]
-    if missing:
+    absent = [name for name in again if name not in given]
+    if absent:
         raise ValueError(
-            f"{', '.join(f'{name}=' for name in missing)} could not be written and must be given to load again, as "
+            f"{', '.join(f'{name}=' for name in absent)} could not be written and must be given to load again, as "
             f"when the estimator was saved (in all: {', '.join(again)})."
         )
     places = {name for name in MACHINE if name in config["params"]}
@@ -120,35 +103,43 @@ def plain(value: Any) -> Any:
     raise TypeError(f"JSON cannot hold a {type(value).__name__}.")
 
 
+def _registry() -> dict[str, type]:
+    """The closed registry, classes that a folder may name: the package's public estimators, calibrators and recipes."""
+    public = (getattr(adaptexit, name) for name in adaptexit.__all__)
+    return {entry.__name__: entry for entry in public if isinstance(entry, type) and issubclass(entry, BaseEstimator)}
+
+
 def _registered_name(estimator: Any) -> str:
+    registry = _registry()
     name = type(estimator).__name__
-    if name not in HOMES or getattr(import_module(HOMES[name]), name) is not type(estimator):
-        raise TypeError(f"save knows {sorted(HOMES)}; got {type(estimator).__name__}, which is none of them.")
+    if registry.get(name) is not type(estimator):
+        raise TypeError(f"save knows {sorted(registry)}; got {name}, which is none of them.")
     return name
 
 
 def _described(estimator: BaseEstimator) -> tuple[dict[str, Any], list[str]]:
     """Parameters as JSON holds them, and the names of those it cannot hold."""
-    written, given_again = {}, []
+    params, given_again = {}, []
     for name, value in estimator.get_params(deep=False).items():
-        if type(value).__name__ in HOMES and isinstance(value, BaseEstimator):
-            nested, unwritten = _described(value)
+        if isinstance(value, BaseEstimator) and type(value).__name__ in _registry():
+            inner, unwritten = _described(value)
             if not unwritten:
-                written[name] = {"class": _registered_name(value), "params": nested}
+                params[name] = {"class": _registered_name(value), "params": inner}
                 continue
         try:
             json.dumps(value, allow_nan=False, default=plain)
-            written[name] = value
+            params[name] = value
         except (TypeError, ValueError):
             given_again.append(name)
-    return written, given_again
+    return params, given_again
 
 
 def _built(name: str, params: dict[str, Any], given: dict[str, Any]) -> Any:
-    if name not in HOMES:
-        raise ValueError(f"the folder holds a {name!r}; this version knows {sorted(HOMES)}.")
-    restored = {
+    registry = _registry()
+    if name not in registry:
+        raise ValueError(f"the folder holds a {name!r}; this version knows {sorted(registry)}.")
+    arguments = {
         key: _built(value["class"], value["params"], {}) if isinstance(value, dict) and "class" in value else value
         for key, value in params.items()
     }
-    return getattr(import_module(HOMES[name]), name)(**restored | given)
+    return registry[name](**arguments | given)

@@ -27,9 +27,10 @@ from adaptexit import (
 )
 from adaptexit.core.frontier import ParetoFrontier
 from adaptexit.core.metrics import exit_calibration, survivor_shift
-from benchmarks.cifar import arguments, learning, pretrained
+from benchmarks.cifar import arguments
 from benchmarks.common import print_table, spread, write_result
-from examples.calexnet_cifar10 import ABLATION, METHODS, Data, accuracy_at
+from examples.calexnet_cifar10 import ABLATION, METHODS, accuracy_lost
+from examples.cifar import Data, learning, pretrained
 
 EXITS = ["layer1.4", "layer1.8", "layer2.4", "layer2.8"]
 REDUCTIONS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
@@ -56,12 +57,12 @@ def main() -> None:
         for seed in range(args.seeds):
             for name, (make, head) in recipes.items():
                 recipe = make()
-                started = time.perf_counter()
+                start = time.perf_counter()
                 model = MultiExitClassifier(
                     net, EXITS, recipe=recipe, head=head, calibrator=CPMCalibrator.published_with(recipe),
                     random_state=seed, batch_size=64, calibration_size=0.02, cache_dir=features,
                 ).fit(*train)  # fmt: skip
-                seconds = time.perf_counter() - started
+                seconds = time.perf_counter() - start
                 runs[name].append(measured(model.calibrate(*val), test) | {"fit_seconds": seconds})
                 if name == "CalexNet":
                     runs[name][-1]["exits"] = at_the_exits(model, val, test)
@@ -76,60 +77,55 @@ def main() -> None:
 def measured(model: MultiExitClassifier, test: Data) -> dict[str, Any]:
     """Test figures of one trained model, with margins and with searched thresholds."""
     answers = model.record(*test)
-    swept = model.calibrator_.pareto(answers)
-    searched = ThresholdCalibrator().fit(model.outputs_).pareto(answers)
+    margins = model.calibrator_.pareto(answers)
+    thresholds = ThresholdCalibrator().fit(model.outputs_).pareto(answers)
     return {
-        "full_accuracy": swept.full_accuracy,
-        "exit_accuracy": swept.fixed_accuracy,
-        "exit_cost": swept.fixed_cost,
+        "full_accuracy": margins.full_accuracy,
+        "exit_accuracy": margins.fixed_accuracy,
+        "exit_cost": margins.fixed_cost,
         "sweep": [
             {"margin": p.params["margin"], "cost": p.cost, "accuracy": p.accuracy, "exit_rates": p.exit_rates}
-            for p in swept.points
+            for p in margins.points
             if p.params
         ],
-        "loss_margins": losses(swept),
-        "loss_searched": losses(searched),
-        "loss_at_budget": budget_losses(searched),
+        "loss_margins": accuracy_lost(margins, REDUCTIONS),
+        "loss_searched": accuracy_lost(thresholds, REDUCTIONS),
+        "loss_at_budget": budget_losses(thresholds),
         "history": {key: model.history_[key] for key in ("effective_samples", "rescale") if key in model.history_},
     }
 
 
-def losses(frontier: ParetoFrontier) -> list[float]:
-    """Points of accuracy lost at the matched reductions."""
-    return (100 * (frontier.full_accuracy - accuracy_at(frontier, REDUCTIONS))).tolist()
-
-
 def budget_losses(frontier: ParetoFrontier) -> list[float]:
-    """The same at the point that serves the budget 1 - reduction, whose cost on test differs a little from it."""
-    found = []
+    """Points of accuracy lost at the point that serves the budget 1 - reduction, which on test costs a little else."""
+    losses = []
     for reduction in REDUCTIONS:
         try:
             point = frontier.at(budget=1 - reduction)
         except ValueError:
-            found.append(float("nan"))
+            losses.append(float("nan"))
         else:
-            found.append(100 * (frontier.full_accuracy - point.accuracy))
-    return found
+            losses.append(100 * (frontier.full_accuracy - point.accuracy))
+    return losses
 
 
 def at_the_exits(model: MultiExitClassifier, val: Data, test: Data) -> dict[str, Any]:
     """Calibration error under margins and, at the same cost, under temperature scaling; the shift of classes."""
     sweep = {p.params["margin"]: p for p in model.calibrator_.frontier_.points if p.params}
     answers = model.record(*test)
-    found: dict[str, Any] = {"margins": [], "temperature": []}
+    figures: dict[str, Any] = {"margins": [], "temperature": []}
     for margin in MARGINS:
         errors = exit_calibration(answers, sweep[margin])
-        found["margins"].append({"margin": margin, "ece": errors.ece, "n": errors.n})
+        figures["margins"].append({"margin": margin, "ece": errors.ece, "n": errors.n})
     shift = survivor_shift(answers, sweep[0.2])
-    found["shift"] = {"n": shift.n, "kl": shift.kl, "gini": shift.gini, "top3": shift.top3}
-    scaled = model.set_params(calibrator=TemperatureCalibrator()).calibrate(*val)
-    answers = scaled.calibrator_.rescored(scaled.record(*test))
+    figures["shift"] = {"n": shift.n, "kl": shift.kl, "gini": shift.gini, "top3": shift.top3}
+    model.set_params(calibrator=TemperatureCalibrator()).calibrate(*val)
+    answers = model.calibrator_.rescored(model.record(*test))
     for margin in MARGINS:
-        point = scaled.calibrator_.operating_point(max(sweep[margin].cost, scaled.pareto().cost.min()))
+        point = model.operating_point(max(sweep[margin].cost, model.pareto().cost.min()))
         errors = exit_calibration(answers, point)
-        found["temperature"].append({"margin": margin, "ece": errors.ece, "n": errors.n})
-    found["temperatures"] = scaled.calibrator_.temperatures_
-    return found
+        figures["temperature"].append({"margin": margin, "ece": errors.ece, "n": errors.n})
+    figures["temperatures"] = model.calibrator_.temperatures_
+    return figures
 
 
 def report(runs: dict[str, list[dict[str, Any]]]) -> None:
@@ -144,8 +140,8 @@ def report(runs: dict[str, list[dict[str, Any]]]) -> None:
     rows = []
     for i, margin in enumerate(MARGINS):
         for rule in ("margins", "temperature"):
-            errors = np.stack([found[rule][i]["ece"] for found in exits])
-            counts = np.stack([found[rule][i]["n"] for found in exits])
+            errors = np.stack([run[rule][i]["ece"] for run in exits])
+            counts = np.stack([run[rule][i]["n"] for run in exits])
             cells = [f"{n:.0f} / {spread(e, 3)}" for n, e in zip(counts.mean(0), errors.T, strict=True)]
             rows.append([margin, rule, *cells])
     names = [*EXITS, "full model"]
@@ -153,7 +149,7 @@ def report(runs: dict[str, list[dict[str, Any]]]) -> None:
     rows = [
         [
             name,
-            *(spread(np.array([found["shift"][key][k] for found in exits]), 3) for key in ("n", "kl", "gini", "top3")),
+            *(spread(np.array([run["shift"][key][k] for run in exits]), 3) for key in ("n", "kl", "gini", "top3")),
         ]
         for k, name in enumerate(names)
     ]

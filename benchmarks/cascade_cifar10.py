@@ -23,8 +23,8 @@ import numpy as np
 from scipy.stats import bootstrap
 
 from adaptexit import CascadeSaver, ExitOutputs, ThresholdCalibrator
-from benchmarks.cifar import pretrained, tensors
 from benchmarks.common import describe_machine, mean_and_sd, print_table, write_result
+from examples.cifar import images, pretrained
 
 CASCADES = {"20 -> 56": (20,), "8 -> 56": (8,), "8 -> 20 -> 56": (8, 20)}
 DROPS = (0.01, 0.005, 0.001, 0.0)
@@ -32,8 +32,10 @@ DROPS = (0.01, 0.005, 0.001, 0.0)
 
 def paired_interval(difference: np.ndarray, seed: int = 0) -> tuple[float, float]:
     """95% bootstrap interval of the mean of paired differences."""
-    found = bootstrap((difference,), np.mean, n_resamples=5000, method="percentile", rng=seed, batch=100)
-    return float(found.confidence_interval.low), float(found.confidence_interval.high)
+    interval = bootstrap(
+        (difference,), np.mean, n_resamples=5000, method="percentile", rng=seed, batch=100
+    ).confidence_interval
+    return float(interval.low), float(interval.high)
 
 
 def at_drops(calibration: ExitOutputs, test: ExitOutputs) -> dict[str, Any]:
@@ -43,13 +45,13 @@ def at_drops(calibration: ExitOutputs, test: ExitOutputs) -> dict[str, Any]:
     for drop in DROPS:
         point = calibrator.frontier_.at(max_drop=drop)
         exits = calibrator.exit_index(test, point)
-        gained = test.graded[exits, np.arange(test.n_samples)].astype(float) - test.graded[-1]
+        gain = test.graded[exits, np.arange(test.n_samples)].astype(float) - test.graded[-1]
         paths = test.path_costs(point.on) / test.full_cost
-        low, high = paired_interval(gained)
+        low, high = paired_interval(gain)
         figures[f"{100 * drop:g}"] = {
             "cost_calibrated": point.cost,
             "cost_test": float(paths[exits].mean()),
-            "accuracy_minus_base_points": 100 * float(gained.mean()),
+            "accuracy_minus_base_points": 100 * float(gain.mean()),
             "interval_points": [100 * low, 100 * high],
             "exit_rates_test": np.bincount(exits, minlength=test.n_exits) / test.n_samples,
         }
@@ -68,8 +70,8 @@ def resplit(both: dict[str, ExitOutputs], n_splits: int) -> dict[str, Any]:
             base = float(np.mean(outputs.graded[-1][report]))
             rows[name].append((point.cost, 100 * (point.accuracy - base)))
     figures: dict[str, Any] = {
-        name: {"cost": mean_and_sd([c for c, _ in found]), "accuracy_points": mean_and_sd([a for _, a in found])}
-        for name, found in rows.items()
+        name: {"cost": mean_and_sd([c for c, _ in pairs]), "accuracy_points": mean_and_sd([a for _, a in pairs])}
+        for name, pairs in rows.items()
     }
     third = [a[0] - b[0] for a, b in zip(rows["8 -> 20 -> 56"], rows["20 -> 56"], strict=True)]
     change = [a[1] - b[1] for a, b in zip(rows["8 -> 20 -> 56"], rows["20 -> 56"], strict=True)]
@@ -98,17 +100,17 @@ def main() -> None:
     args = parser.parse_args()
     print(describe_machine())
     nets = {depth: pretrained(depth, args.weights) for depth in (8, 20, 56)}
-    val, test = tensors(args.data, ("val",)), tensors(args.data, ("test",))
+    val, test = images(args.data, "val"), images(args.data, "test")
     payload: dict[str, Any] = {"n_val": len(val[1]), "n_test": len(test[1]), "at_drops": {}}
     both = {}
     for name, savers in CASCADES.items():
         cascade = CascadeSaver(nets[56], [nets[depth] for depth in savers], batch_size=250).fit(*val)
-        tested = cascade.record(*test)
-        both[name] = together(cascade.outputs_, tested)
-        figures = at_drops(cascade.outputs_, tested)
+        outputs = cascade.record(*test)
+        both[name] = together(cascade.outputs_, outputs)
+        figures = at_drops(cascade.outputs_, outputs)
         figures["savers"] = [vars(report) | {"pays": report.pays} for report in cascade.saver_reports_]
         figures["macs"] = cascade.outputs_.exit_costs
-        figures["fixed_accuracy_test"] = tested.accuracies
+        figures["fixed_accuracy_test"] = outputs.accuracies
         payload["at_drops"][name] = figures
         print_table(
             f"ResNet {name} on CIFAR-10 (JPEG), tuned on val ({len(val[1])}), reported on test ({len(test[1])}); "

@@ -26,12 +26,16 @@ import torch
 from torch import Tensor, nn
 
 from adaptexit import CascadeSaver
-from adaptexit.core.outputs import ExitBatch
+from adaptexit.core.answer import Answer
 from adaptexit.core.routing import accepts
 from adaptexit.core.scores import max_proba
-from adaptexit.staging.executor import StagedModel, execute
-from benchmarks.cifar import pretrained, tensors
-from benchmarks.common import describe_machine, interleaved, print_table, ratio, write_result
+from adaptexit.networks.models import build_model
+from adaptexit.networks.row import Row
+from adaptexit.staging.executor import execute
+from benchmarks.cifar import tensors
+from benchmarks.common import describe_machine, interleaved, print_table, quartiles, ratio, write_result
+from benchmarks.staging import FunctionPolicy
+from examples.cifar import pretrained
 
 
 @torch.inference_mode()
@@ -74,28 +78,27 @@ def overhead(small: nn.Module, large: nn.Module, images: Tensor, labels: Tensor,
         },
         repeats,
     )
-    implied = [
+    ideal = [
         base / (saver + (1 - exit_rate) * base)
         for base, saver in zip(timings["base alone"]["seconds"], timings["saver alone"]["seconds"], strict=True)
     ]
+    ideal_speedup = float(np.median(ideal))
     figures = {
         "same_answers": same,
         "exit_rate": exit_rate,
         "cascade / by hand": ratio(timings, "cascade, batch by batch", "by hand"),
         "cascade all at once / by hand": ratio(timings, "cascade, all at once", "by hand"),
         "by hand again / by hand (noise)": ratio(timings, "by hand again", "by hand"),
-        "speed-up implied": float(np.median(implied)),
+        "speed-up implied": ideal_speedup,
         "speed-up, batch by batch": ratio(timings, "base alone", "cascade, batch by batch"),
         "speed-up, all at once": ratio(timings, "base alone", "cascade, all at once"),
     }
-    figures["share of the implied speed-up, batch by batch"] = figures["speed-up, batch by batch"] / float(
-        np.median(implied)
-    )
-    figures["share of the implied speed-up, all at once"] = figures["speed-up, all at once"] / float(np.median(implied))
+    for how in ("batch by batch", "all at once"):
+        figures[f"share of the implied speed-up, {how}"] = figures[f"speed-up, {how}"] / ideal_speedup
     print_table(
         f"Batch 256, {len(x)} images, {100 * exit_rate:.1f}% leave at the saver, same answers: {same}",
         ["what", "seconds (median)", "quartiles"],
-        [[name, t["median"], f"{t['q1']:.3f} to {t['q3']:.3f}"] for name, t in timings.items()],
+        [[name, t["median"], quartiles(t)] for name, t in timings.items()],
     )
     print_table("Ratios", ["figure", "value"], [[k, v] for k, v in figures.items() if isinstance(v, float)])
     return {"timings": timings, "figures": figures, "n_images": len(x)}
@@ -103,17 +106,18 @@ def overhead(small: nn.Module, large: nn.Module, images: Tensor, labels: Tensor,
 
 def merging(small: nn.Module, large: nn.Module, images: Tensor, repeats: int) -> dict[str, Any]:
     """Merged and unmerged survivors at batch 32, a fifth of the images surviving."""
-    staged = StagedModel([None, None], [small, large], lambda logits: max_proba(logits, torch))
+    row = Row([build_model(small, None, "saver"), build_model(large, None, "base")])
     with torch.inference_mode():
         scores = torch.cat([max_proba(small(x), torch) for x in images.split(256)]).numpy()
     cutoff = float(np.quantile(scores.astype(np.float64), 0.2))
-    on = np.array([True, True])
 
-    def accept(k: int, batch: ExitBatch) -> np.ndarray:
-        return accepts(batch, cutoff)
+    def sure(k: int, batch: Answer) -> np.ndarray:
+        return accepts(batch.predictions, batch.scores, cutoff)
+
+    policy = FunctionPolicy(sure, np.array([True, True]))
 
     def run(merge: bool) -> np.ndarray:
-        return execute(staged, images.split(32), accept, on, batch_size=32, merge=merge).predictions
+        return execute(row, images.split(32), policy, batch_size=32, merge=merge).predictions
 
     survivors = images[torch.from_numpy(scores.astype(np.float64) <= cutoff)]
     agreement = float((run(True) == run(False)).mean())
@@ -137,7 +141,7 @@ def merging(small: nn.Module, large: nn.Module, images: Tensor, repeats: int) ->
     print_table(
         f"Batch 32, {len(images)} images, {len(survivors)} survive",
         ["what", "seconds (median)", "quartiles"],
-        [[name, t["median"], f"{t['q1']:.3f} to {t['q3']:.3f}"] for name, t in timings.items()],
+        [[name, t["median"], quartiles(t)] for name, t in timings.items()],
     )
     print_table("Ratios", ["figure", "value"], list(figures.items()))
     return {"timings": timings, "figures": figures, "n_images": len(images), "n_survivors": len(survivors)}

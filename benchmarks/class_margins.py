@@ -18,7 +18,6 @@ Timings: median and quartiles over interleaved repeats, a warm-up round thrown a
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +29,16 @@ from scipy.special import expit
 
 from adaptexit.core.margins import Rule, class_precision, margin_thresholds
 from adaptexit.core.outputs import ExitOutputs
-from benchmarks.common import describe_machine, interleaved, mean_and_sd, print_table, ratios, summarised, write_result
+from benchmarks.common import (
+    interleaved,
+    mean_and_sd,
+    middle,
+    print_table,
+    ratios,
+    require_one_thread,
+    summarised,
+    write_result,
+)
 
 MARGINS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.6, 0.8)
 FEW_CLASSES = 4  # timed where the loops mask all samples
@@ -163,13 +171,13 @@ def _described(outputs: ExitOutputs, cascade_aware: bool) -> dict[str, Any]:
 def _compared(outputs: ExitOutputs, cascade_aware: bool, sizes: Sizes) -> dict[str, Any]:
     n_classes = outputs.n_classes or 0
     ours = partial(margin_thresholds, outputs, MARGINS, cascade_aware=cascade_aware)
-    found, _ = ours()
+    thresholds, _ = ours()
     functions = {
         "sorted": ours,
-        "loops_in_cells": partial(looped, outputs, cascade_aware, in_the_cell, found, n_classes),
-        "loops_part": partial(looped, outputs, cascade_aware, over_all, found, FEW_CLASSES),
+        "loops_in_cells": partial(looped, outputs, cascade_aware, in_the_cell, thresholds, n_classes),
+        "loops_part": partial(looped, outputs, cascade_aware, over_all, thresholds, FEW_CLASSES),
     }
-    if not all(np.array_equal(function(), found) for name, function in functions.items() if name != "sorted"):
+    if not all(np.array_equal(function(), thresholds) for name, function in functions.items() if name != "sorted"):
         raise AssertionError("the loops and the sort give different thresholds")
     timings = interleaved(functions, sizes.repeats)
     seconds = np.multiply(timings["loops_part"]["seconds"], n_classes / FEW_CLASSES)
@@ -178,8 +186,8 @@ def _compared(outputs: ExitOutputs, cascade_aware: bool, sizes: Sizes) -> dict[s
         "timings": timings,
         "ratio": ratios(timings, "loops", "sorted"),
         "ratio_in_cells": ratios(timings, "loops_in_cells", "sorted"),
-        "share_finite": float(np.isfinite(found[:, :-1]).mean()),
-        "share_never": float(np.isposinf(found[:, :-1]).mean()),
+        "share_finite": float(np.isfinite(thresholds[:, :-1]).mean()),
+        "share_never": float(np.isposinf(thresholds[:, :-1]).mean()),
     }
 
 
@@ -192,18 +200,13 @@ def print_speed(rows: list[dict[str, Any]], sizes: Sizes) -> None:
         [
             (f"{row['n_samples']:,}", row["n_classes"], row["n_exits"] - 1,
              "survivors" if row["cascade_aware"] else "all",
-             _middle(row["timings"]["sorted"], 1000),
-             *([_middle(row["timings"]["loops"]), _middle(row["ratio"]),
-                _middle(row["timings"]["loops_in_cells"]), _middle(row["ratio_in_cells"])]
+             middle(row["timings"]["sorted"], unit=1000),
+             *([middle(row["timings"]["loops"]), middle(row["ratio"]),
+                middle(row["timings"]["loops_in_cells"]), middle(row["ratio_in_cells"])]
                if "ratio" in row else [""] * 4))
             for row in rows
         ],
     )  # fmt: skip
-
-
-def _middle(summary: dict[str, Any], unit: float = 1) -> str:
-    """Median and quartiles."""
-    return "{:.3g} ({:.3g} to {:.3g})".format(*(unit * summary[name] for name in ("median", "q1", "q3")))
 
 
 # -- fresh data --------------------------------------------------------------------------------------------------------
@@ -230,12 +233,12 @@ def _misses(calibration: ExitOutputs, fresh: ExitOutputs) -> dict[str, dict[str,
         cutoffs = margin_thresholds(calibration, [FRESH_MARGIN], cascade_aware=False, rule=rule)[1][0, 0]
         leaving = fresh.scores[0] > cutoffs[fresh.predictions[0]]
         precision = class_precision(fresh.predictions[0][leaving], fresh.labels[leaving], FRESH_CLASSES)
-        opened = np.isfinite(precision)
+        is_open = np.isfinite(precision)
         figures[name] = {
-            "missed": float(np.mean(opened & (precision <= set_for))),
-            "missed_of_true_target": float(np.mean(opened & (precision <= true))),
-            "missed_of_open": float(np.mean(precision[opened] <= set_for[opened])) if opened.any() else 0.0,
-            "open": float(opened.mean()),
+            "missed": float(np.mean(is_open & (precision <= set_for))),
+            "missed_of_true_target": float(np.mean(is_open & (precision <= true))),
+            "missed_of_open": float(np.mean(precision[is_open] <= set_for[is_open])) if is_open.any() else 0.0,
+            "open": float(is_open.mean()),
             "leaving": float(leaving.mean()),
         }
     return figures
@@ -264,21 +267,15 @@ def main() -> None:
     """Measure, print and write."""
     parser = argparse.ArgumentParser(description="Speed of class precision margins, and what they keep on fresh data.")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the script; writes no result")
-    arguments = parser.parse_args()
-    if os.environ.get("OMP_NUM_THREADS") != "1":
-        parser.error("set OMP_NUM_THREADS=1: every figure is for one thread.")
-    sizes = QUICK if arguments.quick else Sizes()
+    args = parser.parse_args()
+    require_one_thread(parser)
+    sizes = QUICK if args.quick else Sizes()
 
-    machine = describe_machine()
-    print(
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} thread, Python {machine['python']}, "
-        f"{', '.join(f'{name} {version}' for name, version in machine['versions'].items())}, {machine['date']}"
-    )
     speed = measure_speed(sizes)
     print_speed(speed, sizes)
     fresh = measure_fresh(sizes)
     print_fresh(fresh, sizes)
-    if not arguments.quick:
+    if not args.quick:
         payload = {
             "sizes": vars(sizes),
             "margins": MARGINS,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import platform
@@ -30,9 +31,9 @@ def restart_with_steady_allocator(threads: int) -> None:
     tensor. That can double a model's time, and it hits a model in one piece and the same in stages differently. Nothing
     happens where the environment is that already, or on other systems than Linux.
     """
-    wanted = STEADY_ALLOCATOR | {"OMP_NUM_THREADS": str(threads)}
-    if sys.platform == "linux" and any(os.environ.get(name) != value for name, value in wanted.items()):
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | wanted)
+    settings = STEADY_ALLOCATOR | {"OMP_NUM_THREADS": str(threads)}
+    if sys.platform == "linux" and any(os.environ.get(name) != value for name, value in settings.items()):
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], os.environ | settings)
 
 
 def describe_machine() -> dict[str, Any]:
@@ -88,10 +89,10 @@ def interleaved(functions: dict[str, Callable[[], Any]], repeats: int, warmup: i
     for turn in range(warmup + repeats):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            taken, worked = timed(functions[name])
+            wall_s, cpu_s = timed(functions[name])
             if turn >= warmup:
-                wall[name].append(taken)
-                cpu[name].append(worked)
+                wall[name].append(wall_s)
+                cpu[name].append(cpu_s)
     return {
         name: summarised(wall[name])
         | {"cpu_median": float(np.median(cpu[name])), "warmup": warmup, "seconds": wall[name]}
@@ -111,9 +112,9 @@ def ratios(timings: dict[str, dict[str, Any]], above: str, below: str) -> dict[s
 
 def timed(function: Callable[[], Any]) -> tuple[float, float]:
     """Wall-clock and processor seconds of one call."""
-    start, worked = time.perf_counter(), time.process_time()
+    wall_start, cpu_start = time.perf_counter(), time.process_time()
     function()
-    return time.perf_counter() - start, time.process_time() - worked
+    return time.perf_counter() - wall_start, time.process_time() - cpu_start
 
 
 def summarised(values: Sequence[float]) -> dict[str, float]:
@@ -127,14 +128,36 @@ def mean_and_sd(values: Sequence[float]) -> dict[str, float]:
     return {"mean": float(np.mean(values)), "sd": float(np.std(values, ddof=1)), "n": len(values)}
 
 
+def quartiles(summary: dict[str, float], form: str = ".3f") -> str:
+    """Quartiles of :func:`summarised`, as a table shows them."""
+    return f"{summary['q1']:{form}} to {summary['q3']:{form}}"
+
+
+def middle(summary: dict[str, float], form: str = ".3g", unit: float = 1) -> str:
+    """Median and quartiles of :func:`summarised`, multiplied by a unit."""
+    median, q1, q3 = (unit * summary[name] for name in ("median", "q1", "q3"))
+    return f"{median:{form}} ({q1:{form}} to {q3:{form}})"
+
+
 def spread(values: Any, digits: int = 2) -> str:
     """Mean and standard deviation; a dash where a seed has no value."""
     if not np.isfinite(values).all():
         return "-"
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
-    found = mean_and_sd(values)
-    return f"{found['mean']:.{digits}f} ({found['sd']:.{digits}f})"
+    runs = mean_and_sd(values)
+    return f"{runs['mean']:.{digits}f} ({runs['sd']:.{digits}f})"
+
+
+def require_one_thread(parser: argparse.ArgumentParser) -> None:
+    """Stop unless the environment allows one thread only, and say what machine it is."""
+    if os.environ.get("OMP_NUM_THREADS") != "1":
+        parser.error("set OMP_NUM_THREADS=1: every figure is for one thread.")
+    machine = describe_machine()
+    print(
+        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} thread, Python {machine['python']}, "
+        f"{', '.join(f'{name} {version}' for name, version in machine['versions'].items())}, {machine['date']}"
+    )
 
 
 def write_result(name: str, payload: dict[str, Any]) -> Path:

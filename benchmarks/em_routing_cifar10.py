@@ -21,12 +21,13 @@ import numpy as np
 from sklearn.exceptions import ConvergenceWarning
 
 from adaptexit import CPMCalibrator, EENetScheduler, EMRouter, ExitOutputs, MultiExitClassifier, ThresholdCalibrator
+from adaptexit.calibrators import em_routers
 from adaptexit.comparison import Comparison, compare
 from adaptexit.core.frontier import ParetoFrontier
-from adaptexit.training import routers
-from benchmarks.cifar import arguments, learning, pretrained
-from benchmarks.common import interleaved, print_table, ratios, spread, write_result
+from benchmarks.cifar import arguments
+from benchmarks.common import interleaved, middle, print_table, ratios, spread, write_result
 from examples.calexnet_cifar10 import accuracy_at
+from examples.cifar import learning, pretrained
 
 EXITS = ["layer1.8", "layer2.8", "layer3.4"]
 PRIORS = ("amortized", "global", "per_sample")
@@ -47,14 +48,14 @@ def main() -> None:
     timings: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as features:
         for seed in range(args.seeds):
-            started = time.perf_counter()
+            start = time.perf_counter()
             model = MultiExitClassifier(
                 net, EXITS, head="mlp", calibrator=EMRouter(), random_state=seed, batch_size=64, calibration_size=0.02,
                 cache_dir=features,
             ).fit(*train).calibrate(*val)  # fmt: skip
             outputs, training, answers = model.outputs_, model.training_outputs_, model.record(*test)
             runs.append(measured(outputs, training, answers, seed))
-            print(f"seed {seed}: {time.perf_counter() - started:.0f} s", flush=True)
+            print(f"seed {seed}: {time.perf_counter() - start:.0f} s", flush=True)
             if seed == 0:
                 timings = {prior: sweep_timing(outputs, training, answers, prior, args.rounds) for prior in PRIORS}
     write_result(
@@ -82,29 +83,29 @@ def measured(outputs: ExitOutputs, training: ExitOutputs, answers: ExitOutputs, 
     for prior in ("amortized", "per_sample"):
         methods[f"EM, {prior}, 1, unweighted"] = EMRouter(1.0, prior, weighted=False, random_state=seed)
         methods[f"EM, {prior}, 1, on logits"] = EMRouter(1.0, prior, inputs="logits", random_state=seed)
-    found = compare(outputs, methods, test=answers, training=training)
-    rows = {name: row(frontier) for name, frontier in found.frontiers.items()}
-    schedule = found.calibrators["EENet's schedule"]
-    searched = ThresholdCalibrator("recorded").fit(schedule.rescored(outputs))
-    rows["EENet's scores, searched thresholds"] = row(searched.pareto(schedule.rescored(answers)))
+    comparison = compare(outputs, methods, test=answers, training=training)
+    rows = {name: row(frontier) for name, frontier in comparison.frontiers.items()}
+    schedule = comparison.calibrators["EENet's schedule"]
+    thresholds = ThresholdCalibrator("recorded").fit(schedule.rescored(outputs))
+    rows["EENet's scores, searched thresholds"] = row(thresholds.pareto(schedule.rescored(answers)))
     for prior in ("amortized", "per_sample"):
         few = EMRouter(1.0, prior, random_state=seed).fit(outputs)
         rows[f"EM, {prior}, 1, learned on val"] = row(few.pareto(answers))
     best: dict[str, Any] = {}
     for prior in PRIORS:
-        best[f"EM routing, {prior}"] = chosen(found, [f"EM, {prior}, {weight:g}" for weight in COST_WEIGHTS])
-        swept = found.calibrators[f"EM, {prior}, 1"].pareto(answers, refit=True, cost_weights=SWEEP)
-        rows[f"EM, {prior}, swept at threshold 0.5"] = row(swept) | {
-            "cost_weights": [p.params["cost_weight"] for p in swept.points],
-            "curve": [(p.cost, p.accuracy, p.exit_rates) for p in swept.points],
+        best[f"EM routing, {prior}"] = best_of(comparison, [f"EM, {prior}, {weight:g}" for weight in COST_WEIGHTS])
+        sweep = comparison.calibrators[f"EM, {prior}, 1"].pareto(answers, refit=True, cost_weights=SWEEP)
+        rows[f"EM, {prior}, swept at threshold 0.5"] = row(sweep) | {
+            "cost_weights": [p.params["cost_weight"] for p in sweep.points],
+            "curve": [(p.cost, p.accuracy, p.exit_rates) for p in sweep.points],
         }
-    best["EENet's schedule, one a budget"] = chosen_by_budget(found)
+    best["EENet's schedule, one a budget"] = learned_for_budget(comparison)
     return {
-        "points": {p.name: (p.accuracy, p.cost, p.exit_rates) for rule in found.points.values() for p in rule},
-        "full_accuracy": found.full_accuracy,
-        "mixed": {rule: mixed(found.points[rule]) for rule in ("exits alone", "patience")},
+        "points": {p.name: (p.accuracy, p.cost, p.exit_rates) for rule in comparison.points.values() for p in rule},
+        "full_accuracy": comparison.full_accuracy,
+        "mixed": {rule: mixed(comparison.points[rule]) for rule in ("exits alone", "patience")},
         "rows": rows | best,
-        "em_steps": {prior: steps(found.calibrators[f"EM, {prior}, 1"]) for prior in PRIORS},
+        "em_steps": {prior: steps(comparison.calibrators[f"EM, {prior}, 1"]) for prior in PRIORS},
         "quarters": in_quarters(outputs, training, answers, seed),
     }
 
@@ -126,13 +127,13 @@ def in_quarters(outputs: ExitOutputs, training: ExitOutputs, answers: ExitOutput
     methods: dict[str, Any] = {"largest probability": ThresholdCalibrator()}
     methods["BranchyNet (entropy)"] = ThresholdCalibrator("entropy")
     methods |= {f"EM routing, {prior}, 1": EMRouter(1.0, prior, random_state=seed) for prior in PRIORS}
-    found = compare(outputs, methods, test=answers, training=training)
-    rows = {name: row(frontier) for name, frontier in found.frontiers.items()}
+    comparison = compare(outputs, methods, test=answers, training=training)
+    rows = {name: row(frontier) for name, frontier in comparison.frontiers.items()}
     for prior in PRIORS:
-        swept = found.calibrators[f"EM routing, {prior}, 1"].pareto(answers, refit=True, cost_weights=SWEEP)
-        rows[f"EM routing, {prior}, swept at threshold 0.5"] = row(swept)
+        sweep = comparison.calibrators[f"EM routing, {prior}, 1"].pareto(answers, refit=True, cost_weights=SWEEP)
+        rows[f"EM routing, {prior}, swept at threshold 0.5"] = row(sweep)
     return {
-        "points": {p.name: (p.accuracy, p.cost, p.exit_rates) for rule in found.points.values() for p in rule},
+        "points": {p.name: (p.accuracy, p.cost, p.exit_rates) for rule in comparison.points.values() for p in rule},
         "rows": rows,
     }
 
@@ -142,19 +143,19 @@ def row(frontier: ParetoFrontier) -> dict[str, Any]:
 
     NaN below the cheapest point, and for a curve that was made on the test data alone.
     """
-    chosen_on = frontier.chosen_on
-    at = [None if chosen_on is None or chosen_on.cost.min() > cost else frontier.at(budget=cost) for cost in COSTS]
+    calibration = frontier.chosen_on
+    at = [None if calibration is None or calibration.cost.min() > cost else frontier.at(budget=cost) for cost in COSTS]
     return {
         "matched": accuracy_at(frontier, 1 - np.array(COSTS)),
         "held": [(np.nan, np.nan) if point is None else (point.accuracy, point.cost) for point in at],
     }
 
 
-def chosen(found: Comparison, names: Sequence[str]) -> dict[str, Any]:
+def best_of(comparison: Comparison, names: Sequence[str]) -> dict[str, Any]:
     """Of several settings of a method, for every cost the one whose calibrated curve is highest there."""
-    calibrated = np.stack([accuracy_at(found.frontiers[name].chosen_on, 1 - np.array(COSTS)) for name in names])
-    best = np.argmax(np.where(np.isfinite(calibrated), calibrated, -np.inf), axis=0)
-    rows = [row(found.frontiers[name]) for name in names]
+    accuracies = np.stack([accuracy_at(comparison.frontiers[name].chosen_on, 1 - np.array(COSTS)) for name in names])
+    best = np.argmax(np.where(np.isfinite(accuracies), accuracies, -np.inf), axis=0)
+    rows = [row(comparison.frontiers[name]) for name in names]
     return {
         "matched": [rows[i]["matched"][j] for j, i in enumerate(best)],
         "held": [rows[i]["held"][j] for j, i in enumerate(best)],
@@ -162,9 +163,9 @@ def chosen(found: Comparison, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def chosen_by_budget(found: Comparison) -> dict[str, Any]:
+def learned_for_budget(comparison: Comparison) -> dict[str, Any]:
     """Of the schedules the one that was learned for the cost."""
-    rows = [row(found.frontiers[f"EENet's schedule for {cost}"]) for cost in COSTS]
+    rows = [row(comparison.frontiers[f"EENet's schedule for {cost}"]) for cost in COSTS]
     return {key: [each[key][j] for j, each in enumerate(rows)] for key in ("matched", "held")}
 
 
@@ -185,27 +186,27 @@ def sweep_timing(
     """Seconds of a sweep over 20 cost weights from cached outputs, and of its router trainings alone."""
     router = EMRouter(1.0, prior).fit(outputs, training=training)
     trainings: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-    original: Callable[..., Any] = routers.train_routers
+    train: Callable[..., Any] = em_routers.train_routers
 
-    def told(untrained: Any, *args: Any, **settings: Any) -> Any:
+    def noting(untrained: Any, *args: Any, **settings: Any) -> Any:
         trainings.append(((copy.deepcopy(untrained), *args), settings))
-        return original(untrained, *args, **settings)
+        return train(untrained, *args, **settings)
 
     def sweep() -> None:
         router.pareto(answers, refit=True, cost_weights=SWEEP)
 
-    routers.train_routers = told
+    em_routers.train_routers = noting
     try:
         sweep()
     finally:
-        routers.train_routers = original
+        em_routers.train_routers = train
 
     def alone() -> None:
         for args, settings in trainings:
-            original(*args, **settings)
+            train(*args, **settings)
 
-    timed = interleaved({"sweep": sweep, "trainings": alone}, rounds, warmup=0)  # the recording was one
-    return timed | {"n_trainings": len(trainings), "ratio": ratios(timed, "sweep", "trainings")}
+    timings = interleaved({"sweep": sweep, "trainings": alone}, rounds, warmup=0)  # the recording was one
+    return timings | {"n_trainings": len(trainings), "ratio": ratios(timings, "sweep", "trainings")}
 
 
 def report(runs: list[dict[str, Any]], timings: dict[str, Any]) -> None:
@@ -217,8 +218,9 @@ def report(runs: list[dict[str, Any]], timings: dict[str, Any]) -> None:
     print_table("Test accuracy (%) at matched mean relative cost", header, rows)
     rows = []
     for name in runs[0]["rows"]:
-        held = 100 * np.array([run["rows"][name]["held"] for run in runs])
-        rows.append([name, *(f"{spread(held[:, j, 0], 1)} at {spread(held[:, j, 1], 1)}" for j in range(len(COSTS)))])
+        points = 100 * np.array([run["rows"][name]["held"] for run in runs])  # (seeds, costs, 2)
+        cells = [f"{spread(accuracy, 1)} at {spread(cost, 1)}" for accuracy, cost in points.transpose(1, 2, 0)]
+        rows.append([name, *cells])
     print_table("Test accuracy (%) at test cost (%), for budgets held on val", header, rows)
     quarters = [run["quarters"] for run in runs]
     report_points(quarters, "a quarter an exit")
@@ -228,9 +230,9 @@ def report(runs: list[dict[str, Any]], timings: dict[str, Any]) -> None:
         picks = [run["rows"][f"EM routing, {prior}"]["chosen"] for run in runs]
         print(f"\n{prior}: chosen on val {picks}, steps of EM at weight 1 {[run['em_steps'][prior] for run in runs]}")
     rows = [
-        [prior, found["n_trainings"], found["sweep"]["median"], found["trainings"]["median"],
-         f"{found['ratio']['median']:.3f} ({found['ratio']['q1']:.3f} to {found['ratio']['q3']:.3f})"]
-        for prior, found in timings.items()
+        [prior, timing["n_trainings"], timing["sweep"]["median"], timing["trainings"]["median"],
+         middle(timing["ratio"], ".3f")]
+        for prior, timing in timings.items()
     ]  # fmt: skip
     print_table("Sweep over 20 cost weights", ["prior", "trainings", "sweep, s", "trainings alone, s", "ratio"], rows)
 
@@ -246,9 +248,9 @@ def report_points(runs: Sequence[dict[str, Any]], title: str) -> None:
     )
 
 
-def at_costs(matched: Sequence[Any]) -> list[str]:
+def at_costs(accuracies: Sequence[Any]) -> list[str]:
     """Accuracies (%) at the matched costs, over seeds."""
-    return [spread(column, 1) for column in 100 * np.array(matched).T]
+    return [spread(column, 1) for column in 100 * np.array(accuracies).T]
 
 
 if __name__ == "__main__":

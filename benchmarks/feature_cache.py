@@ -32,22 +32,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adaptexit.models import TorchModel
-from adaptexit.network import BranchedNetwork
-from adaptexit.retrofit import feature_specs, new_heads
+from adaptexit.networks.branched import BranchedNetwork
+from adaptexit.networks.build import feature_specs, new_heads
+from adaptexit.networks.models import TorchModel
 from adaptexit.staging.splitting import split
 from adaptexit.training import FeatureCache, FrozenRecipe, collect
-from benchmarks.cifar import pretrained, tensors
+from benchmarks.cifar import tensors
 from benchmarks.common import (
     STEADY_ALLOCATOR,
     describe_machine,
     interleaved,
+    middle,
     print_table,
     restart_with_steady_allocator,
     summarised,
     timed,
     write_result,
 )
+from examples.cifar import pretrained
 
 CUTS = ("layer1", "layer2.3", "layer2")
 KINDS = ("mlp", "prototype", "refined_prototype")
@@ -64,7 +66,7 @@ class BackboneAnew:
 
     def __init__(self, network: BranchedNetwork, images: Tensor, logits: NDArray[Any]) -> None:
         self.network, self.images = network, images
-        self.features: list[Tensor | None] = [None] * len(network.heads)
+        self.features: list[Tensor | None] = [None] * len(network.early)
         self.logits = logits  # only its shape is read
         self.n_samples = len(images)
 
@@ -78,10 +80,10 @@ class BackboneAnew:
 
     def _run(self, x: Tensor) -> None:
         def keep(k: int, feature: Tensor) -> None:
-            self.features[k] = self.network.heads[k].reduce(feature)
+            self.features[k] = self.network.early[k].reduce(feature)
 
         with torch.no_grad():
-            self.network.collect_run(x, keep)
+            self.network.look(x, keep)
 
 
 class Subject:
@@ -99,14 +101,14 @@ class Subject:
 
     def fill(self, memory_limit: int, half: bool = False) -> FeatureCache:
         """One pass over the images."""
-        reducers = [head.reduce for head in self.network.heads]
+        reducers = [head.reduce for head in self.network.early]
         batches = self.images.split(self.batch_size)
-        return collect(batches, self.network.collect_run, reducers, half=half, memory_limit=memory_limit)
+        return collect(batches, self.network.look, reducers, half=half, memory_limit=memory_limit)
 
     def train(self, cache: Any, epochs: int) -> dict[str, list[list[float]]]:
         """New heads, and their losses: by head, then by epoch."""
         recipe = FrozenRecipe(epochs=epochs, batch_size=self.batch_size)
-        return recipe.train(self.fresh().heads, cache, np.arange(len(self.images)), self.labels)
+        return recipe.train(self.fresh().early, cache, np.arange(len(self.images)), self.labels)
 
 
 def measure(subject: Subject, repeats: int, full: bool) -> dict[str, Any]:
@@ -168,22 +170,22 @@ def largest_difference(one: dict[str, list[list[float]]], other: dict[str, list[
     return max(float(np.max(np.abs(mine - theirs) / mine)) for mine, theirs in pairs)
 
 
-def show(measured: list[dict[str, Any]], n_images: int) -> None:
+def show(results: list[dict[str, Any]], n_images: int) -> None:
     """Print all tables."""
     print_table(
         f"Three heads on ResNet-56, {n_images} images, {EPOCHS} epochs: seconds (quartiles)",
         ["head", "fill", "epochs, cached", "both", "both, in files", "backbone anew (extrapolated)", "run once"],
         [
             [
-                found["head"],
-                spread(found["timings"]["fill, memory"]),
-                spread(found["timings"]["20 epochs, memory"]),
-                spread(found["filled and trained, memory"]),
-                spread(found["filled and trained, files"]),
-                spread(found["20 epochs, backbone anew (extrapolated)"]),
-                found["20 epochs, backbone anew (run once)"] or "",
+                figures["head"],
+                middle(figures["timings"]["fill, memory"]),
+                middle(figures["timings"]["20 epochs, memory"]),
+                middle(figures["filled and trained, memory"]),
+                middle(figures["filled and trained, files"]),
+                middle(figures["20 epochs, backbone anew (extrapolated)"]),
+                figures["20 epochs, backbone anew (run once)"] or "",
             ]
-            for found in measured
+            for figures in results
         ],
     )
     print_table(
@@ -191,15 +193,15 @@ def show(measured: list[dict[str, Any]], n_images: int) -> None:
         ["head", "speed-up", "in files", "fill, files", "20 epochs, files", "losses, cached - anew", "half - single"],
         [
             [
-                found["head"],
-                spread(found["speed-up, memory"]),
-                spread(found["speed-up, files"]),
-                spread(found["timings"]["fill, files"]),
-                spread(found["timings"]["20 epochs, files"]),
-                f"{found['largest difference of losses, cached and anew']:.1g}",
-                f"{found['largest difference of losses, half and single precision']:.1g}",
+                figures["head"],
+                middle(figures["speed-up, memory"]),
+                middle(figures["speed-up, files"]),
+                middle(figures["timings"]["fill, files"]),
+                middle(figures["timings"]["20 epochs, files"]),
+                f"{figures['largest difference of losses, cached and anew']:.1g}",
+                f"{figures['largest difference of losses, half and single precision']:.1g}",
             ]
-            for found in measured
+            for figures in results
         ],
     )
     print_table(
@@ -207,21 +209,16 @@ def show(measured: list[dict[str, Any]], n_images: int) -> None:
         ["head", "features", "in half precision", "raw maps", "raw maps / features"],
         [
             [
-                found["head"],
+                figures["head"],
                 size["features"],
                 size["features in half precision"],
                 size["raw maps"],
                 size["raw maps"] / size["features"],
             ]
-            for found in measured
-            for size in [found["bytes an image"]]
+            for figures in results
+            for size in [figures["bytes an image"]]
         ],
     )
-
-
-def spread(summary: dict[str, float]) -> str:
-    """Median and quartiles, as a table shows them."""
-    return f"{summary['median']:.3g} ({summary['q1']:.3g} to {summary['q3']:.3g})"
 
 
 def main() -> None:
@@ -242,11 +239,11 @@ def main() -> None:
     n, repeats = (256, 1) if args.quick else (args.samples, args.repeats)
     images, labels = (part[:n] for part in tensors(args.data, ("train",)))
     model = TorchModel(pretrained(56, args.weights), None, "resnet56")
-    measured = []
+    results = []
     for kind in KINDS:
-        measured.append(measure(Subject(kind, model, images, labels.numpy(), args.batch_size), repeats, args.full))
+        results.append(measure(Subject(kind, model, images, labels.numpy(), args.batch_size), repeats, args.full))
         print(f"{kind}: done", flush=True)
-    show(measured, n)
+    show(results, n)
     if args.quick:
         return
     payload = {
@@ -257,7 +254,7 @@ def main() -> None:
         "batch_size": args.batch_size,
         "epochs": EPOCHS,
         "epochs_anew": EPOCHS_ANEW,
-        "heads": measured,
+        "heads": results,
     }
     print(f"\nwritten: {write_result('feature_cache', payload)}")
 

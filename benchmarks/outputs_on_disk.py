@@ -67,11 +67,11 @@ def main() -> None:
         step("saved", since)
         size_mb = sum(f.stat().st_size for f in (folder / "outputs").iterdir()) / 1e6
         since = time.perf_counter()
-        mapped = ExitOutputs.load(folder / "outputs", mmap=True)
+        outputs = ExitOutputs.load(folder / "outputs", mmap=True)
         step("mapped", since)
         since = time.perf_counter()
-        base = mapped.graded[-1]
-        ratios = [job_ratio(mapped.scores[k], mapped.graded[k], base) for k in range(args.models - 1)]
+        base = outputs.graded[-1]
+        ratios = [job_ratio(outputs.scores[k], outputs.graded[k], base) for k in range(args.models - 1)]
         step(f"job ratio of {len(ratios)} savers for the largest model", since)
     print_table(
         f"{args.models} models on {args.samples} samples: {size_mb:.0f} MB on disk",

@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from adaptexit import MultiExitClassifier
-from benchmarks.cifar import arguments, learning, pretrained
-from benchmarks.common import print_table, write_result
+from benchmarks.cifar import arguments
+from benchmarks.common import print_table, spread, write_result
+from examples.cifar import learning, pretrained
 
 EXITS = ["layer1.4", "layer1.8", "layer2.4", "layer2.8"]
 HEADS = ("mlp", "prototype", "refined_prototype", "conv")
@@ -32,17 +33,17 @@ def main() -> None:
     train, val, test = learning(args.data, args.images)
     net = pretrained(56, args.weights)
 
-    measured: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for head in args.heads:
         runs = []
-        with tempfile.TemporaryDirectory() as kept:  # the backbone runs once for all seeds
+        with tempfile.TemporaryDirectory() as features:  # the backbone runs once for all seeds
             for seed in range(args.seeds):
-                started = time.perf_counter()
+                start = time.perf_counter()
                 model = MultiExitClassifier(
-                    net, EXITS, head=head, calibration_size=0.02, random_state=seed, batch_size=64, cache_dir=kept
+                    net, EXITS, head=head, calibration_size=0.02, random_state=seed, batch_size=64, cache_dir=features
                 )
                 model.fit(*train).calibrate(*val)
-                seconds = time.perf_counter() - started
+                seconds = time.perf_counter() - start
                 frontier = model.pareto(*test)
                 points = {b: frontier.at(budget=b) for b in BUDGETS if b >= model.pareto().points[0].cost}
                 runs.append(
@@ -56,34 +57,28 @@ def main() -> None:
                         "loss": {b: frontier.full_accuracy - p.accuracy for b, p in points.items()},
                     }
                 )
-        measured[head] = runs
+        results[head] = runs
         print(f"{head}: {np.mean([run['seconds'] for run in runs]):.0f} s a fit with its calibration", flush=True)
-    report(measured)
+    report(results)
     write_result(
-        "retrofit_cifar10", {"exits": EXITS, "train_images": len(train[1]), "seeds": args.seeds, "heads": measured}
+        "retrofit_cifar10", {"exits": EXITS, "train_images": len(train[1]), "seeds": args.seeds, "heads": results}
     )
 
 
-def report(measured: dict[str, Any]) -> None:
+def report(results: dict[str, Any]) -> None:
     """Both tables, means over seeds with the standard deviation in brackets."""
     rows = [
-        [head, *(spread([100 * run["exit_accuracy"][k] for run in runs]) for k in range(len(EXITS))),
+        [head, *(spread(100 * np.array([run["exit_accuracy"][k] for run in runs])) for k in range(len(EXITS))),
          " ".join(f"{macs / 1e6:.2f}" for macs in runs[0]["head_macs"])]
-        for head, runs in measured.items()
+        for head, runs in results.items()
     ]  # fmt: skip
     title = "Test accuracy when everybody leaves there (%), and what the heads themselves cost"
     print_table(title, ["head", *EXITS, "M MACs"], rows)
     rows = [
-        [head, *(spread([100 * run["loss"].get(b, np.nan) for run in runs]) for b in BUDGETS)]
-        for head, runs in measured.items()
+        [head, *(spread(100 * np.array([run["loss"].get(b, np.nan) for run in runs])) for b in BUDGETS)]
+        for head, runs in results.items()
     ]
     print_table("Loss of test accuracy (points) at a budget held on val", ["head", *map(str, BUDGETS)], rows)
-
-
-def spread(values: list[float]) -> str:
-    """Mean and standard deviation."""
-    deviation = f" ({np.std(values, ddof=1):.2f})" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{deviation}"
 
 
 if __name__ == "__main__":

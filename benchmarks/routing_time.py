@@ -21,8 +21,9 @@ from adaptexit import (
     TemperatureCalibrator,
     ThresholdCalibrator,
 )
-from benchmarks.cifar import arguments, learning, pretrained
-from benchmarks.common import interleaved, print_table, ratios, restart_with_steady_allocator, write_result
+from benchmarks.cifar import arguments
+from benchmarks.common import interleaved, middle, print_table, ratios, restart_with_steady_allocator, write_result
+from examples.cifar import learning, pretrained
 
 EXITS = ["layer1.8", "layer2.8", "layer3.4"]
 BUDGET = 0.8
@@ -32,7 +33,7 @@ IMAGES = {1: 200, 32: 1600, 256: 2560}
 
 def main() -> None:
     """Calibrate every rule, time, report, write."""
-    parser = arguments(__doc__, seeds=None, images=3000)
+    parser = arguments(__doc__, seeds=None, n_images=3000)
     parser.add_argument("--rounds", type=int, default=9)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -51,7 +52,7 @@ def main() -> None:
     for name, rule in rules.items():
         model = MultiExitClassifier(net, EXITS, head="mlp", calibrator=rule, batch_size=64).fit(*train)
         models[name] = model.calibrate(*val)
-    found: dict[str, Any] = {}
+    results: dict[str, Any] = {}
     for size, count in IMAGES.items():
         x = test[0][:count]
 
@@ -73,20 +74,13 @@ def main() -> None:
                 "accuracy": point.accuracy,
                 "time": ratios(timings, name, "plain network"),
             }
-        found[str(size)] = {
+        results[str(size)] = {
             "images": count, "rules": rows, "control": ratios(timings, "again", "plain network"),
             "seconds": timings["plain network"],
         }  # fmt: skip
-    write_result("routing_time", {"exits": EXITS, "budget": BUDGET, "batches": found})
-    for size, batch in found.items():
-        rows = [
-            [
-                name,
-                f"{row['cost']:.3f}",
-                f"{row['time']['median']:.3f} ({row['time']['q1']:.3f} to {row['time']['q3']:.3f})",
-            ]
-            for name, row in batch["rules"].items()
-        ]
+    write_result("routing_time", {"exits": EXITS, "budget": BUDGET, "batches": results})
+    for size, batch in results.items():
+        rows = [[name, f"{row['cost']:.3f}", middle(row["time"], ".3f")] for name, row in batch["rules"].items()]
         print_table(
             f"Batches of {size}; the plain network against itself {batch['control']['median']:.3f}",
             ["rule", "relative cost (MACs)", "relative time"], rows,

@@ -24,48 +24,43 @@ weights and gets noise. About half an hour on two cores::
 from __future__ import annotations
 
 import argparse
+import copy
 import os
 import time
 from collections.abc import Callable
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from adaptexit.backbones import resnet56_cifar
-from adaptexit.core.outputs import ExitBatch
+from adaptexit.core.answer import Answer
 from adaptexit.core.scores import max_proba
-from adaptexit.features import FeatureSpec, pooled
-from adaptexit.heads import Head, HeadOutput
-from adaptexit.models import build_model
-from adaptexit.network import BranchedNetwork
-from adaptexit.retrofit import feature_specs, new_heads
-from adaptexit.staging.executor import Answers, StagedModel, execute
+from adaptexit.networks.branched import BranchedNetwork
+from adaptexit.networks.build import feature_specs, new_heads
+from adaptexit.networks.models import build_model
+from adaptexit.networks.readers import LogitsReader
+from adaptexit.staging.executor import execute
 from adaptexit.staging.splitting import split
-from benchmarks.cifar import pretrained, tensors
+from benchmarks.cifar import tensors
 from benchmarks.common import (
     STEADY_ALLOCATOR,
     describe_machine,
     interleaved,
+    middle,
     print_table,
+    quartiles,
     ratios,
     restart_with_steady_allocator,
     summarised,
     timed,
     write_result,
 )
-
-CUTS = {
-    "resnet18": ("layer1", "layer2", "layer3"),
-    "vit_tiny_patch16_224": ("blocks.2", "blocks.5", "blocks.8"),
-    "mobilenetv3_large_100": ("blocks.1", "blocks.3", "blocks.4"),
-    "resnet56_cifar": ("layer1", "layer2.3", "layer2"),
-}
+from benchmarks.staging import CUTS, FunctionPolicy, LinearHead, new_model, noise_images
+from examples.cifar import pretrained
 
 ROUNDS_NOBODY = {1: 21, 32: 9, 256: 3}
 """Batch sizes and rounds that count."""
@@ -81,29 +76,9 @@ TOLERANCE = 1e-4
 """Of the logits of those who stay, relative to the model's largest."""
 
 
-class LinearHead(Head):
-    """Mean over the positions and one linear layer: as little as a head can do."""
-
-    def __init__(self, spec: FeatureSpec, n_classes: int) -> None:
-        super().__init__(spec, n_classes)
-        self.linear = nn.Linear(spec.channels, n_classes)
-
-    def reduce(self, feature: Tensor) -> Tensor:
-        """Means over the positions, (B, C)."""
-        return pooled(feature, self.spec)
-
-    def answer(self, reduced: Tensor, state: Any = None) -> HeadOutput:
-        """Logits from means (B, C)."""
-        return HeadOutput(self.linear(reduced))
-
-
 def branched(name: str, weights: Path | None) -> BranchedNetwork:
     """A model in four stages, with a linear head at each cut."""
-    torch.manual_seed(0)
-    if name != "resnet56_cifar":
-        module = timm.create_model(name).eval()
-    else:
-        module = pretrained(56, weights) if weights else resnet56_cifar().eval()
+    module = pretrained(56, weights) if weights and name == "resnet56_cifar" else new_model(name)
     example = noise_images(name, 6)
     model = build_model(module, None, name)
     parts = split(module, CUTS[name], example)
@@ -112,98 +87,87 @@ def branched(name: str, weights: Path | None) -> BranchedNetwork:
     return BranchedNetwork(model, parts, [head.eval() for head in heads])
 
 
-def noise_images(name: str, n: int) -> Tensor:
-    """(n, 3, H, W) at the size that a model takes."""
-    side = 32 if name == "resnet56_cifar" else 224
-    return torch.randn(n, 3, side, side, generator=torch.Generator().manual_seed(1))
-
-
 @torch.inference_mode()
 def plain(module: nn.Module, batches: list[Tensor]) -> list[Tensor]:
     """The model as it is."""
     return [module(x) for x in batches]
 
 
-def staged_model(network: BranchedNetwork) -> StagedModel:
-    """For the executor, as the estimator makes it."""
-    return network.staged(lambda logits: max_proba(logits, torch), False)
-
-
 # -- nobody leaves -----------------------------------------------------------------------------------------------------
 
 
-def nobody(k: int, batch: ExitBatch) -> NDArray[np.bool_]:
+def nobody(k: int, batch: Answer) -> NDArray[np.bool_]:
     """Everybody goes on."""
     return np.zeros(len(batch.scores), dtype=bool)
 
 
 class HeadClock:
-    """Seconds that a staged model spends in its heads and their confidences, run by run."""
+    """Seconds that a network spends in its heads and their confidences, run by run."""
 
     def __init__(self) -> None:
         self.runs: list[float] = []
 
-    def around(self, staged: StagedModel) -> StagedModel:
-        """The same model with its heads timed where they are run: between stages, with cold caches."""
-        return replace(
-            staged,
-            exits=[*(self._timed(head) for head in staged.exits[:-1]), staged.exits[-1]],
-            confidence=self._timed(staged.confidence),
-        )
+    def around(self, network: BranchedNetwork) -> BranchedNetwork:
+        """A copy of the network with its heads timed where they are run: between stages, with cold caches."""
+        clocked: Any = copy.copy(network)
+        clocked.exit = self._timed(network.exit)
+        clocked.reader = LogitsReader(self._timed(partial(max_proba, xp=torch)))
+        return clocked
 
-    def _timed(self, function: Callable[[Any], Any]) -> Callable[[Any], Any]:
-        def run(value: Any) -> Any:
+    def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
             start = time.perf_counter()
-            answer = function(value)
+            output = function(*args)
             self.runs[-1] += time.perf_counter() - start
-            return answer
+            return output
 
         return run
 
 
 def nobody_leaves(name: str, network: BranchedNetwork, images: Tensor, size: int, rounds: int) -> dict[str, Any]:
     """Staged against plain, one batch a call; of tiny batches several calls are timed together."""
-    staged, module = staged_model(network), network.split.module
+    module = network.split.module
     calls = max(1, 8 // size)
     batches = list(images[: calls * size].split(size))
-    if (took := timed(lambda: plain(module, batches))[0]) > LONGEST_PLAIN_S:
-        return skipped(name, size, took)
+    if (plain_s := timed(lambda: plain(module, batches))[0]) > LONGEST_PLAIN_S:
+        return left_out(name, size, plain_s)
     clock = HeadClock()
-    clocked = clock.around(staged)
-    on, off = np.ones(staged.n_exits, dtype=bool), np.arange(staged.n_exits) == staged.n_exits - 1
+    clocked = clock.around(network)
+    all_on = FunctionPolicy(nobody, np.ones(network.n_exits, dtype=bool))
+    all_off = FunctionPolicy(nobody, np.arange(network.n_exits) == network.n_exits - 1)
 
     def run_on() -> None:
         clock.runs.append(0.0)
         for x in batches:
-            execute(clocked, [x], nobody, on, batch_size=size)
+            execute(clocked, [x], all_on, batch_size=size)
 
     timings = interleaved(
         {
             "plain": lambda: plain(module, batches),
             "plain again (noise)": lambda: plain(module, batches),
-            "staged, exits off": lambda: [execute(staged, [x], nobody, off, batch_size=size) for x in batches],
+            "staged, exits off": lambda: [execute(network, [x], all_off, batch_size=size) for x in batches],
             "staged, exits on": run_on,
         },
         rounds,
     )
-    compared = {what: ratios(timings, what, "plain") for what in timings if what != "plain"}
+    over_plain = {what: ratios(timings, what, "plain") for what in timings if what != "plain"}
     seconds = {what: np.array(t["seconds"]) for what, t in timings.items()}
     heads = np.array(clock.runs[-rounds:])
-    compared["of which heads"] = summarised(heads / seconds["plain"])
-    compared["staged, exits on, less heads"] = summarised((seconds["staged, exits on"] - heads) / seconds["plain"])
-    return {"model": name, "batch": size, "calls": calls, "timings": timings, "over plain": compared}
+    over_plain["of which heads"] = summarised(heads / seconds["plain"])
+    over_plain["staged, exits on, less heads"] = summarised((seconds["staged, exits on"] - heads) / seconds["plain"])
+    return {"model": name, "batch": size, "calls": calls, "timings": timings, "over plain": over_plain}
 
 
-def nobody_rows(found: dict[str, Any]) -> list[list[Any]]:
+def nobody_rows(figures: dict[str, Any]) -> list[list[Any]]:
     """Lines of the table: one a variant."""
-    start = [found["model"], found["batch"]]
-    if "skipped" in found:
-        return [[*start, found["skipped"], "", "", ""]]
-    rows = [[*start, "plain", 1e3 * found["timings"]["plain"]["median"] / found["calls"], 1.0, ""]]
-    for what, spread in found["over plain"].items():
-        timing = found["timings"].get(what)
-        took = 1e3 * timing["median"] / found["calls"] if timing else ""
-        rows.append([*start, what, took, f"{spread['median']:.3f}", quartiles(spread)])
+    start = [figures["model"], figures["batch"]]
+    if "skipped" in figures:
+        return [[*start, figures["skipped"], "", "", ""]]
+    rows = [[*start, "plain", 1e3 * figures["timings"]["plain"]["median"] / figures["calls"], 1.0, ""]]
+    for what, summary in figures["over plain"].items():
+        timing = figures["timings"].get(what)
+        call_ms = 1e3 * timing["median"] / figures["calls"] if timing else ""
+        rows.append([*start, what, call_ms, f"{summary['median']:.3f}", quartiles(summary)])
     return rows
 
 
@@ -214,39 +178,44 @@ class Prescribed:
     """Who leaves at the one early exit, given for every sample in the order in which they come."""
 
     def __init__(self, leave: NDArray[np.bool_], whole_batches: bool = False) -> None:
-        self.leave, self.whole_batches, self.seen = leave, whole_batches, 0
+        self.leave, self.whole_batches, self.n_seen = leave, whole_batches, 0
 
-    def __call__(self, k: int, batch: ExitBatch) -> NDArray[np.bool_]:
+    def __call__(self, k: int, batch: Answer) -> NDArray[np.bool_]:
         n = len(batch.scores)
-        sure = self.leave[self.seen : self.seen + n]
-        self.seen += n
+        sure = self.leave[self.n_seen : self.n_seen + n]
+        self.n_seen += n
         return np.full(n, sure.all()) if self.whole_batches else sure
 
 
 def half_leave(name: str, network: BranchedNetwork, images: Tensor, size: int, rounds: int, n: int) -> dict[str, Any]:
     """A random half of each of the batches of n samples leaves at the first cut."""
-    staged, parts, module = staged_model(network), network.split, network.split.module
+    parts, module = network.split, network.split.module
     batches = list(images[:n].split(size))
     singles = list(images[:n].split(1))
     random = np.random.default_rng(0)
     leave = np.concatenate([random.permutation(np.arange(len(x)) < len(x) // 2) for x in batches])
-    first_only = np.zeros(staged.n_exits, dtype=bool)
+    first_only = np.zeros(network.n_exits, dtype=bool)
     first_only[[0, -1]] = True
-    if (took := timed(lambda: plain(module, batches[:1]))[0]) > LONGEST_PLAIN_S:
-        return skipped(name, size, took)
+    if (plain_s := timed(lambda: plain(module, batches[:1]))[0]) > LONGEST_PLAIN_S:
+        return left_out(name, size, plain_s)
 
-    def run(given: list[Tensor], batch_size: int, whole: bool = False, keep_logits: bool = False) -> Answers:
-        rule = Prescribed(leave, whole)
-        return execute(staged, given, rule, first_only, batch_size=batch_size, keep_logits=keep_logits)
+    def run(whole: bool = False, keep_logits: bool = False) -> Answer:
+        policy = FunctionPolicy(Prescribed(leave, whole), first_only)
+        return execute(network, batches, policy, batch_size=size, keep_logits=keep_logits)
 
-    checked = compare_stayers(run(batches, size, keep_logits=True), torch.cat(plain(module, batches)), leave)
+    def run_one(x: Tensor, leaves: np.bool_) -> Answer:
+        """One sample, which stops at the first cut or goes to the end."""
+        policy = FunctionPolicy(lambda k, batch: np.array([leaves]), first_only)
+        return execute(network, [x], policy, batch_size=1)
+
+    stayers = compare_stayers(run(keep_logits=True), torch.cat(plain(module, batches)), leave)
     with torch.inference_mode():
         waiting = [parts.run(0, x) for x in images[:n][torch.from_numpy(~leave)].split(size)]
 
     @torch.inference_mode()
     def first_stage() -> None:
         for x in batches:
-            staged.observe(0, parts.run(0, x), False)
+            network.read(0, parts.run(0, x))
 
     @torch.inference_mode()
     def other_stages() -> None:
@@ -258,9 +227,9 @@ def half_leave(name: str, network: BranchedNetwork, images: Tensor, size: int, r
         {
             "plain": lambda: plain(module, batches),
             "plain again (noise)": lambda: plain(module, batches),
-            "half leave": lambda: run(batches, size),
-            "whole-batch rule": lambda: run(batches, size, whole=True),
-            "one sample at a time": lambda: [run_one(staged, x, gone) for x, gone in zip(singles, leave, strict=True)],
+            "half leave": run,
+            "whole-batch rule": lambda: run(whole=True),
+            "one sample at a time": lambda: [run_one(x, leaves) for x, leaves in zip(singles, leave, strict=True)],
             "plain, one at a time": lambda: plain(module, singles),
             "first stage and head, all samples": first_stage,
             "other stages, half the samples": other_stages,
@@ -269,31 +238,24 @@ def half_leave(name: str, network: BranchedNetwork, images: Tensor, size: int, r
     )
     seconds = {what: np.array(t["seconds"]) for what, t in timings.items()}
     ideal = seconds["first stage and head, all samples"] + seconds["other stages, half the samples"]
-    named = [what for what in timings if what not in ("plain", *list(timings)[-2:])]
+    ways = [what for what in timings if what not in ("plain", *list(timings)[-2:])]
     return {
         "model": name,
         "batch": size,
         "n_samples": n,
         "timings": timings,
-        "speed-up": {what: ratios(timings, "plain", what) for what in named},
+        "speed-up": {what: ratios(timings, "plain", what) for what in ways},
         "speed-up, ideal": summarised(seconds["plain"] / ideal),
         "reached / ideal": summarised(ideal / seconds["half leave"]),
         "one at a time, staged over plain": ratios(timings, "plain, one at a time", "one sample at a time"),
-        "stayers": checked,
+        "stayers": stayers,
     }
 
 
-def run_one(staged: StagedModel, x: Tensor, gone: np.bool_) -> Answers:
-    """One sample, which stops at the first cut or goes to the end."""
-    on = np.zeros(staged.n_exits, dtype=bool)
-    on[[0, -1]] = True
-    return execute(staged, [x], lambda k, batch: np.array([gone]), on, batch_size=1)
-
-
-def compare_stayers(answers: Answers, logits: Tensor, leave: NDArray[np.bool_]) -> dict[str, float]:
+def compare_stayers(answers: Answer, logits: Tensor, leave: NDArray[np.bool_]) -> dict[str, float]:
     """Stop where the samples left elsewhere than prescribed or those who stay are answered differently."""
     stay = answers.exits > 0
-    if not np.array_equal(stay, ~leave) or answers.logits is None:
+    if not np.array_equal(stay, ~leave):
         raise RuntimeError("samples left elsewhere than prescribed.")
     own = logits.numpy()[stay]
     difference = float(np.abs(answers.logits[stay] - own).max() / np.abs(own).max())
@@ -306,33 +268,26 @@ def compare_stayers(answers: Answers, logits: Tensor, leave: NDArray[np.bool_]) 
     }
 
 
-def half_rows(found: dict[str, Any]) -> list[list[Any]]:
+def half_rows(figures: dict[str, Any]) -> list[list[Any]]:
     """Lines of the table: one a way to run."""
-    start = [found["model"], found["batch"]]
-    if "skipped" in found:
-        return [[*start, found["skipped"], *[""] * 5]]
-    per_sample = {what: 1e3 * t["median"] / found["n_samples"] for what, t in found["timings"].items()}
-    ideal, reached = found["speed-up, ideal"], found["reached / ideal"]
+    start = [figures["model"], figures["batch"]]
+    if "skipped" in figures:
+        return [[*start, figures["skipped"], *[""] * 5]]
+    per_sample = {what: 1e3 * t["median"] / figures["n_samples"] for what, t in figures["timings"].items()}
+    ideal, share = figures["speed-up, ideal"], figures["reached / ideal"]
     rows: list[list[Any]] = [[*start, "plain", per_sample["plain"], 1.0, "", "", ""]]
-    for what, spread in found["speed-up"].items():
-        compared = ["", ""]
-        if what == "half leave":
-            compared = [f"{ideal['median']:.3f}", f"{reached['median']:.3f} ({quartiles(reached)})"]
-        rows.append([*start, what, per_sample[what], f"{spread['median']:.3f}", quartiles(spread), *compared])
+    for what, summary in figures["speed-up"].items():
+        beside = [f"{ideal['median']:.3f}", middle(share, form=".3f")] if what == "half leave" else ["", ""]
+        rows.append([*start, what, per_sample[what], f"{summary['median']:.3f}", quartiles(summary), *beside])
     return rows
 
 
 # -- both --------------------------------------------------------------------------------------------------------------
 
 
-def skipped(name: str, size: int, took: float) -> dict[str, Any]:
+def left_out(name: str, size: int, plain_s: float) -> dict[str, Any]:
     """In place of figures."""
-    return {"model": name, "batch": size, "skipped": f"left out: one plain run takes {took:.0f} s"}
-
-
-def quartiles(spread: dict[str, float]) -> str:
-    """As a table shows them."""
-    return f"{spread['q1']:.3f} to {spread['q3']:.3f}"
+    return {"model": name, "batch": size, "skipped": f"left out: one plain run takes {plain_s:.0f} s"}
 
 
 def main() -> None:
@@ -360,17 +315,18 @@ def main() -> None:
         print(f"\n{name}: cut after {', '.join(cuts)}; verified to {network.split.difference:.1g}", flush=True)
         whole += [nobody_leaves(name, network, images, size, rounds) for size, rounds in rounds_nobody.items()]
         half += [half_leave(name, network, images, size, rounds_half, n) for size, n in samples_half.items()]
-        for found in half[-len(samples_half) :]:
-            print(f"batch {found['batch']}, those who stay: {found.get('stayers', found.get('skipped'))}", flush=True)
+        for figures in half[-len(samples_half) :]:
+            stayers = figures.get("stayers", figures.get("skipped"))
+            print(f"batch {figures['batch']}, those who stay: {stayers}", flush=True)
     print_table(
         "Nobody leaves",
         ["model", "batch", "variant", "ms a batch (median)", "over plain (median)", "quartiles"],
-        [row for found in whole for row in nobody_rows(found)],
+        [row for figures in whole for row in nobody_rows(figures)],
     )
     print_table(
         "Half the samples leave at the first cut",
         ["model", "batch", "how", "ms a sample", "speed-up over plain", "quartiles", "ideal", "reached / ideal"],
-        [row for found in half for row in half_rows(found)],
+        [row for figures in half for row in half_rows(figures)],
     )
     if args.quick:
         return

@@ -23,7 +23,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -33,12 +32,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, evaluate, reference
+from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, evaluate
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import max_proba
 from adaptexit.core.search import SEARCHES, Problem, _bagged, _frontier, _kept_drops, search_thresholds, targets_for
 from adaptexit.core.search.methods import geometric_path
-from benchmarks.common import describe_machine, interleaved, mean_and_sd, print_table, timed, write_result
+from benchmarks.common import interleaved, mean_and_sd, print_table, require_one_thread, timed, write_result
 
 N_POINTS = 40
 N_CLASSES = 100
@@ -70,16 +69,16 @@ QUICK = Sizes(
 
 
 @dataclass(frozen=True)
-class Network:
+class Profile:
     """Accuracy and cumulative cost (millions of MACs) of every exit."""
 
     accuracies: tuple[float, ...]
     cumulative_macs: tuple[float, ...]
 
 
-MSDNET = Network((0.60, 0.665, 0.705, 0.73, 0.75), (6.8, 14.2, 27.3, 41.4, 58.1))
-TWO_EXITS = Network((0.60, 0.75), (6.8, 58.1))
-TEN_EXITS = Network(
+MSDNET = Profile((0.60, 0.665, 0.705, 0.73, 0.75), (6.8, 14.2, 27.3, 41.4, 58.1))
+TWO_EXITS = Profile((0.60, 0.75), (6.8, 58.1))
+TEN_EXITS = Profile(
     tuple(np.interp(np.linspace(0, 4, 10), np.arange(5), MSDNET.accuracies)),
     tuple(np.interp(np.linspace(0, 4, 10), np.arange(5), MSDNET.cumulative_macs)),
 )
@@ -90,8 +89,8 @@ PERSISTENT = 0.3  # share of the noise variance that all exits see alike
 SHARPNESS = 2.25  # of the logits: overconfident
 
 
-def simulate(network: Network, n_samples: int, seed: int, chunk: int = 50_000) -> ExitOutputs:
-    """Outputs of a network on random samples.
+def simulate(profile: Profile, n_samples: int, seed: int, chunk: int = 50_000) -> ExitOutputs:
+    """Outputs of a network with such exits on random samples.
 
     Every exit adds noise to the evidence for the true class and for one rival class. The sample's difficulty, its
     rival and part of the noise are the same at all exits, which makes their errors go together; deeper exits see the
@@ -99,7 +98,7 @@ def simulate(network: Network, n_samples: int, seed: int, chunk: int = 50_000) -
     """
     pilot_true, pilot_noise = _persistent_evidence(np.random.default_rng(0), 20_000)
     rivals = pilot_noise + math.sqrt(1 - PERSISTENT) * np.random.default_rng(1).standard_normal(pilot_noise.shape)
-    strengths = np.quantile(rivals[:, 1:].max(axis=1) - rivals[:, 0] - pilot_true, network.accuracies)
+    strengths = np.quantile(rivals[:, 1:].max(axis=1) - rivals[:, 0] - pilot_true, profile.accuracies)
 
     rng = np.random.default_rng([2, seed])
     labels = rng.integers(N_CLASSES, size=n_samples)
@@ -116,7 +115,7 @@ def simulate(network: Network, n_samples: int, seed: int, chunk: int = 50_000) -
             confidence[k, samples] = max_proba(logits)
 
     return ExitOutputs(
-        predictions=predictions, scores=confidence, labels=labels, n_classes=N_CLASSES, costs=network.cumulative_macs
+        predictions=predictions, scores=confidence, labels=labels, n_classes=N_CLASSES, costs=profile.cumulative_macs
     )  # fmt: skip
 
 
@@ -166,35 +165,35 @@ class MSDNetLoop:
         n_exits, n_samples = self.confidence.shape
         shares = torch.tensor(p / 20.0) ** torch.arange(n_exits)
         shares /= shares.sum()
-        gone = torch.zeros(n_samples)
+        absent = torch.zeros(n_samples)
         thresholds = torch.full((n_exits,), 1e8)
         for k in range(n_exits - 1):
-            quota, leaving = math.floor(n_samples * shares[k]), 0
+            quota, n_leaving = math.floor(n_samples * shares[k]), 0
             for rank in range(n_samples):
                 i = self.order[k][rank]
-                if gone[i] == 0:
-                    leaving += 1
-                    if leaving == quota:
+                if absent[i] == 0:
+                    n_leaving += 1
+                    if n_leaving == quota:
                         thresholds[k] = self.confidence[k][i]
                         break
-            gone += (self.confidence[k] >= thresholds[k]).float()
+            absent += (self.confidence[k] >= thresholds[k]).float()
         thresholds[-1] = -1e8
         return thresholds
 
     def evaluate(self, thresholds: torch.Tensor) -> tuple[float, float]:
         """Accuracy and mean relative cost: every sample looks for its exit, counts are kept per exit."""
         n_exits, n_samples = self.confidence.shape
-        right, left, right_there = 0, torch.zeros(n_exits), torch.zeros(n_exits)
+        n_right, leavers, right_there = 0, torch.zeros(n_exits), torch.zeros(n_exits)
         for i in range(n_samples):
             label = self.labels[i]
             for k in range(n_exits):
                 if self.confidence[k][i] >= thresholds[k]:
                     if self.predictions[k][i] == label:
-                        right += 1
+                        n_right += 1
                         right_there[k] += 1
-                    left[k] += 1
+                    leavers[k] += 1
                     break
-        return right / n_samples, float(left.double() @ self.costs) / n_samples
+        return n_right / n_samples, float(leavers.double() @ self.costs) / n_samples
 
 
 def geometric_frontier(outputs: ExitOutputs) -> ParetoFrontier:
@@ -202,7 +201,7 @@ def geometric_frontier(outputs: ExitOutputs) -> ParetoFrontier:
     problem = Problem.from_outputs(outputs)
     policies = np.concatenate([geometric_path(problem), np.zeros((1, problem.n_early), dtype=np.int64)])
     points: list[OperatingPoint] = [evaluate(outputs, *problem.thresholds(policy)) for policy in policies]
-    return ParetoFrontier(sorted(points, key=lambda point: point.cost), *reference(outputs))
+    return ParetoFrontier.of(points, outputs)
 
 
 # -- speed -------------------------------------------------------------------------------------------------------------
@@ -216,9 +215,9 @@ def measure_speed(sizes: Sizes, all_points: bool) -> dict[str, Any]:
     loop = MSDNetLoop(msdnet)
 
     def search(outputs: ExitOutputs, method: str, exit_share: float = 0.0) -> Callable[[], Any]:
-        costly = np.append(np.full(outputs.n_exits - 1, exit_share * outputs.full_cost), 0.0)
-        priced = outputs.with_costs(outputs.stage_costs, costly)
-        return lambda: search_thresholds(priced, method, n_points=N_POINTS)
+        exit_costs = np.append(np.full(outputs.n_exits - 1, exit_share * outputs.full_cost), 0.0)
+        costly = outputs.with_costs(outputs.stage_costs, exit_costs)
+        return lambda: search_thresholds(costly, method, n_points=N_POINTS)
 
     functions: dict[str, Callable[[], Any]] = {
         "coord": search(msdnet, "coord"),
@@ -238,8 +237,8 @@ def measure_speed(sizes: Sizes, all_points: bool) -> dict[str, Any]:
     whole = {"seconds": _whole_frontier(timings, "median"), "cpu_seconds": _whole_frontier(timings, "cpu_median")}
     points = {p: loop.point(p) for p in TIMED_POINTS}
     if all_points:
-        taken = timed(lambda: points.update({p: loop.point(p) for p in MSDNET_POINTS}))
-        for totals, total in zip(whole.values(), taken, strict=True):
+        loop_seconds = timed(lambda: points.update({p: loop.point(p) for p in MSDNET_POINTS}))
+        for totals, total in zip(whole.values(), loop_seconds, strict=True):
             totals["msdnet_loop_all_points_run"] = total
     for kind, totals in list(whole.items()):
         whole[f"ratio_to_coord_{kind}"] = {
@@ -340,31 +339,31 @@ def _differences(
     coord: ParetoFrontier, geometric: ParetoFrontier, fresh: ExitOutputs, budgets: NDArray[np.float64]
 ) -> dict[str, NDArray[np.float64]]:
     """Coord minus geometric at every budget (B,): accuracy in points where chosen and on fresh data, fresh cost."""
-    calibrated = _chosen(coord, budgets) - _chosen(geometric, budgets)
-    elsewhere = _chosen(coord.on(fresh), budgets) - _chosen(geometric.on(fresh), budgets)
-    return {"budget": budgets, "calibrated": 100 * calibrated[0], "fresh": 100 * elsewhere[0], "cost": elsewhere[1]}
+    here = _served(coord, budgets) - _served(geometric, budgets)
+    elsewhere = _served(coord.on(fresh), budgets) - _served(geometric.on(fresh), budgets)
+    return {"budget": budgets, "calibrated": 100 * here[0], "fresh": 100 * elsewhere[0], "cost": elsewhere[1]}
 
 
-def _chosen(frontier: ParetoFrontier, budgets: NDArray[np.float64]) -> NDArray[np.float64]:
+def _served(frontier: ParetoFrontier, budgets: NDArray[np.float64]) -> NDArray[np.float64]:
     """Accuracy and cost of the points chosen for each budget, shape (2, B)."""
     points = [frontier.at(budget=float(budget)) for budget in budgets]
     return np.array([[point.accuracy for point in points], [point.cost for point in points]])
 
 
 def _over_seeds(runs: list[dict[str, NDArray[np.float64]]]) -> dict[str, Any]:
-    stacked = {name: np.stack([run[name] for run in runs]) for name in runs[0]}  # each (seeds, B)
-    fresh, calibrated = stacked["fresh"], stacked["calibrated"]
+    differences = {name: np.stack([run[name] for run in runs]) for name in runs[0]}  # each (seeds, B)
+    fresh, calibration = differences["fresh"], differences["calibrated"]
     return {
         "mean": mean_and_sd(fresh.mean(axis=1)),
         "worst": mean_and_sd(fresh.min(axis=1)),
         "worst_of_all": float(fresh.min()),
         "worst_of_means": float(fresh.mean(axis=0).min()),
-        "mean_calibrated": mean_and_sd(calibrated.mean(axis=1)),
-        "worst_calibrated": float(calibrated.min()),
-        "mean_fresh_cost_difference": float(stacked["cost"].mean()),
+        "mean_calibrated": mean_and_sd(calibration.mean(axis=1)),
+        "worst_calibrated": float(calibration.min()),
+        "mean_fresh_cost_difference": float(differences["cost"].mean()),
         "by_budget": {
-            "budget": stacked["budget"].mean(axis=0).tolist(),
-            "calibrated": calibrated.mean(axis=0).tolist(),
+            "budget": differences["budget"].mean(axis=0).tolist(),
+            "calibrated": calibration.mean(axis=0).tolist(),
             "fresh": fresh.mean(axis=0).tolist(),
             "fresh_sd": fresh.std(axis=0, ddof=1).tolist(),
         },
@@ -390,8 +389,8 @@ def print_fresh_accuracy(fresh: dict[str, Any], sizes: Sizes) -> None:
             f"The same, budget by budget: {name.replace('_', ' ')}",
             ("budget", "calibrated", "fresh", "sd over seeds"),
             [
-                (f"{budget:.3f}", f"{calibrated:+.3f}", f"{mean:+.3f}", f"{sd:.3f}")
-                for budget, calibrated, mean, sd in zip(*part["by_budget"].values(), strict=True)
+                (f"{budget:.3f}", f"{own:+.3f}", f"{mean:+.3f}", f"{sd:.3f}")
+                for budget, own, mean, sd in zip(*part["by_budget"].values(), strict=True)
             ],
         )
 
@@ -424,21 +423,21 @@ def _small_sample_run(
         "coord, bagged": _kept_drops(problem, targets, _bagged(calibration, problem, coord, targets, seed)),
         "shared": SEARCHES["shared"](problem, targets),
     }
-    frontiers = {way: _frontier(calibration, problem, found, targets) for way, found in proposals.items()}
+    frontiers = {way: _frontier(calibration, problem, policies, targets) for way, policies in proposals.items()}
     frontiers["geometric"] = geometric_frontier(calibration)
-    measured = {}
+    figures = {}
     for way, frontier in frontiers.items():
         elsewhere = frontier.on(fresh)
-        calibrated, met = _chosen(frontier, budgets), _chosen(elsewhere, budgets)
+        before, after = _served(frontier, budgets), _served(elsewhere, budgets)
         zero_drop = elsewhere.at(max_drop=0.0)
-        measured[way] = {
-            "optimism": 100 * float(np.mean(calibrated[0] - met[0])),
-            "fresh_accuracy": 100 * float(np.mean(met[0])),
-            "fresh_cost": float(np.mean(met[1])),
+        figures[way] = {
+            "optimism": 100 * float(np.mean(before[0] - after[0])),
+            "fresh_accuracy": 100 * float(np.mean(after[0])),
+            "fresh_cost": float(np.mean(after[1])),
             "zero_drop_loss": 100 * (elsewhere.full_accuracy - zero_drop.accuracy),
             "zero_drop_cost": zero_drop.cost,
         }
-    return measured
+    return figures
 
 
 def print_small_samples(rows: Sequence[dict[str, Any]], sizes: Sizes) -> None:
@@ -462,24 +461,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Speed and fresh accuracy of the threshold search.")
     parser.add_argument("--all-points", action="store_true", help="run MSDNet's loop at all of its 39 points (minutes)")
     parser.add_argument("--quick", action="store_true", help="small sizes, to try the script; writes no result")
-    arguments = parser.parse_args()
-    if os.environ.get("OMP_NUM_THREADS") != "1":
-        parser.error("set OMP_NUM_THREADS=1: every figure is for one thread.")
+    args = parser.parse_args()
+    require_one_thread(parser)
     torch.set_num_threads(1)
-    sizes = QUICK if arguments.quick else Sizes()
+    sizes = QUICK if args.quick else Sizes()
 
-    machine = describe_machine()
-    print(
-        f"{machine['cpu']}, {machine['cores']} cores, {machine['threads']} thread, Python {machine['python']}, "
-        f"{', '.join(f'{name} {version}' for name, version in machine['versions'].items())}, {machine['date']}"
-    )
-    speed = measure_speed(sizes, arguments.all_points)
+    speed = measure_speed(sizes, args.all_points)
     print_speed(speed, sizes)
     fresh = measure_fresh_accuracy(sizes)
     print_fresh_accuracy(fresh, sizes)
     small = measure_small_samples(sizes)
     print_small_samples(small, sizes)
-    if not arguments.quick:
+    if not args.quick:
         payload = {
             "sizes": vars(sizes),
             "n_points": N_POINTS,

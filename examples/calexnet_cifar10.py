@@ -12,6 +12,7 @@ Every method leaves by class precision margins, as CalexNet (2026) compares them
 more by one threshold an exit, searched for every budget."""
 
 import argparse
+import dataclasses
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,14 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 from matplotlib import pyplot
-from safetensors.torch import load_file
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
-from torch import Tensor, nn
+from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
 from torchvision.datasets import ImageFolder
-from torchvision.transforms import v2
 from tqdm import tqdm
 
 from adaptexit import (
@@ -41,8 +39,12 @@ from adaptexit import (
     ThresholdCalibrator,
     ZTWRecipe,
 )
-from adaptexit.backbones import resnet20_cifar, resnet56_cifar
-from adaptexit.core.metrics import accuracy_at_reduction, flow
+from adaptexit.backbones import resnet20_cifar
+
+try:
+    from examples.cifar import Data, learning, pretrained
+except ImportError:  # run as a script, from anywhere
+    from cifar import Data, learning, pretrained
 
 METHODS: dict[str, Callable[[], Any]] = {
     "CalexNet": CalexNetRecipe,
@@ -66,7 +68,7 @@ NOISE = 0.8
 """On the digits, whose values lie between -1 and 1: the largest standard deviation."""
 
 RULES = ("margins", "searched")
-Data = tuple[Tensor, Tensor]
+LINES = ("o-", "v--", "s-.", "^:", "D-")
 Curves = dict[str, ParetoFrontier]
 
 
@@ -94,8 +96,10 @@ def main() -> None:
             frontiers[name].append(tested(model, test))
             if (seed, name) == (0, "CalexNet"):
                 (point,) = [p for p in model.pareto().points if p.params.get("margin") == SHOWN]
-                counts = flow(model.record(*test), point)
-                picture = ExitFlowDisplay(counts=counts, exit_names=model.exit_names, class_names=classes)
+                picture = ExitFlowDisplay.from_outputs(
+                    model.record(*test), point, chosen_by=f"margin {SHOWN}",
+                    exit_names=model.exit_names, class_names=classes,
+                )  # fmt: skip
     full = frontiers["CalexNet"][0]["margins"].full_accuracy
     print(f"the backbone alone: {full:.4f} on {len(test[1])} test images, one is {100 / len(test[1]):.2f} points")
     report(frontiers, reductions)
@@ -116,21 +120,19 @@ def trained(
 def tested(model: MultiExitClassifier, test: Data) -> Curves:
     """Test curves of the same heads with margins, and with searched thresholds."""
     answers = model.record(*test)
-    searched = ThresholdCalibrator().fit(model.outputs_)
-    return {"margins": model.calibrator_.pareto(answers), "searched": searched.pareto(answers)}
+    thresholds = ThresholdCalibrator().fit(model.outputs_)
+    return {"margins": model.calibrator_.pareto(answers), "searched": thresholds.pareto(answers)}
 
 
 def accuracy_at(frontier: ParetoFrontier, reductions: Any) -> np.ndarray:
     """Interpolated accuracy at FLOPs reductions; NaN where the sweep does not reach."""
-    swept = [point for point in frontier.points if point.params]  # all but the plain full model
-    return accuracy_at_reduction(
-        [1 - point.cost for point in swept], [point.accuracy for point in swept], frontier.full_accuracy, reductions
-    )
+    sweep = [point for point in frontier.points if point.params]  # all but the plain full model
+    return dataclasses.replace(frontier, points=sweep).accuracy_at(reduction=reductions)
 
 
-def losses(runs: list[Curves], rule: str, reductions: Sequence[float]) -> np.ndarray:
-    """Points of accuracy lost at the matched reductions, (seeds, reductions)."""
-    return 100 * np.stack([run[rule].full_accuracy - accuracy_at(run[rule], reductions) for run in runs])
+def accuracy_lost(frontier: ParetoFrontier, reductions: Sequence[float]) -> np.ndarray:
+    """Points of accuracy below the full model's at FLOPs reductions."""
+    return 100 * (frontier.full_accuracy - accuracy_at(frontier, reductions))
 
 
 def report(frontiers: dict[str, list[Curves]], reductions: Sequence[float]) -> None:
@@ -139,7 +141,8 @@ def report(frontiers: dict[str, list[Curves]], reductions: Sequence[float]) -> N
     print("Test accuracy lost (points) at matched FLOPs reduction, mean (standard deviation) over seeds")
     print(f"| {'method':27} | " + " | ".join(f"{name:>15}" for name in header) + " |")
     for name, runs in frontiers.items():
-        cells = [cell(column) for rule in RULES for column in losses(runs, rule, reductions).T]
+        losses = [np.stack([accuracy_lost(run[rule], reductions) for run in runs]) for rule in RULES]
+        cells = [cell(column) for column in np.concatenate(losses, axis=1).T]
         print(f"| {name:27} | " + " | ".join(f"{text:>15}" for text in cells) + " |")
 
 
@@ -152,23 +155,23 @@ def cell(values: np.ndarray) -> str:
 
 def draw(frontiers: dict[str, list[Curves]], full: float, leaving: ExitFlowDisplay, out: str) -> None:
     """Both kinds of thresholds side by side, mean curve and spread over seeds; and who leaves where."""
-    figure = pyplot.figure(figsize=(16, 4.6), layout="constrained")
-    axes = figure.subplots(1, 3, width_ratios=(1, 1, 1.3))
-    axes[0].sharex(axes[1])
-    axes[0].sharey(axes[1])
+    figure = pyplot.figure(figsize=(16, 5), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(2, 1.3))
+    axes = left.subplots(1, 2, sharex=True, sharey=True)
     grid = np.linspace(0, 0.9, 91)
     titles = ("class precision margins", "one threshold an exit, searched")
-    for ax, rule, title in zip(axes[:2], RULES, titles, strict=True):
-        for name, runs in frontiers.items():
+    for ax, rule, title in zip(axes, RULES, titles, strict=True):
+        for i, (name, runs) in enumerate(frontiers.items()):
             curves = np.stack([accuracy_at(run[rule], grid) for run in runs])
             mean, spread = curves.mean(axis=0), curves.std(axis=0)
-            (line,) = ax.plot(grid, mean, label=name)
+            (line,) = ax.plot(grid, mean, LINES[i], markersize=5, markevery=(2 * i, 10), label=name)
             ax.fill_between(grid, mean - spread, mean + spread, color=line.get_color(), alpha=0.2, linewidth=0)
-        ax.axhline(full, color="grey", linewidth=0.8, linestyle="--")
+        ax.axhline(full, color="grey", linewidth=0.8, linestyle="--", label="full model")
         ax.set(title=title, xlabel="FLOPs reduction (1 - relative cost)")
     axes[0].set_ylabel("test accuracy")
-    axes[0].legend(loc="lower left", fontsize="small")
-    leaving.plot(axes[2], name=f"CalexNet, margin {SHOWN}: who is left")
+    handles, labels = axes[0].get_legend_handles_labels()
+    left.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, handlelength=3.5)
+    leaving.plot(right.subplots(), name="CalexNet: who is left")
     figure.savefig(out, dpi=120)
     print(f"picture: {out}")
 
@@ -190,19 +193,7 @@ def network_and_data(parser: argparse.ArgumentParser, args: argparse.Namespace) 
         return digits_net().eval(), digits()
     if not (args.data and args.weights):
         parser.error("give --data and --weights, or --digits")
-    net = resnet56_cifar()
-    net.load_state_dict(load_file(args.weights / "resnet56.safetensors"))
-    train, val, test = (images(args.data, split) for split in ("train", "val", "test"))
-    return net.eval(), ((train[0][: args.images].clone(), train[1][: args.images].clone()), val, test)
-
-
-def images(data: Path, split: str) -> Data:
-    """Normalised images (N, 3, 32, 32) and labels (N,), shuffled once."""
-    steps = [v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
-    normalised = v2.Compose([*steps, v2.Normalize(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))])
-    x, y = zip(*DataLoader(ImageFolder(data / split, normalised), batch_size=500), strict=True)
-    order = torch.randperm(sum(map(len, y)), generator=torch.Generator().manual_seed(0))
-    return torch.cat(x)[order], torch.cat(y)[order]
+    return pretrained(56, args.weights), learning(args.data, args.images)
 
 
 def digits() -> tuple[Data, Data, Data]:

@@ -48,12 +48,12 @@ def main() -> None:
     methods |= {"class precision margins": CPMCalibrator(), "EENet's schedule": EENetScheduler(BUDGET)}
     for prior in PRIORS:
         methods[f"EM routing, {prior}"] = EMRouter(COST_WEIGHT, prior)
-    found = compare(outputs, methods, test=answers, training=training, exit_names=model.exit_names)
+    comparison = compare(outputs, methods, test=answers, training=training, exit_names=model.exit_names)
     print(f"Test accuracy and mean relative cost at a budget of {BUDGET}, held on the calibration data")
-    print(found.to_frame(budget=BUDGET).round(4).to_string())
+    print(comparison.to_frame(budget=BUDGET).round(4).to_string())
 
     weights = np.geomspace(0.1, 10, 5 if args.digits else 15)
-    sweep = found.calibrators["EM routing, amortized"].pareto(answers, refit=True, cost_weights=weights)
+    sweep = comparison.calibrators["EM routing, amortized"].pareto(answers, refit=True, cost_weights=weights)
     by_weight = sorted(sweep.points, key=lambda point: point.params["cost_weight"])
     print("\nlambda | test accuracy | relative cost | exit rates   (threshold 0.5, routers trained anew for each)")
     for point in by_weight:
@@ -62,12 +62,11 @@ def main() -> None:
 
     figure = pyplot.figure(figsize=(19, 5.2), layout="constrained")
     axes = figure.subplots(1, 3)
-    ComparisonDisplay.from_comparison(found).plot(axes[0])
+    ComparisonDisplay.from_comparison(comparison).plot(axes[0])
     axes[0].set_title("curves and simple rules (test)")
     SweepDisplay.from_frontier(sweep, "cost_weight", exit_names=model.exit_names).plot(axes[1])
     axes[1].set(xlabel="cost weight (nats) of EM routing, threshold 0.5")
-    BarsDisplay.from_comparison(found, budget=BUDGET).plot(axes[2])
-    axes[2].set_title(f"at a budget of {BUDGET}", loc="left")
+    BarsDisplay.from_comparison(comparison, budget=BUDGET).plot(axes[2])
     figure.savefig(args.out, dpi=110)
     print(f"picture: {args.out}")
 

@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
-    started = time.perf_counter()
+    start = time.perf_counter()
 
     X, y = load_digits(return_X_y=True)
     X = (X / 16).astype(np.float32).reshape(-1, 1, 8, 8)
@@ -88,25 +88,25 @@ def main() -> None:
     )
     print("allowed drop | relative cost (calibrated) | relative cost (test) | test accuracy - large network's (points)")
     drops = (0.01, 0.005, 0.001, 0.0)
-    seen = cascade.outputs_
-    required = required_cost(seen.scores[0], seen.graded[0], seen.graded[1], small_macs, large_macs, drops)
-    for drop, cost in zip(drops, required, strict=True):
-        tested = frontier.at(max_drop=drop)
-        change = 100 * (tested.accuracy - frontier.full_accuracy)
-        print(f"{100 * drop:10.1f}%  | {cost:26.3f} | {tested.cost:20.3f} | {change:+.2f}")
+    outputs = cascade.outputs_
+    costs = required_cost(outputs.scores[0], outputs.graded[0], outputs.graded[1], small_macs, large_macs, drops)
+    for drop, cost in zip(drops, costs, strict=True):
+        point = frontier.at(max_drop=drop)
+        change = 100 * (point.accuracy - frontier.full_accuracy)
+        print(f"{100 * drop:10.1f}%  | {cost:26.3f} | {point.cost:20.3f} | {change:+.2f}")
     best = cascade.pareto().at(budget=1.0)
     print(f"best calibrated accuracy {best.accuracy:.4f} at relative cost {best.cost:.3f}")
 
     from matplotlib import pyplot
 
-    figure, (left, right) = pyplot.subplots(1, 2, figsize=(11, 4.2))
-    ParetoDisplay.from_estimator(cascade, X_test, y_test, budget=0.3, name="cascade (test)").plot(left)
-    left.set_title("digits: accuracy against cost")
-    JobRatioDisplay.from_estimator(cascade).plot(right)
-    right.set_title("digits: who leaves at the saver (calibration data)")
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2))
+    ParetoDisplay.from_estimator(cascade, X_test, y_test, budget=0.3, name="cascade (test)").plot(axes[0])
+    axes[0].set_title("digits: accuracy against cost")
+    JobRatioDisplay.from_estimator(cascade).plot(axes[1])
+    axes[1].set_title("digits: who leaves at the saver (calibration data)")
     figure.tight_layout()
     figure.savefig(args.out, dpi=120)
-    print(f"\npicture: {args.out}; {time.perf_counter() - started:.0f} s in all")
+    print(f"\npicture: {args.out}; {time.perf_counter() - start:.0f} s in all")
 
 
 if __name__ == "__main__":

@@ -33,33 +33,33 @@ def main() -> None:
     args = parser.parse_args()
 
     n_classes = len(ImageFolder(args.data / "train").classes)
-    given = {"num_classes": args.num_classes or n_classes, "checkpoint_path": args.checkpoint}
-    backbone = timm.create_model(args.model, **given if args.checkpoint else {"pretrained": True}).eval()
+    weights = {"num_classes": args.num_classes or n_classes, "checkpoint_path": args.checkpoint}
+    backbone = timm.create_model(args.model, **weights if args.checkpoint else {"pretrained": True}).eval()
     size = list(resolve_model_data_config(backbone)["input_size"][1:])
 
     def batches(split: str) -> DataLoader:
         """Images in [0, 1] of the model's size; the estimator normalises them as the model was trained."""
         steps = [v2.Resize(min(size)), v2.CenterCrop(size), v2.ToImage(), v2.ToDtype(torch.float32, scale=True)]
         folder = ImageFolder(args.data / split, v2.Compose(steps))
-        unlabelled = None if backbone.num_classes == n_classes else lambda batch: torch.stack([x for x, _ in batch])
-        return DataLoader(folder, batch_size=64, collate_fn=unlabelled)
+        collate = None if backbone.num_classes == n_classes else lambda batch: torch.stack([x for x, _ in batch])
+        return DataLoader(folder, batch_size=64, collate_fn=collate)
 
     model = MultiExitClassifier(backbone, args.exits or "auto", head=args.head, verbose=1)
     model.fit(batches("train")).calibrate(batches("val"))
 
-    shown = "test" if (args.data / "test").is_dir() else "val"
-    frontier = model.pareto(batches("test")) if shown == "test" else model.pareto()
+    split = "test" if (args.data / "test").is_dir() else "val"
+    frontier = model.pareto(batches("test")) if split == "test" else model.pareto()
     costs, alone = frontier.fixed_cost, frontier.fixed_accuracy
     measure = "accuracy" if model.labelled_ else "agreement"
     for name, cost, accuracy in zip(model.exit_names, costs, alone, strict=True):
-        print(f"{name}: {measure} {accuracy:.4f} ({shown}) at {cost:.3f} of the full model's MACs, everybody there")
+        print(f"{name}: {measure} {accuracy:.4f} ({split}) at {cost:.3f} of the full model's MACs, everybody there")
     print(f"budget | relative cost | {measure} | exit rates")
     for budget in (0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0):
         if budget >= min(point.cost for point in model.pareto().points):
             point = frontier.at(budget=budget)
             rates = " ".join(f"{rate:.2f}" for rate in point.exit_rates)
             print(f"{budget:6.1f} | {point.cost:13.3f} | {point.accuracy:8.4f} | {rates}")
-    display = ParetoDisplay.from_frontier(frontier, exit_names=model.exit_names, name=f"{args.model} ({shown})")
+    display = ParetoDisplay.from_frontier(frontier, exit_names=model.exit_names, name=f"{args.model} ({split})")
     display.plot().ax_.set_ylabel(measure)
     display.figure_.savefig(args.out, dpi=120)
     print(f"picture: {args.out}")

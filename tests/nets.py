@@ -14,8 +14,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from adaptexit import CalibrationWarning, CascadeSaver, FrozenRecipe, MultiExitClassifier
 from adaptexit.calibrators.base import Calibrator
-from adaptexit.core.frontier import ParetoFrontier, evaluate, reference
-from adaptexit.heads import Head, HeadOutput
+from adaptexit.core.frontier import evaluate
+from adaptexit.core.policy import Decision
+from adaptexit.core.routing import accepts
+from adaptexit.heads import Answer, Head
+from adaptexit.networks.base import Network
+from adaptexit.networks.readers import LogitsReader
 
 N_CLASSES = 3
 
@@ -173,7 +177,7 @@ class AddingHead(Head):
 
     def answer(self, reduced, state=None):
         logits = self.linear(reduced) if state is None else self.linear(reduced) + state["logits"]
-        return HeadOutput(logits, None, {"logits": logits})
+        return Answer(logits, None, {"logits": logits})
 
 
 class Fixed(Calibrator):
@@ -184,8 +188,8 @@ class Fixed(Calibrator):
 
     def fit(self, outputs):
         thresholds = np.array(self.thresholds, dtype=np.float64)
-        self.point_ = evaluate(outputs, thresholds, thresholds)
-        self.frontier_ = ParetoFrontier([self.point_], *reference(outputs))
+        point = evaluate(outputs, thresholds, thresholds)
+        self._keep([point], point, outputs)
         return self
 
 
@@ -203,7 +207,7 @@ def branched_model():
 
 def native_net():
     """A trained network built with exits, its early ones those of ``branched_model``."""
-    heads = [head.net for head in copy.deepcopy(branched_model()._network.heads[:2])]
+    heads = [head.net for head in copy.deepcopy(branched_model()._network.early[:2])]
     return NativeNet(branched_trained(), heads).eval()
 
 
@@ -226,7 +230,7 @@ def assert_same_branches(one, other):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", CalibrationWarning)
         assert_same_learning(one, other)
-    for first, second in zip(one._network.heads, other._network.heads, strict=True):
+    for first, second in zip(one._network.early, other._network.early, strict=True):
         known = second.state_dict()
         assert {key: value.tolist() for key, value in first.state_dict().items()} == {
             key: value.tolist() for key, value in known.items()
@@ -263,6 +267,71 @@ def naive_branches(net, exits, heads, x, cutoffs):
     for handle in handles:
         handle.remove()
     return [np.array(column) for column in zip(*answers, strict=True)]
+
+
+class Called(nn.Module):
+    """A function as a module."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, carried):
+        return self.function(carried)
+
+
+class FunctionNetwork(Network):
+    """A network whose stages and exits are given as functions or modules.
+
+    A stage makes what goes on of what is carried (None passes it on); an exit gives an output for the reader, or a pair
+    of one and of what goes on.
+    """
+
+    def __init__(self, stages, exits, confidence="max_proba", *, reader=None, chained=False):
+        self.stages = nn.ModuleList(nn.Identity() if stage is None else as_module(stage) for stage in stages)
+        self.heads = nn.ModuleList(map(as_module, exits))
+        self.exit_names = [f"exit {k}" for k in range(len(exits))]
+        self.reader = LogitsReader(confidence) if reader is None else reader
+        self.chained = chained
+
+    @property
+    def modules(self):
+        return [*self.stages, *self.heads]
+
+    def stage(self, k, carried):
+        return self.stages[k](carried)
+
+    def exit(self, k, carried, features=False):
+        output = self.heads[k](carried)
+        return output if isinstance(output, tuple) else (output, carried)
+
+    def get_state(self):
+        raise NotImplementedError("functions cannot be written")
+
+
+def as_module(function):
+    return function if isinstance(function, nn.Module) else Called(function)
+
+
+class RulePolicy:
+    """A policy made of a function (k, batch, memory) -> who leaves, or a whole Decision."""
+
+    def __init__(self, rule, runs, *, needs_logits=False, needs_features=False):
+        self.rule, self.runs = rule, np.array(runs, dtype=bool)
+        self.runs[-1] = True
+        self.path_costs = np.cumsum(self.runs, dtype=float)
+        self.full_cost = 1.0
+        self.needs_logits, self.needs_features = needs_logits, needs_features
+
+    def decide(self, k, batch, memory=None):
+        decision = self.rule(k, batch, memory)
+        return decision if isinstance(decision, Decision) else Decision(decision, batch.scores)
+
+
+def leaving_above(cutoffs):
+    """The policy that asks the scores to be above cutoffs, one or one a class for every exit, inf for exits to skip."""
+    runs = [np.min(cutoff) < np.inf for cutoff in cutoffs]
+    return RulePolicy(lambda k, batch, memory: accepts(batch.predictions, batch.scores, cutoffs[k]), runs)
 
 
 def column_cascade(n_models=2, **params):

@@ -6,6 +6,8 @@ from fractions import Fraction
 
 from scipy.stats import binomtest
 
+from adaptexit.core.answer import Answer
+
 
 def quality_of(outputs, k, i):
     """What sample i is worth when exit k answers."""
@@ -36,12 +38,32 @@ def route(outputs, thresholds):
     last = len(thresholds) - 1
     exits = []
     for i in range(outputs.n_samples):
-        taken = last
+        exit_of_sample = last
         for k in range(last):
             if float(outputs.scores[k][i]) > threshold_of(outputs, thresholds, k, i):
-                taken = k
+                exit_of_sample = k
                 break
-        exits.append(taken)
+        exits.append(exit_of_sample)
+    return exits
+
+
+def online_exits(policy, outputs, batches):
+    """The exit of every sample when each batch (indices) goes on with whoever the policy did not let leave."""
+    exits = [None] * outputs.n_samples
+    for batch in batches:
+        alive, memory = list(batch), None
+        for k in [k for k in range(outputs.n_exits) if policy.runs[k]]:
+            if not alive:
+                break
+            logits = None if outputs.logits is None else outputs.logits[k][alive]
+            features = None if outputs.features is None else outputs.features[k][alive]
+            predictions = None if outputs.predictions is None else outputs.predictions[k][alive]
+            answer = Answer(logits=logits, predictions=predictions, scores=outputs.scores[k][alive], features=features)
+            leave, _, memory = policy.decide(k, answer, memory)
+            for i, leaves in zip(alive, leave, strict=True):
+                exits[i] = k if leaves or k == outputs.n_exits - 1 else None
+            alive = [i for i, leaves in zip(alive, leave, strict=True) if not leaves]
+            memory = None if memory is None else memory[~leave]
     return exits
 
 
@@ -50,12 +72,12 @@ def full_cost(outputs):
     return math.fsum(outputs.stage_costs) + outputs.exit_costs[-1]
 
 
-def spent(outputs, run, taken):
-    """What a sample has spent when it leaves at exit ``taken`` and the early exits ``run`` are run."""
+def spent(outputs, run, k):
+    """What a sample has spent when it leaves at exit k and the early exits ``run`` are run."""
     last = outputs.n_exits - 1
-    total = math.fsum(outputs.stage_costs[: taken + 1])
-    total += math.fsum(outputs.exit_costs[k] for k in run if k <= taken)
-    return total + (outputs.exit_costs[last] if taken == last else 0.0)
+    total = math.fsum(outputs.stage_costs[: k + 1])
+    total += math.fsum(outputs.exit_costs[j] for j in run if j <= k)
+    return total + (outputs.exit_costs[last] if k == last else 0.0)
 
 
 def outcome(outputs, thresholds, always=()):
@@ -72,7 +94,7 @@ def every_thresholds(outputs):
     """All thresholds that tell samples apart: never, always and every observed score, at every early exit."""
     early = outputs.n_exits - 1
     cells = [[math.inf, -math.inf, *sorted({float(s) for s in outputs.scores[k]})] for k in range(early)]
-    return [(*chosen, -math.inf) for chosen in itertools.product(*cells)]
+    return [(*limits, -math.inf) for limits in itertools.product(*cells)]
 
 
 def every_outcome(outputs, always=()):
@@ -132,27 +154,27 @@ def msdnet_rule(scores, quotas):
     """MSDNet's published loop over sorted confidences; where a quota is not reached, all who are left leave."""
     n = len(scores[0])
     exits = [len(scores) - 1] * n
-    gone = [False] * n
+    has_left = [False] * n
     for k in range(len(scores) - 1):
         order = sorted(range(n), key=lambda i: -scores[k][i])
         threshold, count = math.inf, 0
         for i in order:
-            if not gone[i] and quotas[k] > 0:
+            if not has_left[i] and quotas[k] > 0:
                 count += 1
                 threshold = scores[k][i]
                 if count == quotas[k]:
                     break
         for i in range(n):
-            if not gone[i] and scores[k][i] >= threshold:
-                gone[i], exits[i] = True, k
+            if not has_left[i] and scores[k][i] >= threshold:
+                has_left[i], exits[i] = True, k
     return exits
 
 
 def class_target(outputs, margin, c):
     """(1 - margin) times the full model's precision on class c; infinite where it never answers with it."""
-    answered = [i for i in range(outputs.n_samples) if outputs.predictions[-1][i] == c]
-    right = sum(bool(outputs.labels[i] == c) for i in answered)
-    return (1.0 - margin) * (right / len(answered)) if answered else math.inf
+    answers = [i for i in range(outputs.n_samples) if outputs.predictions[-1][i] == c]
+    right = sum(bool(outputs.labels[i] == c) for i in answers)
+    return (1.0 - margin) * (right / len(answers)) if answers else math.inf
 
 
 def margin_thresholds(outputs, margin, cascade_aware, cell):
@@ -191,13 +213,13 @@ def fixed_sequence(scores, right, target, min_support, delta):
     if target <= 0:
         return -math.inf
     values = [*sorted(set(scores), reverse=True), -math.inf]
-    needed = max(min_support, 30, math.ceil(2 * math.log(delta) / math.log(target)))
-    chosen, tested = math.inf, False
+    size = max(min_support, 30, math.ceil(2 * math.log(delta) / math.log(target)))
+    threshold, testing = math.inf, False
     for value, below in itertools.pairwise(values):
         leaving = [r for s, r in zip(scores, right, strict=True) if s >= value]
-        if len(leaving) >= needed or (tested and below == -math.inf):
-            tested = True
+        if len(leaving) >= size or (testing and below == -math.inf):
+            testing = True
             if binomtest(sum(leaving), len(leaving), target, alternative="greater").pvalue > delta:
-                return chosen
-            chosen, needed = below, -(-11 * len(leaving) // 10)
-    return chosen
+                return threshold
+            threshold, size = below, -(-11 * len(leaving) // 10)
+    return threshold

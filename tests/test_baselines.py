@@ -61,11 +61,11 @@ def naive_oracle(outputs):
     return exits
 
 
-def naive_patience(outputs, asked):
+def naive_patience(outputs, count):
     exits = []
     for i in range(outputs.n_samples):
         answers = [int(outputs.predictions[k][i]) for k in range(outputs.n_exits)]
-        agreeing = [k for k in range(asked, len(answers)) if len(set(answers[k - asked : k + 1])) == 1]
+        agreeing = [k for k in range(count, len(answers)) if len(set(answers[k - count : k + 1])) == 1]
         exits.append(min([*agreeing, len(answers) - 1]))
     return exits
 
@@ -154,12 +154,12 @@ PATIENT = [
 
 
 @pytest.mark.parametrize(
-    ("asked", "exits"),
+    ("count", "exits"),
     [(1, [1, 2, 4, 1, 2]), (2, [2, 3, 4, 4, 3]), (3, [3, 4, 4, 4, 4]), (4, [4] * 5), (9, [4] * 5)],
 )
-def test_patience_counts_exits_in_a_row_that_answer_the_same(asked, exits):
+def test_patience_counts_exits_in_a_row_that_answer_the_same(count, exits):
     outputs = by_hand(PATIENT, [0] * 5, [1] * 5, [0] * 5)
-    assert patience_exits(outputs, asked).tolist() == exits
+    assert patience_exits(outputs, count).tolist() == exits
 
 
 def test_patience_pays_for_every_exit_on_the_way():
@@ -188,10 +188,10 @@ def test_a_single_exit_is_the_full_model_under_every_rule():
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("asked", [0, -1, 1.5, True, "2", None])
-def test_a_patience_that_cannot_be(asked):
-    with pytest.raises(ValueError, match=f"patience must be a whole number, at least 1; got {asked!r}"):
-        patience_exits(drawn(3), asked)
+@pytest.mark.parametrize("count", [0, -1, 1.5, True, "2", None])
+def test_a_patience_that_cannot_be(count):
+    with pytest.raises(ValueError, match=f"patience must be a whole number, at least 1; got {count!r}"):
+        patience_exits(drawn(3), count)
 
 
 def test_patience_needs_predictions():

@@ -9,8 +9,9 @@ from sklearn.exceptions import NotFittedError
 
 import adaptexit
 from adaptexit import CPMCalibrator
+from adaptexit.core.answer import Answer
 from adaptexit.core.margins import MARGINS, Rule, class_precision, margin_thresholds
-from adaptexit.core.outputs import ExitBatch, ExitOutputs
+from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import SCORES
 from tests.nets import Columns, branched_model, branched_trained, column_cascade, column_data, digits, flat_head
 
@@ -86,10 +87,10 @@ def test_precision_of_the_full_model_is_kept(outputs):
     ],
 )
 def test_parameters_reach_the_rule(outputs, parameters, rule):
-    found = CPMCalibrator(0.2, **parameters).fit(outputs).thresholds_
+    thresholds = CPMCalibrator(0.2, **parameters).fit(outputs).thresholds_
     expected = margin_thresholds(outputs, [0.2], cascade_aware=True, rule=rule)[0][0]
     without = margin_thresholds(outputs, [0.2], cascade_aware=True)[0][0]
-    assert found.tolist() == expected.tolist() != without.tolist()
+    assert thresholds.tolist() == expected.tolist() != without.tolist()
 
 
 def test_a_joint_error_level_is_shared_by_early_exits_and_classes(outputs):
@@ -142,15 +143,15 @@ def test_a_dominated_margin_stays_in_use():
 
 def test_a_budget_chooses_among_the_margins(outputs):
     calibrator = CPMCalibrator().fit(outputs)
-    assert calibrator.operating_point() is calibrator.point_
+    assert calibrator.policy().point is calibrator.point_
     for budget in (0.6, 0.8, 1.0):
-        point = calibrator.operating_point(budget)
+        point = calibrator.policy(budget=budget).point
         within = [p.accuracy for p in calibrator.frontier_.points if p.cost <= budget]
         assert point in calibrator.frontier_.points
         assert point.cost <= budget
         assert point.accuracy == max(within)
     with pytest.raises(ValueError, match="budget must be at least"):
-        calibrator.operating_point(0.1)
+        calibrator.policy(budget=0.1)
 
 
 def test_the_frontier_on_other_data_keeps_every_point(outputs):
@@ -177,11 +178,11 @@ def test_the_calibrated_order_is_kept_on_other_data():
 @pytest.mark.parametrize("score", SCORES)
 def test_a_score_by_name_is_that_score_recorded(outputs, score):
     by_name = CPMCalibrator(score=score).fit(outputs)
-    recorded = ExitOutputs.from_logits(LOGITS, LABELS, score=score, **COSTS)
-    same_points(by_name, CPMCalibrator().fit(recorded))
-    assert by_name.exit_index(outputs).tolist() == by_name.exit_index(recorded).tolist()
-    batch = ExitBatch(predictions=outputs.predictions[0], scores=np.zeros(300), logits=LOGITS[0])
-    assert (by_name.accept(0, batch) == (by_name.exit_index(outputs) == 0)).all()
+    by_record = ExitOutputs.from_logits(LOGITS, LABELS, score=score, **COSTS)
+    same_points(by_name, CPMCalibrator().fit(by_record))
+    assert by_name.exit_index(outputs).tolist() == by_name.exit_index(by_record).tolist()
+    batch = Answer(predictions=outputs.predictions[0], scores=np.zeros(300), logits=LOGITS[0])
+    assert (by_name.policy().decide(0, batch).leave == (by_name.exit_index(outputs) == 0)).all()
 
 
 @pytest.mark.parametrize("score", ["entropy", lambda logits: logits[:, 0]])
@@ -256,7 +257,10 @@ def test_a_failed_fit_leaves_the_calibrator_as_it_was(outputs, refused):
     assert all(vars(calibrator)[name] is before[name] for name in ("frontier_", "point_", "precision_"))
 
 
-@pytest.mark.parametrize("call", [lambda c, o: c.exit_index(o), lambda c, o: c.pareto(), lambda c, o: c.get_state()])
+@pytest.mark.parametrize(
+    "call",
+    [lambda c, o: c.exit_index(o), lambda c, o: c.pareto(), lambda c, o: c.get_state(), lambda c, o: c.policy()],
+)
 def test_nothing_works_before_fit(outputs, call):
     with pytest.raises(NotFittedError, match="not fitted yet"):
         call(CPMCalibrator(), outputs)
@@ -283,10 +287,10 @@ def with_classes(n_classes, labels):
     ],
 )
 def test_missing_classes_are_counted_and_named(n_classes, labels, message):
-    with pytest.warns(adaptexit.CalibrationWarning, match=message) as caught:
+    with pytest.warns(adaptexit.CalibrationWarning, match=message) as warned:
         calibrator = CPMCalibrator().fit(with_classes(n_classes, labels))
-    assert len(caught) == 1
-    assert caught[0].filename == __file__
+    assert len(warned) == 1
+    assert warned[0].filename == __file__
     assert np.isnan(calibrator.precision_).sum() == n_classes - 2
     assert calibrator.thresholds_[0, [1, 3]].tolist() == [np.inf, np.inf]
     assert calibrator.thresholds_[0, [0, 2]].tolist() == [-np.inf, -np.inf]
@@ -296,28 +300,28 @@ def test_missing_classes_are_counted_and_named(n_classes, labels, message):
 
 
 def test_parameters_are_stored_as_given_and_cloned(outputs):
-    given = {
+    parameters = {
         "margin": 0.2, "margins": [0.1, 0.3], "cascade_aware": False, "min_support": 3, "bound": "wilson",
         "delta": 0.2, "joint": True, "score": "margin",
     }  # fmt: skip
-    calibrator = CPMCalibrator(**given).fit(outputs)
+    calibrator = CPMCalibrator(**parameters).fit(outputs)
     copy = clone(calibrator)
-    assert calibrator.get_params() == copy.get_params() == given
+    assert calibrator.get_params() == copy.get_params() == parameters
     assert not hasattr(copy, "frontier_")
     same_points(copy.fit(outputs), calibrator)
 
 
-def through_state(calibrator):
+def through_state(calibrator, outputs):
     state, arrays = calibrator.get_state()
     again = clone(calibrator)
-    again.set_state(json.loads(json.dumps(state)), arrays)
+    again.set_state(json.loads(json.dumps(state)), arrays, outputs)
     return again
 
 
-@pytest.mark.parametrize("copied", [through_state, lambda calibrator: pickle.loads(pickle.dumps(calibrator))])
+@pytest.mark.parametrize("copied", [through_state, lambda calibrator, outputs: pickle.loads(pickle.dumps(calibrator))])
 def test_copies_hold_what_was_learned(outputs, copied):
     calibrator = CPMCalibrator(0.3, score="entropy").fit(outputs)
-    again = copied(calibrator)
+    again = copied(calibrator, outputs)
     same_points(again, calibrator)
     assert again.point_ in again.frontier_.points
     assert again.point_.params == {"margin": 0.3}
@@ -336,7 +340,7 @@ def test_a_cascade_leaves_by_class_as_its_calibrator_says(score):
     record = cascade.record(X, Y)
     assert cascade.calibrator_.thresholds_.shape == (3, 3)
     for budget in (None, *cascade.pareto().cost):
-        point = cascade.calibrator_.operating_point(budget)
+        point = cascade.operating_point(budget)
         exits = cascade.calibrator_.exit_index(record, point)
         assert cascade.trace(X, budget=budget).exits.tolist() == exits.tolist()
         assert cascade.predict(X, budget=budget).tolist() == record.predictions[exits, np.arange(300)].tolist()
@@ -368,7 +372,7 @@ def test_a_classifier_with_exits_leaves_by_class_as_its_calibrator_says(branched
     images, labels = digits()[2]
     record = branched_by_class.record(images, labels)
     for budget in (None, branched_by_class.pareto().cost[0]):
-        point = branched_by_class.calibrator_.operating_point(budget)
+        point = branched_by_class.operating_point(budget)
         exits = branched_by_class.calibrator_.exit_index(record, point)
         assert branched_by_class.trace(images, budget=budget).exits.tolist() == exits.tolist()
         answers = record.predictions[exits, np.arange(len(images))]
@@ -393,9 +397,9 @@ def test_outputs_of_other_classes_are_refused():
         return ExitOutputs(scores=rng.random((3, 50)), costs=[1, 2, 3], **answers)
 
     calibrator = CPMCalibrator().fit(outputs(2))
-    for others, came in ((outputs(3), "3 classes"), (outputs(2, quality=np.ones((3, 50))), "no predictions")):
+    for others, nature in ((outputs(3), "3 classes"), (outputs(2, quality=np.ones((3, 50))), "no predictions")):
         for ask in (calibrator.exit_index, calibrator.pareto):
-            with pytest.raises(ValueError, match=f"predictions of the 2 classes that were calibrated.*got {came}"):
+            with pytest.raises(ValueError, match=f"predictions of the 2 classes that were calibrated.*got {nature}"):
                 ask(others)
 
 

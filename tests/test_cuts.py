@@ -170,7 +170,7 @@ def test_the_model_is_given_back_as_it_was(fails):
     net = Net(1).train()
     net.norm.eval()
     net.spare.requires_grad_(False)
-    kept = net.stem.register_forward_hook(lambda *_: None)
+    handle = net.stem.register_forward_hook(lambda *_: None)
     before = {name: value.clone() for name, value in net.state_dict().items()}
     torch.manual_seed(3)
     state = torch.get_rng_state()
@@ -182,7 +182,7 @@ def test_the_model_is_given_back_as_it_was(fails):
         list_cuts(net, x_of(), repeats=1)
         auto_cuts(net, x_of())
     assert hooks(net) == 1
-    kept.remove()
+    handle.remove()
     assert [part.training for part in (net, net.norm, net.stem)] == [True, False, True]
     assert [name for name, p in net.named_parameters() if not p.requires_grad] == ["spare.weight", "spare.bias"]
     assert all(p.grad is None for p in net.parameters())
@@ -191,12 +191,12 @@ def test_the_model_is_given_back_as_it_was(fails):
 
 
 def test_the_model_runs_in_evaluation_mode_and_outside_inference_mode():
-    seen = []
+    modes = []
     net = Net(1).train()
-    net.norm.register_forward_hook(lambda part, *_: seen.append((part.training, torch.is_inference_mode_enabled())))
+    net.norm.register_forward_hook(lambda part, *_: modes.append((part.training, torch.is_inference_mode_enabled())))
     with torch.inference_mode():
         list_cuts(net, x_of(), repeats=2)
-    assert seen == [(False, False)] * 4  # counted, warmed up, timed twice
+    assert modes == [(False, False)] * 4  # counted, warmed up, timed twice
 
 
 def test_latency_is_cumulative_seconds_a_sample():
@@ -273,19 +273,19 @@ def test_bad_arguments_of_list_cuts():
 def test_wrappers_are_looked_through():
     net = Net(1)
     compiled = torch.compile(net, backend="eager")
-    for wrapped in (net, nn.DataParallel(net), compiled, nn.DataParallel(compiled)):
-        assert unwrapped(wrapped) is net
+    for wrapper in (net, nn.DataParallel(net), compiled, nn.DataParallel(compiled)):
+        assert unwrapped(wrapper) is net
     assert list_cuts(compiled, x_of(), repeats=1).names == list_cuts(net, x_of(), repeats=1).names
     assert check_names(nn.DataParallel(net), ["layers.0"]) == ["layers.0"]
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit")
 def test_torchscript_is_refused_as_a_model_and_is_one_piece_inside_one():
-    scripted = torch.jit.trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), x_of())
+    script = torch.jit.trace(nn.Sequential(nn.Linear(4, 4), nn.ReLU()), x_of())
     for call in (unwrapped, lambda net: list_cuts(net, x_of()), lambda net: auto_cuts(net, x_of())):
         with pytest.raises(TypeError, match="got TorchScript"):
-            call(scripted)
-    net = nn.Sequential(nn.Linear(4, 4), scripted, nn.Linear(4, 4), nn.Linear(4, 2))
+            call(script)
+    net = nn.Sequential(nn.Linear(4, 4), script, nn.Linear(4, 4), nn.Linear(4, 2))
     assert list_cuts(net, x_of(), every=True, repeats=1).names == ["0", "2"]
 
 
@@ -299,14 +299,14 @@ def test_torchscript_is_refused_as_a_model_and_is_one_piece_inside_one():
     ],
 )
 def test_automatic_cuts_of_timm_models(name, cuts):
-    found = auto_cuts(name)
-    assert cuts is None or found == cuts
+    names = auto_cuts(name)
+    assert cuts is None or names == cuts
     shares = {p.name: p for p in list_cuts(name, repeats=1)}
-    chosen = [shares[name].relative_macs for name in found]
-    assert chosen == sorted(set(chosen))
-    assert len(chosen) == 3
-    assert np.abs(np.array(chosen) - [0.25, 0.5, 0.75]).max() < 0.13
-    assert all(shares[name].is_tensor and shares[name].is_narrow for name in found)
+    shares_of_cuts = [shares[name].relative_macs for name in names]
+    assert shares_of_cuts == sorted(set(shares_of_cuts))
+    assert len(shares_of_cuts) == 3
+    assert np.abs(np.array(shares_of_cuts) - [0.25, 0.5, 0.75]).max() < 0.13
+    assert all(shares[name].is_tensor and shares[name].is_narrow for name in names)
 
 
 def test_automatic_cuts_of_cifar_resnets():

@@ -11,10 +11,13 @@ from sklearn.metrics import log_loss
 
 import adaptexit
 from adaptexit import CascadeSaver, CPMCalibrator, EENetScheduler, compare
-from adaptexit.core.outputs import ExitBatch, ExitOutputs
-from adaptexit.training.asking import probabilities
-from adaptexit.training.schedules import Assigner, Scorer, evidence, train_schedule
+from adaptexit.calibrators.eenet_scorers import Assigner, Scorer, evidence, train_schedule
+from adaptexit.calibrators.small_modules import probabilities
+from adaptexit.core.answer import Answer
+from adaptexit.core.frontier import evaluate
+from adaptexit.core.outputs import ExitOutputs
 from tests.nets import branched, branched_trained, digits, large_trained, small_trained
+from tests.properties.test_calibrator_laws import online_exits
 
 TRAIN, VAL, TEST = digits()
 CUTS = ["one", "two"]
@@ -27,28 +30,11 @@ def recorded(n=600, seed=0, cost_unit="MACs", **changed):
     labels, hard = rng.integers(0, 3, n), rng.random(n) < 0.5
     strength = np.where(hard, np.array([[0.0], [0.5], [4.0]]), np.array([[3.0], [4.0], [4.0]]))
     logits = rng.normal(size=(3, n, 3)) + strength[:, :, None] * np.eye(3)[labels]
-    given = {"costs": [100.0, 300.0, 1000.0], "cost_unit": cost_unit} | changed
-    return ExitOutputs.from_logits(logits.astype(np.float32), labels, **given)
+    settings = {"costs": [100.0, 300.0, 1000.0], "cost_unit": cost_unit} | changed
+    return ExitOutputs.from_logits(logits.astype(np.float32), labels, **settings)
 
 
 OUTPUTS = recorded()
-
-
-def online(calibrator, outputs, order, size, point):
-    """Exits when batches of samples go from exit to exit with what was found so far."""
-    last = outputs.n_exits - 1
-    exits = np.full(outputs.n_samples, last)
-    for start in range(0, len(order), size):
-        alive, earlier = order[start : start + size], None
-        for k in range(last):
-            batch = ExitBatch(
-                predictions=outputs.predictions[k][alive], scores=outputs.scores[k][alive],
-                logits=outputs.logits[k][alive], earlier=earlier,
-            )  # fmt: skip
-            leaves, earlier = calibrator.decide(k, batch, point)
-            exits[alive[leaves]] = k
-            alive, earlier = alive[~leaves], earlier[~leaves]
-    return exits
 
 
 # -- learning ---------------------------------------------------------------------------------------------------------
@@ -57,11 +43,11 @@ def online(calibrator, outputs, order, size, point):
 def test_evidence_is_probabilities_the_largest_and_how_low_the_entropy():
     logits = np.array([[2.0, 0.0, -1.0], [0.0, 0.0, 0.0], [40.0, 0.0, 0.0]], dtype=np.float32)
     p = softmax(logits, axis=1)
-    said = evidence(torch.from_numpy(logits)).numpy()
-    np.testing.assert_allclose(said[:, :3], p, atol=1e-6)
-    np.testing.assert_allclose(said[:, 3], p.max(axis=1), atol=1e-6)
+    numbers = evidence(torch.from_numpy(logits)).numpy()
+    np.testing.assert_allclose(numbers[:, :3], p, atol=1e-6)
+    np.testing.assert_allclose(numbers[:, 3], p.max(axis=1), atol=1e-6)
     entropy = -(p * np.log(p)).sum(axis=1)
-    np.testing.assert_allclose(said[:, 4], 1 - entropy / np.log(3), atol=1e-6)
+    np.testing.assert_allclose(numbers[:, 4], 1 - entropy / np.log(3), atol=1e-6)
     assert evidence(torch.zeros(2, 1)).tolist() == [[1, 1, 1], [1, 1, 1]]
 
 
@@ -84,11 +70,11 @@ def test_shares_follow_the_budget():
     costs = np.array([0.1, 0.3, 1.0])
     assert cheap.shares_ @ costs == pytest.approx(0.3, abs=0.06)
     assert dear.shares_ @ costs == pytest.approx(0.8, abs=0.06)
-    for found in (cheap, dear):
-        assert found.shares_.sum() == pytest.approx(1.0)
-        assert found.point_.params == {"budget": found.budget}
-        assert found.budget - 0.01 <= found.point_.cost <= found.budget
-        assert found.history_[-1][2] < found.history_[0][2]
+    for model in (cheap, dear):
+        assert model.shares_.sum() == pytest.approx(1.0)
+        assert model.point_.params == {"budget": model.budget}
+        assert model.budget - 0.01 <= model.point_.cost <= model.budget
+        assert model.history_[-1][2] < model.history_[0][2]
 
 
 def test_the_losses_are_the_papers():
@@ -98,38 +84,36 @@ def test_the_losses_are_the_papers():
     scorers, shares, history = train_schedule(
         OUTPUTS.logits, correct, costs, 0.4, kl_weight=0.5, budget_weight=2.0, **settings
     )
-    found = np.empty((OUTPUTS.n_samples, 0))
+    scores = np.empty((OUTPUTS.n_samples, 0))
     for k, scorer in enumerate(scorers):
-        found = np.column_stack([found, probabilities(scorer, OUTPUTS.logits[k], found)])
-    doubled, _, other = train_schedule(
-        OUTPUTS.logits, correct, costs, 0.4, kl_weight=1.0, budget_weight=4.0, **settings
-    )
-    assert torch.equal(doubled[0].net.weight, scorers[0].net.weight)
+        scores = np.column_stack([scores, probabilities(scorer, OUTPUTS.logits[k], scores)])
+    twice, _, other = train_schedule(OUTPUTS.logits, correct, costs, 0.4, kl_weight=1.0, budget_weight=4.0, **settings)
+    assert torch.equal(twice[0].net.weight, scorers[0].net.weight)
     wrong, divergence, distance = history[0]
     assert other[0] == pytest.approx([wrong, 2 * divergence, 2 * distance], rel=1e-5)
     assert distance == pytest.approx(2.0 * abs(shares @ costs - 0.4) / 0.4, rel=1e-4)
-    each = -(correct.T * np.log(found) + ~correct.T * np.log(1 - found))
-    weights = assignment(found, 4, 3)
+    each = -(correct.T * np.log(scores) + ~correct.T * np.log(1 - scores))
+    weights = assignment(scores, 4, 3)
     np.testing.assert_allclose(weights.mean(axis=0), shares, rtol=1e-4)
     assert wrong == pytest.approx(np.mean((weights * each).sum(axis=0) / weights.sum(axis=0)), rel=1e-5)
     assert wrong != pytest.approx(each.mean(), rel=1e-4)
     alone = train_schedule(OUTPUTS.logits[:, :1], correct[:, :1], costs, 0.4, kl_weight=1, budget_weight=1, **settings)
-    q, r = found[0], alone[1]
+    q, r = scores[0], alone[1]
     assert alone[2][0][0] == pytest.approx(each[0].mean(), rel=1e-4)  # of one sample the weights are 1
     assert alone[2][0][1] == pytest.approx(np.sum(q / q.sum() * np.log(q / q.sum() / r)), rel=1e-3)
 
 
-def assignment(found, hidden, seed):
+def assignment(scores, hidden, seed):
     """What the assigner of a fresh schedule says of OUTPUTS, (N, K)."""
     torch.manual_seed(seed)
     _ = [Scorer(3, k) for k in range(3)]
     assigner = Assigner(3, 3, hidden)
-    read = [
-        torch.cat([evidence(torch.from_numpy(OUTPUTS.logits[k])), torch.from_numpy(found[:, :k]).float()], dim=1)
+    inputs = [
+        torch.cat([evidence(torch.from_numpy(OUTPUTS.logits[k])), torch.from_numpy(scores[:, :k]).float()], dim=1)
         for k in range(3)
     ]
     with torch.no_grad():
-        return assigner(read).softmax(dim=1).double().numpy()
+        return assigner(inputs).softmax(dim=1).double().numpy()
 
 
 def test_earlier_scores_are_taken_as_they_are():
@@ -148,8 +132,8 @@ def test_the_first_exits_score_reads_itself_alone_and_the_next_what_came_before(
     assert [scorer.net.in_features for scorer in model.scorers_] == [5, 6]
     other = OUTPUTS.logits.copy()
     other[0] = -other[0]
-    changed = model.rescored(ExitOutputs.from_logits(other, OUTPUTS.labels, costs=[100.0, 300.0, 1000.0]))
-    assert not np.allclose(changed.scores[1], model.rescored(OUTPUTS).scores[1])
+    after = model.rescored(ExitOutputs.from_logits(other, OUTPUTS.labels, costs=[100.0, 300.0, 1000.0]))
+    assert not np.allclose(after.scores[1], model.rescored(OUTPUTS).scores[1])
 
 
 @pytest.mark.parametrize(("unit", "expected"), [("MACs", [5, 6, 0]), ("seconds", [0, 0, 0]), (None, [0, 0, 0])])
@@ -185,6 +169,17 @@ def test_a_seed_determines_all_and_leaves_the_global_one_alone():
 # -- answering --------------------------------------------------------------------------------------------------------
 
 
+def test_online_scores_are_the_offline_ones_and_1_at_the_last_exit():
+    model = EENetScheduler(**QUICK).fit(OUTPUTS)
+    memory = None
+    for k in range(3):
+        batch = Answer(predictions=OUTPUTS.predictions[k], scores=OUTPUTS.scores[k], logits=OUTPUTS.logits[k])
+        scores, memory = model.scores(k, batch, memory)
+        assert scores.tolist() == model.rescored(OUTPUTS).scores[k].tolist()
+        assert memory is None or memory.shape == (600, k + 1)
+    assert (scores == 1).all()
+
+
 @pytest.mark.parametrize("size", [1, 7, 64, 600])
 @pytest.mark.parametrize("scale", [1, 30, 300])
 def test_leaving_online_is_routing_offline(size, scale):
@@ -193,7 +188,7 @@ def test_leaving_online_is_routing_offline(size, scale):
     model = EENetScheduler(**QUICK).fit(outputs)
     order = np.random.default_rng(1).permutation(outputs.n_samples)
     for point in model.frontier_.points[:: 4 if size == 1 else 1]:
-        exits = online(model, outputs, order, size, point)
+        exits = online_exits(model, outputs, np.split(order, range(size, 600, size)), point)
         assert exits.tolist() == model.exit_index(outputs, point).tolist()
 
 
@@ -208,7 +203,7 @@ def test_each_exit_alone_is_charged_nothing_for_scores_or_for_those_before_it():
 def test_budgets_are_served_by_points_within_them():
     model = EENetScheduler(0.5, **QUICK).fit(OUTPUTS)
     for budget in (0.2, 0.5, 0.9, 1.0):
-        assert model.operating_point(budget).cost <= budget + 1e-9
+        assert model.policy(budget=budget).point.cost <= budget + 1e-9
     fresh = model.pareto(recorded(seed=1))
     assert fresh.at(budget=0.5).cost == pytest.approx(0.5, abs=0.05)
     assert len(fresh.points) == len(model.frontier_.points)
@@ -217,10 +212,10 @@ def test_budgets_are_served_by_points_within_them():
 def test_a_schedule_for_each_budget():
     model = EENetScheduler(0.5, n_points=10).fit(OUTPUTS)
     fresh = recorded(seed=1)
-    swept = model.pareto(fresh, refit=True, budgets=[0.8, 0.5])
-    assert [point.params["budget"] for point in swept.points] == [0.5, 0.8]
+    sweep = model.pareto(fresh, refit=True, budgets=[0.8, 0.5])
+    assert [point.params["budget"] for point in sweep.points] == [0.5, 0.8]
     own = model.pareto(fresh).points[[p.params for p in model.frontier_.points].index({"budget": 0.5})]
-    assert (swept.points[0].accuracy, swept.points[0].cost) == (own.accuracy, own.cost)
+    assert (sweep.points[0].accuracy, sweep.points[0].cost) == (own.accuracy, own.cost)
     quick = EENetScheduler(epochs=1).fit(OUTPUTS).pareto(fresh, refit=True)
     assert len(quick.points) == 10
     assert quick.chosen_on.n_samples == OUTPUTS.n_samples
@@ -248,14 +243,16 @@ def test_a_first_exit_dearer_than_the_full_model():
 
 def test_memory_mapped_outputs(tmp_path):
     OUTPUTS.save(tmp_path / "outputs")
-    kept = ExitOutputs.load(tmp_path / "outputs", mmap=True)
-    model, other = (EENetScheduler(**QUICK).fit(o) for o in (kept, OUTPUTS))
-    assert model.rescored(kept).scores.tolist() == other.rescored(OUTPUTS).scores.tolist()
+    on_disk = ExitOutputs.load(tmp_path / "outputs", mmap=True)
+    model, other = (EENetScheduler(**QUICK).fit(o) for o in (on_disk, OUTPUTS))
+    assert model.rescored(on_disk).scores.tolist() == other.rescored(OUTPUTS).scores.tolist()
 
 
 def test_in_a_comparison():
-    found = compare(OUTPUTS, {"EENet": EENetScheduler(0.5, **QUICK), "CPM": CPMCalibrator()}, test=recorded(seed=1))
-    assert found.at(0.5)["EENet"].accuracy > found.points["random exit"][0].accuracy
+    comparison = compare(
+        OUTPUTS, {"EENet": EENetScheduler(0.5, **QUICK), "CPM": CPMCalibrator()}, test=recorded(seed=1)
+    )
+    assert comparison.at(0.5)["EENet"].accuracy > comparison.points["random exit"][0].accuracy
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -297,11 +294,11 @@ def test_outputs_and_batches_that_lack_what_is_needed():
     fewer = ExitOutputs.from_logits(OUTPUTS.logits[1:], OUTPUTS.labels, costs=[1, 2])
     with pytest.raises(ValueError, match="learned for 3 exits and 3 classes; the outputs have 2 and 3"):
         model.rescored(fewer)
-    batch = ExitBatch(predictions=np.zeros(2, int), scores=np.zeros(2), logits=np.zeros((2, 3), dtype=np.float32))
-    with pytest.raises(ValueError, match="exit 1 reads the scores of the 1 exits before it; the batch brings 0"):
-        model.accept(1, batch)
+    batch = Answer(predictions=np.zeros(2, int), scores=np.zeros(2), logits=np.zeros((2, 3), dtype=np.float32))
+    with pytest.raises(ValueError, match="exit 1 reads the scores of the 1 exits before it; the memory brings 0"):
+        model.policy().decide(1, batch)
     with pytest.raises(ValueError, match="a schedule needs logits, but the batch has none"):
-        model.accept(0, ExitBatch(predictions=np.zeros(1, int), scores=np.zeros(1)))
+        model.policy().decide(0, Answer(predictions=np.zeros(1, int), scores=np.zeros(1)))
     with pytest.raises(NotFittedError):
         EENetScheduler().rescored(OUTPUTS)
     with pytest.raises(ValueError, match=r"budgets must be a sequence of at least one number; got \[\]"):
@@ -315,7 +312,7 @@ def test_state_there_and_back():
     model = EENetScheduler(**QUICK).fit(OUTPUTS)
     state, arrays = model.get_state()
     other = clone(model)
-    other.set_state(json.loads(json.dumps(state)), arrays)
+    other.set_state(json.loads(json.dumps(state)), arrays, OUTPUTS)
     assert other.rescored(OUTPUTS).scores.tolist() == model.rescored(OUTPUTS).scores.tolist()
     assert other.exit_index(OUTPUTS).tolist() == model.exit_index(OUTPUTS).tolist()
     assert other.extra_costs_.tolist() == model.extra_costs_.tolist()
@@ -339,23 +336,27 @@ def test_an_estimator_leaves_as_its_record_says(calibrated):
     outputs = calibrated.record(*TEST)
     for point in calibrated.calibrator_.frontier_.points:
         trace = calibrated.trace(TEST[0], budget=point.cost)
-        used = calibrated.calibrator_.operating_point(point.cost)
-        assert trace.exits.tolist() == calibrated.calibrator_.exit_index(outputs, used).tolist()
-        evaluated = calibrated.pareto(*TEST).points[calibrated.point_index(point.cost)]
+        own = calibrated.operating_point(point.cost)
+        assert trace.exits.tolist() == calibrated.calibrator_.exit_index(outputs, own).tolist()
+        evaluated = calibrated.pareto(*TEST).at(budget=point.cost)
         assert trace.relative_costs.mean() == pytest.approx(evaluated.cost)
 
 
 def test_exits_before_the_deepest_one_on_are_asked_and_paid_though_nobody_leaves_there(calibrated):
     outputs = calibrated.outputs_
-    rescored = calibrated.calibrator_.rescored(outputs)
-    thresholds = np.array([np.inf, float(np.median(rescored.scores[1])), -np.inf])
-    point = adaptexit.core.frontier.evaluate(rescored, thresholds, thresholds)
-    answers = calibrated._answer(VAL[0], point)
-    assert answers.exits.tolist() == calibrated.calibrator_.exit_index(outputs, point).tolist()
-    assert set(answers.exits.tolist()) == {1, 2}
-    assert calibrated._on(point).tolist() == [True, True, True]
-    paid = outputs.stage_costs + outputs.exit_costs + calibrated.calibrator_.extra_costs_
-    np.testing.assert_allclose(calibrated._paid().path_costs(point.on), np.cumsum(paid))
+    scheduled = calibrated.calibrator_.rescored(outputs)
+    thresholds = np.array([np.inf, float(np.median(scheduled.scores[1])), -np.inf])
+    point = evaluate(scheduled, thresholds, thresholds)
+    policy = calibrated.calibrator_.policy(point=point)
+    assert policy.runs.tolist() == [True, True, True]
+    assert point.on.tolist() == [False, True, True]
+    trace = calibrated._predictor(policy).trace(VAL[0])
+    assert trace.exits.tolist() == calibrated.calibrator_.exit_index(outputs, point).tolist()
+    assert set(trace.exits.tolist()) == {1, 2}
+    costs = np.cumsum(outputs.stage_costs + outputs.exit_costs + calibrated.calibrator_.extra_costs_)
+    np.testing.assert_allclose(policy.path_costs, costs)
+    np.testing.assert_allclose(trace.costs, costs[trace.exits])
+    assert trace.relative_costs.mean() == pytest.approx(point.cost)
 
 
 def test_saved_and_loaded(calibrated, tmp_path):

@@ -10,13 +10,13 @@ from sklearn.exceptions import ConvergenceWarning, NotFittedError
 
 import adaptexit
 from adaptexit import CascadeSaver, EMRouter
-from adaptexit.calibrators import em
-from adaptexit.core.outputs import ExitBatch, ExitOutputs
-from adaptexit.core.posteriors import halting_targets, log_likelihoods, reach
-from adaptexit.features import pooled
-from adaptexit.training import routers as routers_module
-from adaptexit.training.asking import probabilities
-from adaptexit.training.routers import Router, new_routers
+from adaptexit.calibrators import em, em_routers
+from adaptexit.calibrators.em_routers import Router, new_routers
+from adaptexit.calibrators.small_modules import probabilities
+from adaptexit.core.answer import Answer
+from adaptexit.core.em import halting_targets, log_likelihoods, reach
+from adaptexit.core.outputs import ExitOutputs
+from adaptexit.heads.layout import pooled
 from tests.nets import branched, branched_trained, digits, large_trained, small_trained
 from tests.properties.test_calibrator_laws import online_exits
 
@@ -31,10 +31,10 @@ def recorded(n=400, seed=0, cost_unit="MACs", features=True, **changed):
     labels, hard = rng.integers(0, 3, n), rng.random(n) < 0.5
     strength = np.where(hard, np.array([[0.0], [0.5], [4.0]]), np.array([[3.0], [4.0], [4.0]]))
     logits = rng.normal(size=(3, n, 3)) + strength[:, :, None] * np.eye(3)[labels]
-    told = (hard[:, None] + 0.1 * rng.normal(size=(n, 4))).astype(np.float32)
-    given = {"costs": [100.0, 300.0, 1000.0], "cost_unit": cost_unit} | changed
+    hints = (hard[:, None] + 0.1 * rng.normal(size=(n, 4))).astype(np.float32)
+    settings = {"costs": [100.0, 300.0, 1000.0], "cost_unit": cost_unit} | changed
     return ExitOutputs.from_logits(
-        logits, labels, features=[told, told[:, :2], told[:, :0]] if features else None, **given
+        logits, labels, features=[hints, hints[:, :2], hints[:, :0]] if features else None, **settings
     )
 
 
@@ -55,22 +55,22 @@ def test_hard_samples_go_on():
 @pytest.mark.parametrize("weighted", [True, False])
 @pytest.mark.parametrize("prior", ["global", "per_sample"])
 def test_routers_learn_halting_targets(prior, weighted, monkeypatch):
-    told = []
-    original = routers_module.train_routers
+    calls = []
+    original = em_routers.train_routers
 
     def spy(routers, features, targets, weights=None, **settings):
-        told.append((features, targets, weights, settings))
+        calls.append((features, targets, weights, settings))
         return original(routers, features, targets, weights, **settings)
 
-    monkeypatch.setattr(routers_module, "train_routers", spy)
+    monkeypatch.setattr(em_routers, "train_routers", spy)
     router = EMRouter(0.7, weighted=weighted, **QUICK | {"prior": prior}).fit(OUTPUTS)
-    ((features, targets, weights, settings),) = told
+    ((features, targets, weights, settings),) = calls
     log_r = router.posterior_.log_responsibilities
     assert np.array_equal(targets, halting_targets(log_r)[:, :2])
     assert np.array_equal(weights, reach(log_r)[:, :2]) if weighted else weights is None
     assert all(np.array_equal(a, b) for a, b in zip(features, OUTPUTS.features[:2], strict=True))
     assert settings["epochs"] == 6
-    costs = router._kept[2]
+    costs = router._fit_data[2]
     expected = log_likelihoods(OUTPUTS) - 0.7 * costs
     if prior == "per_sample":
         r = np.exp(expected - expected.max(axis=1, keepdims=True))
@@ -81,10 +81,10 @@ def test_costs_count_heads_and_routers():
     router = EMRouter(**QUICK).fit(OUTPUTS)
     macs = [4 * 8 + 8, 2 * 8 + 8, 0]
     assert router.extra_costs_.tolist() == macs
-    np.testing.assert_allclose(router._kept[2], (np.array([100, 300, 1000]) + np.cumsum(macs)) / 1000)
+    np.testing.assert_allclose(router._fit_data[2], (np.array([100, 300, 1000]) + np.cumsum(macs)) / 1000)
     (point,) = [p for p in router.frontier_.points if p is router.point_]
-    paid = np.array([100, 300, 1000]) + np.cumsum(macs)
-    assert point.cost == pytest.approx(float(point.exit_rates @ paid) / 1000)
+    costs = np.array([100, 300, 1000]) + np.cumsum(macs)
+    assert point.cost == pytest.approx(float(point.exit_rates @ costs) / 1000)
 
 
 @pytest.mark.parametrize("unit", [None, "seconds", "given"])
@@ -92,7 +92,7 @@ def test_routers_are_free_where_costs_are_no_macs(unit):
     outputs = recorded(cost_unit=unit, costs=[0.25, 0.5, 1.0])
     router = EMRouter(**QUICK).fit(outputs)
     assert not router.extra_costs_.any()
-    assert router._kept[2].tolist() == [0.25, 0.5, 1.0]
+    assert router._fit_data[2].tolist() == [0.25, 0.5, 1.0]
 
 
 @pytest.mark.parametrize("prior", ["global", "per_sample", "amortized"])
@@ -120,10 +120,10 @@ def test_amortized_routers_are_the_prior():
 
 def test_not_to_converge_is_told():
     for steps in (1, 2):
-        with pytest.warns(ConvergenceWarning, match=f"EM stopped after {steps} steps without having conv") as told:
+        with pytest.warns(ConvergenceWarning, match=f"EM stopped after {steps} steps without having conv") as warned:
             router = EMRouter(n_iter=steps, tol=1e-9, epochs=2, n_points=10).fit(OUTPUTS)
         assert not router.posterior_.converged
-        assert told[0].filename == __file__
+        assert warned[0].filename == __file__
 
 
 def test_routers_learn_from_the_training_outputs_and_thresholds_from_the_others():
@@ -166,20 +166,31 @@ def test_routers_standardise_what_they_read():
 
 def test_leaving_online_is_routing_offline():
     router = EMRouter(**QUICK).fit(OUTPUTS)
-
-    def batch(k, alive):
-        return ExitBatch(
-            predictions=OUTPUTS.predictions[k][alive], scores=OUTPUTS.scores[k][alive],
-            features=OUTPUTS.features[k][alive] if k < 2 else None,
-        )  # fmt: skip
-
+    batches = np.split(np.arange(400), [7, 200])
     for point in router.frontier_.points:
-        exits, alive = np.full(400, 2), np.arange(400)
-        for k in range(2):
-            leaves = router.accept(k, batch(k, alive), point)
-            exits[alive[leaves]] = k
-            alive = alive[~leaves]
-        assert exits.tolist() == router.exit_index(OUTPUTS, point).tolist()
+        assert online_exits(router, OUTPUTS, batches, point).tolist() == router.exit_index(OUTPUTS, point).tolist()
+
+
+def test_online_scores_are_the_offline_ones_and_1_at_the_last_exit():
+    router = EMRouter(**QUICK).fit(OUTPUTS)
+    for k in range(3):
+        batch = Answer(
+            predictions=OUTPUTS.predictions[k],
+            scores=OUTPUTS.scores[k],
+            features=OUTPUTS.features[k] if k < 2 else None,
+        )
+        scores, memory = router.scores(k, batch)
+        assert scores.tolist() == router.rescored(OUTPUTS).scores[k].tolist()
+        assert memory is None
+    assert (scores == 1).all()
+
+
+def test_logits_are_asked_for_online_only_where_routers_read_them():
+    by_features, by_logits = EMRouter(**QUICK).fit(OUTPUTS), EMRouter(**QUICK, inputs="logits").fit(OUTPUTS)
+    assert by_features.needs_logits
+    assert by_logits.needs_logits  # routers learn from what logits say of the labels
+    policies = by_features.policy(), by_logits.policy()
+    assert [(policy.needs_logits, policy.needs_features) for policy in policies] == [(False, True), (True, False)]
 
 
 def test_without_features_routers_read_logits():
@@ -198,8 +209,8 @@ def test_the_point_in_use_has_the_threshold_and_budgets_searched_ones():
     assert router.point_.params == {"cost_weight": 0.5, "threshold": 0.3}
     costs = router.frontier_.cost
     assert (np.diff(costs) >= 0).all()
-    assert router.operating_point(0.5).cost <= 0.5
-    assert router.operating_point(1.0).accuracy >= OUTPUTS.full_accuracy
+    assert router.policy(budget=0.5).point.cost <= 0.5
+    assert router.policy(budget=1.0).point.accuracy >= OUTPUTS.full_accuracy
 
 
 def test_the_sweep_trains_a_router_for_each_weight_on_the_same_likelihoods(monkeypatch):
@@ -217,13 +228,13 @@ def test_the_sweep_trains_a_router_for_each_weight_on_the_same_likelihoods(monke
 
 def test_a_sweep_is_chosen_from_on_the_calibration_data():
     router, fresh = EMRouter(**QUICK).fit(OUTPUTS), recorded(seed=3)
-    own, swept = (router.pareto(o, refit=True, cost_weights=[0.1, 1.0, 3.0]) for o in (None, fresh))
+    own, sweep = (router.pareto(o, refit=True, cost_weights=[0.1, 1.0, 3.0]) for o in (None, fresh))
     assert own.chosen_on is None
-    assert swept.chosen_on.cost.tolist() == own.cost.tolist()
-    assert [p.params for p in swept.points] == [p.params for p in own.points]
-    assert swept.index_at(max_drop=0.05) == own.index_at(max_drop=0.05)
-    assert swept.n_samples == fresh.n_samples
-    assert swept.fixed_cost.tolist() == (fresh.alone_costs() / fresh.full_cost).tolist()
+    assert sweep.chosen_on.cost.tolist() == own.cost.tolist()
+    assert [p.params for p in sweep.points] == [p.params for p in own.points]
+    assert sweep.index_at(max_drop=0.05) == own.index_at(max_drop=0.05)
+    assert sweep.n_samples == fresh.n_samples
+    assert sweep.fixed_cost.tolist() == (fresh.alone_costs() / fresh.full_cost).tolist()
 
 
 @pytest.mark.parametrize("scale", [1.0, 30.0, 300.0])
@@ -268,10 +279,10 @@ def test_what_routers_read_is_settled_by_fit():
 
 def test_memory_mapped_outputs(tmp_path):
     OUTPUTS.save(tmp_path / "outputs")
-    kept = ExitOutputs.load(tmp_path / "outputs", mmap=True)
+    on_disk = ExitOutputs.load(tmp_path / "outputs", mmap=True)
     for inputs in ("logits", "features"):
-        router, other = (EMRouter(**QUICK, inputs=inputs).fit(o) for o in (kept, OUTPUTS))
-        assert router.rescored(kept).scores.tolist() == other.rescored(OUTPUTS).scores.tolist()
+        router, other = (EMRouter(**QUICK, inputs=inputs).fit(o) for o in (on_disk, OUTPUTS))
+        assert router.rescored(on_disk).scores.tolist() == other.rescored(OUTPUTS).scores.tolist()
 
 
 # -- what is refused --------------------------------------------------------------------------------------------------
@@ -318,7 +329,7 @@ def test_outputs_that_lack_what_is_needed():
     with pytest.raises(ValueError, match=r"read vectors of widths \[4, 2\]; the outputs have \[5, 5\]"):
         router.exit_index(wider)
     with pytest.raises(ValueError, match="routers need features, but the batch has none"):
-        router.accept(0, ExitBatch(predictions=np.zeros(1, int), scores=np.zeros(1)))
+        router.policy().decide(0, Answer(predictions=np.zeros(1, int), scores=np.zeros(1)))
     with pytest.raises(NotFittedError):
         EMRouter().rescored(OUTPUTS)
     for weights, message in (
@@ -339,7 +350,7 @@ def test_state_there_and_back():
     router = EMRouter(**QUICK).fit(OUTPUTS)
     state, arrays = router.get_state()
     other = clone(router).set_params(hidden=99, inputs="logits")
-    other.set_state(json.loads(json.dumps(state)), arrays)
+    other.set_state(json.loads(json.dumps(state)), arrays, OUTPUTS)
     assert other.needs_features
     with pytest.raises(ValueError, match="learns anew from the data of fit, which are not saved"):
         other.pareto(OUTPUTS, refit=True)
@@ -356,7 +367,7 @@ def model(request):
 
 
 def test_features_are_means_over_positions_live_and_cached(model):
-    recorded = model.record(*TEST)
+    outputs = model.record(*TEST)
     x = torch.from_numpy(TEST[0])
     net = branched_trained()
     with torch.inference_mode():
@@ -364,8 +375,8 @@ def test_features_are_means_over_positions_live_and_cached(model):
         for k, name in enumerate(CUTS):
             feature = getattr(net, name)(feature)
             expected = pooled(feature, model._network.heads[k].spec)
-            np.testing.assert_allclose(recorded.features[k], expected, atol=1e-5)
-    assert recorded.features[2].shape == (len(x), 0)
+            np.testing.assert_allclose(outputs.features[k], expected, atol=1e-5)
+    assert outputs.features[2].shape == (len(x), 0)
     training = model.training_outputs_
     assert training.n_samples == 450
     again = model.record(*TRAIN)
@@ -376,12 +387,12 @@ def test_features_are_means_over_positions_live_and_cached(model):
 
 
 def test_an_estimator_leaves_as_its_record_says(model):
-    recorded = model.record(*TEST)
+    outputs = model.record(*TEST)
     for budget in (None, 1.0):
         trace = model.trace(TEST[0], budget=budget)
-        point = model.calibrator_.operating_point(budget)
-        assert trace.exits.tolist() == model.calibrator_.exit_index(recorded, point).tolist()
-        evaluated = model.pareto(*TEST).points[model.point_index(budget)]
+        point = model.operating_point(budget)
+        assert trace.exits.tolist() == model.calibrator_.exit_index(outputs, point).tolist()
+        evaluated = model.pareto(*TEST).points[model.pareto().index(point)]
         assert trace.relative_costs.mean() == pytest.approx(evaluated.cost)
     assert model.calibrator_.extra_costs_.tolist() == [8 * 8 + 8, 16 * 8 + 8, 0]
 
@@ -397,9 +408,10 @@ def test_saved_loaded_and_calibrated_again(model, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::adaptexit.SaverWarning")
-def test_cascades_route_by_logits():
-    cascade = CascadeSaver(large_trained(), small_trained(), calibrator=EMRouter(0.5, **QUICK)).fit(*VAL)
-    assert [len(router.mean) for router in cascade.calibrator_.routers_] == [10]
+@pytest.mark.parametrize(("inputs", "width"), [("auto", 64), ("features", 64), ("logits", 10)])
+def test_cascades_route_by_what_their_models_have_seen_or_by_logits(inputs, width):
+    cascade = CascadeSaver(large_trained(), small_trained(), calibrator=EMRouter(0.5, inputs=inputs, **QUICK)).fit(*VAL)
+    assert [len(router.mean) for router in cascade.calibrator_.routers_] == [width]
     exits = cascade.trace(TEST[0]).exits
     assert exits.tolist() == cascade.calibrator_.exit_index(cascade.record(*TEST)).tolist()
 

@@ -9,9 +9,9 @@ import torch
 import torchvision
 from torch import nn
 
+from adaptexit.exceptions import SplitError
 from adaptexit.staging.cuts import propose_cuts
 from adaptexit.staging.splitting import split
-from adaptexit.staging.tracing import SplitError
 
 N_CLASSES = 10
 N_CUTS = 3
@@ -172,12 +172,12 @@ def made_stages(model, example):
     return None, refusals
 
 
-def staged_at_random(made, x, rng):
+def staged_at_random(parts, x, rng):
     """Answers of those who stay to the end and who they are, after random samples left at every cut."""
     carried, who = x, np.arange(len(x))
-    for k in range(made.n_stages):
-        carried = made.run(k, carried)
-        if k < len(made.cuts):
+    for k in range(parts.n_stages):
+        carried = parts.run(k, carried)
+        if k < len(parts.cuts):
             staying = rng.permutation(len(who))[: rng.integers(max(1, len(who) // 2), len(who) + 1)]
             first, second = np.split(staying, [rng.integers(1, len(staying) + 1)])
             carried = carried.taken(first).joined([carried.taken(second)] if len(second) else [])
@@ -190,20 +190,20 @@ def assert_all_distinct(logits):
     assert apart.nan_to_num(torch.inf).amin() > DISTINCT * logits.abs().amax()
 
 
-def assert_equal(got, expected, scale):
-    assert got.shape == expected.shape
-    assert (got - expected).abs().amax() <= TOLERANCE * scale
+def assert_equal(answers, expected, scale):
+    assert answers.shape == expected.shape
+    assert (answers - expected).abs().amax() <= TOLERANCE * scale
 
 
 def assert_staged_equals_plain(name):
     model, x = model_of(name), images(name)
-    made, refusals = made_stages(model, x)
+    parts, refusals = made_stages(model, x)
     expected_refusal = REFUSED.get(name) or SECOND_CHOICE.get(name)
-    assert (made is None) == (name in REFUSED), refusals
+    assert (parts is None) == (name in REFUSED), refusals
     assert bool(refusals) == bool(expected_refusal), refusals
     assert not refusals or expected_refusal in refusals[0]
-    if made is None:
-        made = split(model, NAMED[name], x)
+    if parts is None:
+        parts = split(model, NAMED[name], x)
     rng = np.random.default_rng(zlib.crc32(name.encode()))
     with torch.inference_mode():
         for size in (1, 3, 8):
@@ -213,8 +213,8 @@ def assert_staged_equals_plain(name):
             scale = expected.abs().amax()
             if size == 8:
                 assert_all_distinct(expected)
-            got, who = staged_at_random(made, batch, rng)
-            assert_equal(got, expected[who], scale)
+            answers, who = staged_at_random(parts, batch, rng)
+            assert_equal(answers, expected[who], scale)
 
 
 @pytest.mark.parametrize("name", FAST)

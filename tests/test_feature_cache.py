@@ -18,7 +18,7 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset
 
 import adaptexit
-from adaptexit.data import as_batches
+from adaptexit.data.batches import as_batches
 from adaptexit.training import FeatureCache, cache_key, collect
 
 ROOT = Path(adaptexit.__file__).parents[1]
@@ -77,12 +77,12 @@ def inputs(sizes, dtype=torch.float32, seed=0):
 
 def expected(net, batches, reducers=REDUCERS):
     """Features and logits as PyTorch gives them, batch by batch."""
-    found = [[] for _ in range(len(reducers) + 1)]
+    columns = [[] for _ in range(len(reducers) + 1)]
     with torch.no_grad():
         for x in batches:
-            logits = net.run(x, lambda k, feature: found[k].append(reducers[k](feature).clone()))
-            found[-1].append(logits)
-    return [torch.cat(parts) for parts in found]
+            logits = net.run(x, lambda k, feature: columns[k].append(reducers[k](feature).clone()))
+            columns[-1].append(logits)
+    return [torch.cat(parts) for parts in columns]
 
 
 def assert_holds(cache, wanted):
@@ -127,11 +127,11 @@ def kept(folder, batches, net=None, key="one", **options):
 def test_the_cache_holds_exactly_what_the_backbone_gave(sizes, dtype, limit):
     net, batches = Backbone(dtype), inputs(sizes, dtype)
     source = Source(batches)
-    wanted = expected(net, [x for x in batches if len(x)])
+    truth = expected(net, [x for x in batches if len(x)])
     with collect(source, net.run, REDUCERS, memory_limit=limit) as cache:
         assert source.reads == 1
         assert all(isinstance(array, np.memmap) == (cache.n_bytes > limit) for array in cache.features)
-        assert_holds(cache, wanted)
+        assert_holds(cache, truth)
 
 
 @pytest.mark.parametrize("limit", [500, 2000, 5000])
@@ -204,8 +204,8 @@ def test_values_that_are_not_finite_name_the_exit(bad, where):
             visit(k, torch.where(torch.arange(3) == 1, bad, x) if where == k else x)
         return x * bad if where == "logits" else x
 
-    named = "logits of the full model" if where == "logits" else f"features of exit {where}"
-    with pytest.raises(ValueError, match=f"{named} must be finite"):
+    label = "logits of the full model" if where == "logits" else f"features of exit {where}"
+    with pytest.raises(ValueError, match=f"{label} must be finite"):
         collect([torch.ones(2, 3)], run, [identity, identity])
 
 
@@ -220,18 +220,18 @@ def test_large_finite_values_are_no_error():
 
 def memory_of_collecting(n_batches, rows, limit):
     """Bytes that NumPy holds at the last batch and held at most, and the size of the cache."""
-    batch, held = torch.ones(rows, 1000), []
+    batch, in_use = torch.ones(rows, 1000), []
 
     def batches():
         for _ in range(n_batches):
-            held.append(tracemalloc.get_traced_memory()[0])
+            in_use.append(tracemalloc.get_traced_memory()[0])
             yield batch
 
     gc.collect()
     tracemalloc.start()
     try:
         cache = collect(batches(), lambda x, visit: visit(0, x) or x[:, :2], [identity], memory_limit=limit)
-        return held[-1], tracemalloc.get_traced_memory()[1], cache.n_bytes
+        return in_use[-1], tracemalloc.get_traced_memory()[1], cache.n_bytes
     finally:
         tracemalloc.stop()
 
@@ -244,10 +244,10 @@ def test_no_second_copy_is_made_in_memory():
 
 def test_what_goes_to_disk_does_not_stay_in_memory():
     limit = 4_000_000
-    held, peak, size = memory_of_collecting(60, 100, limit)
+    in_use, peak, size = memory_of_collecting(60, 100, limit)
     assert size > 24e6
     assert limit < peak < 1.6 * limit
-    assert held < 0.2 * limit
+    assert in_use < 0.2 * limit
 
 
 def test_temporary_files_have_no_name_and_go_with_the_cache(tmp_path, monkeypatch):
@@ -400,15 +400,15 @@ def test_the_key_knows_weights_types_structure_cuts_reducers_and_settings():
         pass
 
     Same.__name__ = "Linear"
-    swapped = net()
-    swapped[0].__class__ = Same
+    namesake = net()
+    namesake[0].__class__ = Same
     arguments = ["a", "b"], ["mean", "identity"]
     same = [cache_key(net(), *arguments), cache_key(copy.deepcopy(net()), *arguments), cache_key(net(), *arguments)]
     assert len(set(same)) == 1
     others = [
         cache_key(net(nn.GELU), *arguments),
         cache_key(net(dtype=torch.bfloat16), *arguments),
-        cache_key(swapped, *arguments),
+        cache_key(namesake, *arguments),
         cache_key(net(lambda: nn.LeakyReLU(0.1)), *arguments),
         cache_key(net(lambda: nn.LeakyReLU(0.2)), *arguments),
         *(cache_key(changed(name), *arguments) for name in net().state_dict()),
@@ -466,7 +466,7 @@ def test_an_error_leaves_nothing_behind(tmp_path, monkeypatch, where):
         if where == "header":
             patched.setattr(Path, "write_text", stop)
         if where == "move":
-            patched.setattr("adaptexit.training.shelf.os.replace", stop)
+            patched.setattr("adaptexit.training.feature_store.os.replace", stop)
         with pytest.raises(Stop):
             collect(batches(), run, REDUCERS, folder=tmp_path, key="one")
     assert names(tmp_path) == [".lock"]
@@ -477,7 +477,7 @@ KILLED = """
 import os, signal, sys
 from itertools import pairwise
 from pathlib import Path
-import adaptexit.training.shelf as module
+import adaptexit.training.feature_store as module
 from tests.test_feature_cache import Backbone, inputs, kept
 
 def die(*_, **__):
@@ -502,10 +502,10 @@ for where in ("run", "header", "move"):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_run_is_not_trusted_and_cleared_away(tmp_path):
-    done = subprocess.run(
+    run = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", KILLED, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stderr
+    assert run.returncode == 0, run.stderr
     for where in ("run", "header", "move"):
         folder, net, batches = tmp_path / where, Backbone(), inputs([4, 4, 4])
         assert len(list(folder.glob(".partial-*"))) == 1
@@ -563,13 +563,13 @@ def test_a_damaged_entry_is_computed_again_and_replaced(tmp_path, name, damage):
 
 def test_no_byte_of_the_header_can_change_what_is_read(tmp_path):
     batches, net = inputs([2]), Backbone()
-    wanted = expected(Backbone(), batches)
+    truth = expected(Backbone(), batches)
     kept(tmp_path, batches, net)
     header = entries(tmp_path)[0] / "header.json"
     positions = np.random.default_rng(0).choice(header.stat().st_size, 150, replace=False)
     for position in positions.tolist():
         flip(header, position)
-        assert_holds(kept(tmp_path, batches, net), wanted)
+        assert_holds(kept(tmp_path, batches, net), truth)
     assert net.calls > 100
 
 
@@ -582,6 +582,19 @@ def test_a_header_that_describes_other_arrays_is_not_trusted(tmp_path):
     header.write_text(json.dumps(content))
     assert_holds(kept(tmp_path, batches, net), expected(Backbone(), batches))
     assert net.calls == 2
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes of files are those of POSIX")
+@pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_the_umask_says_who_may_read_what_is_kept(tmp_path, umask, file_mode, folder_mode):
+    before = os.umask(umask)
+    try:
+        kept(tmp_path / "here", inputs([4]))
+    finally:
+        os.umask(before)
+    (entry,) = entries(tmp_path / "here")
+    assert entry.stat().st_mode & 0o777 == folder_mode
+    assert {path.stat().st_mode & 0o777 for path in entry.iterdir()} == {file_mode}
 
 
 def test_foreign_files_in_the_folder_stay(tmp_path):

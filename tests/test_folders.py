@@ -1,8 +1,11 @@
+import os
+import sys
+
 import numpy as np
 import pytest
 
-from adaptexit.core.folders import written_whole
 from adaptexit.core.outputs import ExitOutputs
+from adaptexit.utils.folders import written_whole
 
 
 def write(folder, text, marker="made.txt"):
@@ -55,8 +58,6 @@ def test_a_failure_leaves_no_new_folder(tmp_path):
 
 
 def test_the_earlier_folder_comes_back_when_the_last_move_fails(tmp_path, monkeypatch):
-    import os
-
     write(tmp_path / "here", "first")
     move = os.replace
 
@@ -65,7 +66,7 @@ def test_the_earlier_folder_comes_back_when_the_last_move_fails(tmp_path, monkey
             raise OSError("no room")
         move(source, target)
 
-    monkeypatch.setattr("adaptexit.core.folders.os.replace", fail_on_the_new_one)
+    monkeypatch.setattr("adaptexit.utils.folders.os.replace", fail_on_the_new_one)
     with pytest.raises(OSError, match="no room"):
         write(tmp_path / "here", "second")
     assert names(tmp_path / "here") == ["first.txt", "made.txt"]
@@ -103,3 +104,26 @@ def test_outputs_are_not_written_over_a_foreign_folder(tmp_path):
     with pytest.raises(FileExistsError, match=r"an earlier save \(one with outputs\.json\)"):
         outputs.save(tmp_path)
     assert names(tmp_path) == ["thesis.tex"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="modes of files are those of POSIX")
+@pytest.mark.parametrize(("umask", "file_mode", "folder_mode"), [(0o022, 0o644, 0o755), (0o077, 0o600, 0o700)])
+def test_the_umask_says_who_may_read(tmp_path, umask, file_mode, folder_mode):
+    """Whatever the writers of the files do: some make theirs private, some copy a mode."""
+    before = os.umask(umask)
+    try:
+        for _ in range(2):
+            with written_whole(tmp_path / "here", "made.txt") as scratch:
+                (scratch / "made.txt").write_text("a")
+                (scratch / "below").mkdir()
+                (scratch / "below" / "private.bin").write_bytes(b"b")
+                (scratch / "below" / "private.bin").chmod(0o600)
+                (scratch / "open.bin").write_bytes(b"c")
+                (scratch / "open.bin").chmod(0o777)
+        ExitOutputs(scores=np.zeros((2, 2)), quality=np.eye(2), costs=[1, 2]).save(tmp_path / "outputs")
+    finally:
+        os.umask(before)
+    paths = [path for name in ("here", "outputs") for path in (tmp_path / name, *(tmp_path / name).rglob("*"))]
+    assert len([path for path in paths if path.is_file()]) >= 7
+    for path in paths:
+        assert path.stat().st_mode & 0o777 == (folder_mode if path.is_dir() else file_mode), path

@@ -1,8 +1,12 @@
+import dataclasses
+import math
+
 import numpy as np
 import pytest
 
-from adaptexit.core.frontier import ParetoFrontier, evaluate, not_dominated, reference
+from adaptexit.core.frontier import ParetoFrontier, evaluate, not_dominated
 from adaptexit.core.outputs import ExitOutputs
+from tests.properties.strategies import frontier_through
 
 INF = np.inf
 
@@ -21,7 +25,7 @@ def outputs():
 def frontier(outputs):
     settings = [[-INF, INF, -INF], [INF, -INF, -INF], [INF, 2.0, -INF], [INF, INF, -INF]]
     points = [evaluate(outputs, np.array(t), np.array(t), {"knob": i}) for i, t in enumerate(settings)]
-    return ParetoFrontier(points, *reference(outputs))
+    return ParetoFrontier.of(points, outputs)
 
 
 def test_accuracy_and_cost_are_those_of_the_points(frontier):
@@ -36,7 +40,29 @@ def test_reference_is_the_full_model_and_every_exit_alone(frontier):
     assert frontier.n_samples == 4
 
 
-@pytest.mark.parametrize(("budget", "index"), [(0.25, 0), (0.49, 0), (0.5, 1), (0.75, 2), (1.0, 2), (9.0, 2)])
+def test_points_stand_in_rising_cost_and_of_equals_in_rising_accuracy(frontier, outputs):
+    shuffled = [frontier.points[i] for i in (3, 1, 0, 2)]
+    again = ParetoFrontier.of(iter(shuffled), outputs)
+    assert again.points == frontier.points
+    worse = evaluate(outputs.take(np.array([3])), frontier.points[1].thresholds, frontier.points[1].cutoffs)
+    assert (worse.cost, worse.accuracy) == (0.5, 0.0)
+    assert ParetoFrontier.of([*frontier.points, worse], outputs).points.index(worse) == 1
+
+
+def test_points_on_other_data_stand_in_the_order_of_the_frontier_they_were_chosen_on(frontier, outputs):
+    reversed_points = frontier.points[::-1]
+    elsewhere = ParetoFrontier.of(reversed_points, outputs, chosen_on=frontier)
+    assert elsewhere.points == reversed_points
+    assert elsewhere.chosen_on is frontier
+
+
+def test_a_point_is_found_by_what_it_is_not_by_what_it_looks_like(frontier):
+    assert [frontier.index(point) for point in frontier.points] == [0, 1, 2, 3]
+    with pytest.raises(ValueError, match="point must be one of the frontier's own points"):
+        frontier.index(dataclasses.replace(frontier.points[0]))
+
+
+@pytest.mark.parametrize(("budget", "index"), [(0.25, 0), (0.49, 0), (0.5, 1), (0.75, 2), (1.0, 2), (2.0, 2)])
 def test_a_budget_gets_the_most_accurate_point_within_it_and_of_equals_the_cheapest(frontier, budget, index):
     assert frontier.index_at(budget=budget) == index
     assert frontier.at(budget=budget) is frontier.points[index]
@@ -66,16 +92,40 @@ def test_a_budget_that_is_no_number_is_refused(frontier, budget):
         frontier.at(budget=budget)
 
 
+@pytest.mark.parametrize(
+    ("budget", "question"),
+    [
+        (40, r"got 40\. Was 0\.4 meant\?"),
+        (2.5, r"got 2\.5\. Was 0\.025 meant\?"),
+        (1.8e9, r"got 1\.8e\+09\. Divide a cost by the full model's"),
+    ],
+)
+def test_a_percentage_or_an_absolute_cost_is_asked_about(frontier, budget, question):
+    allowed = r"budget must be a relative cost, at most 2: 1 is the plain full model; "
+    with pytest.raises(ValueError, match=allowed + question):
+        frontier.at(budget=budget)
+
+
+def test_a_budget_may_be_as_large_as_the_dearest_point(outputs):
+    dear = outputs.with_costs(outputs.stage_costs, [0.0, 10.0, 0.0])
+    runs_all = np.array([4.0, 4.0, -INF])
+    frontier = ParetoFrontier.of([evaluate(dear, runs_all, runs_all)], dear)
+    assert frontier.cost.tolist() == [3.5]
+    assert frontier.index_at(budget=3.5) == 0
+    with pytest.raises(ValueError, match=r"at most 3\.5.*got 3\.6"):
+        frontier.at(budget=3.6)
+
+
 @pytest.mark.parametrize("drop", [-0.1, INF, np.nan])
 def test_a_drop_that_is_no_share_is_refused(frontier, drop):
     with pytest.raises(ValueError, match="max_drop must be a share of accuracy, at least 0"):
         frontier.at(max_drop=drop)
 
 
-@pytest.mark.parametrize("asked", [{}, {"budget": 0.5, "max_drop": 0.1}])
-def test_exactly_one_of_budget_and_drop_is_asked_for(frontier, asked):
+@pytest.mark.parametrize("choices", [{}, {"budget": 0.5, "max_drop": 0.1}])
+def test_exactly_one_of_budget_and_drop_is_asked_for(frontier, choices):
     with pytest.raises(ValueError, match="give exactly one of budget and max_drop"):
-        frontier.at(**asked)
+        frontier.at(**choices)
 
 
 def test_on_other_data_every_point_is_kept_in_its_order(frontier, outputs):
@@ -123,3 +173,72 @@ def test_of_equal_points_the_first_is_kept():
 
 def test_differences_below_rounding_do_not_make_a_point():
     assert not_dominated([0.5, 0.5 + 1e-12], [1.0, 2.0]).tolist() == [0]
+
+
+# -- accuracy at equal cost -------------------------------------------------------------------------------------------
+
+REDUCTION, ACCURACY = [0.6, 0.2, 0.4], [0.7, 0.88, 0.82]
+
+
+def matched(targets, reduction=REDUCTION, accuracy=ACCURACY, full=0.9, **options):
+    return frontier_through(reduction, accuracy, full).accuracy_at(reduction=targets, **options).tolist()
+
+
+def test_matched_accuracy_is_linear_between_points_in_any_order():
+    assert matched([0.2, 0.3, 0.4, 0.45, 0.6]) == pytest.approx([0.88, 0.85, 0.82, 0.79, 0.7])
+
+
+def test_the_anchor_is_the_full_model():
+    assert matched([0.15, 0.125]) == pytest.approx([0.885, 0.8875])
+    assert matched([0.15], full=0.96) == pytest.approx([0.9])
+
+
+def test_nothing_far_outside_the_measured_range():
+    accuracies = matched([-0.01, 0.0, 0.11, 0.12, 0.6, 0.61])
+    assert np.isnan(accuracies).tolist() == [True, True, True, False, False, True]
+    assert np.isnan(matched([0.11, 0.0, -0.01], below=0.2)).tolist() == [False, False, True]
+    assert np.isnan(matched([0.19], below=0.0)).all()
+    assert matched([0.2], below=0.0) == pytest.approx([0.88])
+
+
+def test_the_edge_of_what_is_allowed_is_not_lost_to_rounding():
+    assert 0.38 - 0.08 > 0.3 - 1e-16
+    for least in (0.38, 0.18, 0.48, 0.28, 0.98):
+        (accuracy,) = matched([round(least - 0.08, 2)], [least], [0.8])
+        assert accuracy == pytest.approx(0.9 - 0.1 * (least - 0.08) / least)
+
+
+def test_clamping_gives_the_last_accuracy():
+    accuracies = matched([0.6, 0.61, 0.68, 0.69], clamp=True)
+    assert accuracies[:3] == pytest.approx([0.7] * 3)
+    assert math.isnan(accuracies[3])
+    assert np.isnan(matched([0.65], clamp=True, below=0.01)).all()
+
+
+def test_of_equal_reductions_the_most_accurate_counts():
+    assert matched([0.4, 0.5], [0.4, 0.6, 0.4, 0.4], [0.8, 0.7, 0.85, 0.6]) == pytest.approx([0.85, 0.775])
+
+
+def test_the_shape_is_that_of_the_targets():
+    frontier = frontier_through(REDUCTION, ACCURACY, 0.9)
+    assert frontier.accuracy_at(reduction=0.4).shape == ()
+    assert frontier.accuracy_at(reduction=[[0.4], [0.2]]) == pytest.approx(np.array([[0.82], [0.88]]))
+    assert math.isnan(frontier.accuracy_at(reduction=math.nan))
+
+
+def test_the_full_model_lies_among_points_that_cost_more_and_points_that_cost_less():
+    accuracies = matched([-0.1, -0.05, 0.0, 0.1, 0.2], [-0.1, 0.2], [0.86, 0.8])
+    assert accuracies == pytest.approx([0.86, 0.88, 0.9, 0.85, 0.8])
+    assert np.isnan(matched([-0.11, -0.15], [-0.1, 0.2], [0.86, 0.8])).all()
+
+
+def test_a_point_that_saves_nothing_is_compared_with_the_full_model():
+    assert matched([0.0], [0.0, 0.5], [0.85, 0.7]) == [0.9]
+    assert matched([0.0], [0.0, 0.5], [0.95, 0.7]) == [0.95]
+
+
+def test_points_that_all_cost_more_than_the_full_model():
+    accuracies = matched([-0.3, -0.2, -0.15, -0.1, -0.05, 0.0], [-0.2, -0.1], [0.9, 0.8], clamp=True)
+    assert accuracies[1:5] == pytest.approx([0.9, 0.85, 0.8, 0.8])
+    assert np.isnan(accuracies).tolist() == [True, False, False, False, False, True]
+    assert np.isnan(matched([-0.05], [-0.2, -0.1], [0.9, 0.8])).all()

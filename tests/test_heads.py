@@ -9,18 +9,18 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from adaptexit.features import FeatureSpec, pooled
+from adaptexit.core.answer import Answer
 from adaptexit.heads import (
     HEADS,
     ConvHead,
     Head,
-    HeadOutput,
     MLPHead,
     PrototypeHead,
     RefinedPrototypeHead,
-    WrappedHead,
     make_head,
 )
+from adaptexit.heads.base import WrappedHead
+from adaptexit.heads.layout import FeatureSpec, pooled
 from adaptexit.staging.cost import count_macs
 
 N_CLASSES = 3
@@ -77,8 +77,8 @@ def prototype_logits(head, feature):
                     total += response * response
                     n_positions += 1
             aggregates.append(total / n_positions)
-        for layer, found in ((head.classification, classes), (head.confidence, confidences)):
-            found.append(
+        for layer, rows in ((head.classification, classes), (head.confidence, confidences)):
+            rows.append(
                 [
                     sum(w * m for w, m in zip(row, aggregates, strict=True)) + bias
                     for row, bias in zip(layer.weight.tolist(), layer.bias.tolist(), strict=True)
@@ -102,11 +102,11 @@ def test_refined_head_by_its_equation():
     head = awake(RefinedPrototypeHead(MAP, N_CLASSES, n_prototypes=4).double())
     x = features(MAP, 3, torch.float64)
     responses = torch.stack([(x * w[:, None, None]).sum(dim=1) for w in head.prototypes.weight], dim=1)
-    summed = responses.square().sum(dim=(2, 3))
+    sums = responses.square().sum(dim=(2, 3))
     parameters = dict(head.refine.named_parameters())
-    normed = (summed - summed.mean(1, keepdim=True)) / summed.std(1, keepdim=True, correction=0)
+    scaled = (sums - sums.mean(1, keepdim=True)) / sums.std(1, keepdim=True, correction=0)
     hidden = F.gelu(
-        (normed * parameters["0.weight"] + parameters["0.bias"]) @ parameters["1.weight"].T + parameters["1.bias"]
+        (scaled * parameters["0.weight"] + parameters["0.bias"]) @ parameters["1.weight"].T + parameters["1.bias"]
     )
     refined = hidden @ parameters["4.weight"].T + parameters["4.bias"]
     assert hidden.shape == (3, 8)
@@ -154,9 +154,9 @@ def test_a_sample_does_not_depend_on_its_batch(name, spec):
     head, x = awake(make_head(name, spec, N_CLASSES)), features(spec)
     some = torch.tensor([5, 1])
     together = head(x)
-    picked = HeadOutput(*(tensor[some] for tensor in outputs(together)))
-    assert_same(head(x[some]), picked)
-    assert_same(head.answer(head.reduce(x)[some]), picked, rtol=1e-4, atol=1e-4)
+    expected = Answer(*(tensor[some] for tensor in outputs(together)))
+    assert_same(head(x[some]), expected)
+    assert_same(head.answer(head.reduce(x)[some]), expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize(
@@ -183,10 +183,10 @@ def test_the_second_moment_holds_each_product_once():
 def test_what_the_other_heads_store():
     x = features(SPECS[2])
     assert torch.equal(make_head("mlp", SPECS[2], N_CLASSES).reduce(x), pooled(x, SPECS[2]))
-    stored = make_head("conv", SPECS[2], N_CLASSES).reduce(x)
-    assert stored.shape == (7, 6, 4, 5)
-    assert stored.is_contiguous()
-    assert torch.equal(stored[:, :, 1, 2], x[:, 2 + 5 + 2])
+    reduced = make_head("conv", SPECS[2], N_CLASSES).reduce(x)
+    assert reduced.shape == (7, 6, 4, 5)
+    assert reduced.is_contiguous()
+    assert torch.equal(reduced[:, :, 1, 2], x[:, 2 + 5 + 2])
 
 
 @pytest.mark.parametrize("name", HEADS)
@@ -211,9 +211,9 @@ def test_mlp_head_by_its_layers():
     x = features(MAP, dtype=torch.float64)
     norm, first, _, _, last = head.net
     means = torch.stack([x[:, :, i, j] for i in range(4) for j in range(5)]).mean(dim=0)
-    normed = F.layer_norm(means, (6,), norm.weight, norm.bias)
+    scaled = F.layer_norm(means, (6,), norm.weight, norm.bias)
     answer = head(x)
-    torch.testing.assert_close(answer.logits, last(F.gelu(first(normed))))
+    torch.testing.assert_close(answer.logits, last(F.gelu(first(scaled))))
     assert answer.confidence_logits is None
     assert first.out_features == 9
 
@@ -330,13 +330,13 @@ def test_gradients_reach_the_feature(name):
 
 @pytest.mark.parametrize("head", [PrototypeHead, RefinedPrototypeHead])
 def test_confidence_parameters_change_no_class_logits(head):
-    made, x = awake(head(MAP, N_CLASSES)), features(MAP)
-    before = made(x)
-    assert made.confidence_parameters() == [made.confidence.weight, made.confidence.bias]
+    module, x = awake(head(MAP, N_CLASSES)), features(MAP)
+    before = module(x)
+    assert module.confidence_parameters() == [module.confidence.weight, module.confidence.bias]
     with torch.no_grad():
-        for weight in made.confidence_parameters():
+        for weight in module.confidence_parameters():
             weight.add_(1.0)
-    after = made(x)
+    after = module(x)
     assert torch.equal(after.logits, before.logits)
     assert not torch.equal(after.confidence_logits, before.confidence_logits)
 
@@ -387,15 +387,15 @@ def test_half_precision(name, dtype):
     for answer in (head(x.to(dtype)), head.answer(head.reduce(x.to(dtype)))):
         assert answer.logits.dtype == dtype
         tolerance = 0.02 if dtype is torch.float16 else 0.2
-        assert_same(HeadOutput(*(t.float() for t in outputs(answer))), expected, rtol=tolerance, atol=tolerance)
+        assert_same(Answer(*(t.float() for t in outputs(answer))), expected, rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("name", HEADS)
 @pytest.mark.parametrize("spec", [MAP, WIDE])
 def test_copies_pickles_and_rebuilt_heads_answer_alike(name, spec):
     head, x = awake(make_head(name, spec, N_CLASSES)), features(spec)
-    described = json.loads(json.dumps({"spec": dataclasses.asdict(spec), "name": name}))
-    rebuilt = make_head(described["name"], FeatureSpec(**described["spec"]), N_CLASSES)
+    description = json.loads(json.dumps({"spec": dataclasses.asdict(spec), "name": name}))
+    rebuilt = make_head(description["name"], FeatureSpec(**description["spec"]), N_CLASSES)
     rebuilt.load_state_dict(head.state_dict())
     for other in (copy.deepcopy(head), pickle.loads(pickle.dumps(head)), rebuilt.eval()):
         assert_same(other(x), head(x), rtol=0, atol=0)
@@ -446,7 +446,29 @@ class Chained(Head):
 
     def answer(self, reduced, state=None):
         logits = self.linear(reduced) + (0 if state is None else state["logits"])
-        return HeadOutput(logits, state={"logits": logits})
+        return Answer(logits, state={"logits": logits})
+
+
+@pytest.mark.parametrize(
+    ("name", "spec"), [("mlp", spec) for spec in SPECS] + [(name, MAP) for name in HEADS if name != "mlp"]
+)
+def test_heads_can_be_compiled_and_exported(name, spec):
+    head, x = awake(make_head(name, spec, N_CLASSES)), features(spec)
+
+    class Logits(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = head
+
+        def forward(self, x):
+            return self.head(x).logits
+
+    torch.compiler.reset()  # it refuses to compile one forward more than eight times
+    with torch.no_grad():
+        expected = head(x).logits
+        compiled = torch.compile(Logits(), backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x), expected)
+        torch.testing.assert_close(torch.export.export(Logits(), (x,)).module()(x), expected)
 
 
 def test_heads_by_name():

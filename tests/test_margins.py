@@ -33,8 +33,8 @@ def thresholds(outputs, margin, cascade_aware=True, **rule):
 
 def means(outputs, margin, cascade_aware=True):
     """Accuracy and mean relative cost at a margin."""
-    found, cutoffs = margin_thresholds(outputs, [margin], cascade_aware=cascade_aware)
-    point = evaluate(outputs, found[0], cutoffs[0])
+    limits, cutoffs = margin_thresholds(outputs, [margin], cascade_aware=cascade_aware)
+    point = evaluate(outputs, limits[0], cutoffs[0])
     return point.accuracy, point.cost
 
 
@@ -124,29 +124,29 @@ def test_without_a_success_the_wilson_interval_begins_at_0():
 
 
 def test_the_last_exit_answers_for_whoever_is_left():
-    found, cutoffs = margin_thresholds(one_class([0, 0]), [0.1, 0.2], cascade_aware=True)
-    assert found.shape == cutoffs.shape == (2, 2, 2)
-    assert (found[:, -1] == -INF).all()
+    limits, cutoffs = margin_thresholds(one_class([0, 0]), [0.1, 0.2], cascade_aware=True)
+    assert limits.shape == cutoffs.shape == (2, 2, 2)
+    assert (limits[:, -1] == -INF).all()
     assert (cutoffs[:, -1] == -INF).all()
 
 
 def test_one_exit_alone():
     outputs = ExitOutputs(predictions=[[0, 1]], scores=[[0.5, 0.6]], labels=[0, 0], n_classes=2, costs=[1])
-    found, cutoffs = margin_thresholds(outputs, [0.0, 0.5], cascade_aware=True)
-    assert found.tolist() == cutoffs.tolist() == [[[-INF, -INF]]] * 2
+    limits, cutoffs = margin_thresholds(outputs, [0.0, 0.5], cascade_aware=True)
+    assert limits.tolist() == cutoffs.tolist() == [[[-INF, -INF]]] * 2
 
 
 def test_the_cutoff_lies_between_the_threshold_and_the_next_score():
     outputs = one_class([1, 1, 0, 0], scores=[8, 4, 2, 1])
-    found, cutoffs = margin_thresholds(outputs, [0.1], cascade_aware=False)
-    assert found[0, 0].tolist() == [2, INF]
+    limits, cutoffs = margin_thresholds(outputs, [0.1], cascade_aware=False)
+    assert limits[0, 0].tolist() == [2, INF]
     assert cutoffs[0, 0].tolist() == [3, INF]
 
 
 def test_between_neighbouring_numbers_the_cutoff_is_the_threshold():
     low, high = np.nextafter(1.0, 0.0), 1.0
-    found, cutoffs = margin_thresholds(one_class([1, 0], scores=[high, low]), [0.1], cascade_aware=False)
-    assert found[0, 0, 0] == cutoffs[0, 0, 0] == low
+    limits, cutoffs = margin_thresholds(one_class([1, 0], scores=[high, low]), [0.1], cascade_aware=False)
+    assert limits[0, 0, 0] == cutoffs[0, 0, 0] == low
 
 
 def test_whoever_sits_on_a_cutoff_is_left_over():
@@ -192,9 +192,9 @@ def test_precision_is_counted_on_whoever_is_left():
 
 def test_plain_thresholds_can_miss_their_target_on_whoever_is_left():
     outputs = easy_first()
-    found, cutoffs = margin_thresholds(outputs, [0.4], cascade_aware=False)
+    limits, cutoffs = margin_thresholds(outputs, [0.4], cascade_aware=False)
     there = (exit_index(outputs, cutoffs[0]) == 1) & (outputs.predictions[1] == 0)
-    assert found[0, 1, 0] == -INF
+    assert limits[0, 1, 0] == -INF
     assert there.tolist() == [False, False, True, False]
     assert outputs.labels[there].tolist() == [1]
 

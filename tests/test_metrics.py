@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 
 from adaptexit.core.frontier import evaluate
-from adaptexit.core.metrics import accuracy_at_reduction, exemplars, exit_calibration, flow, survivor_shift
+from adaptexit.core.metrics import exemplars, exit_calibration, flow, survivor_shift
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.routing import cutoffs_above
 from tests import reference
@@ -22,8 +22,8 @@ def recorded(scores, predictions=None, labels=None, n_classes=None, quality=None
     )  # fmt: skip
 
 
-def samples_of(found):
-    return [(near.samples, deep.samples) for near, deep in found.strips]
+def samples_of(examples):
+    return [(near.samples, deep.samples) for near, deep in examples.strips]
 
 
 def at(outputs, thresholds):
@@ -53,11 +53,11 @@ def naive_calibration(outputs, thresholds, n_bins):
     rows = []
     exits = reference.route(outputs, thresholds)
     for k, limit in enumerate(thresholds):
-        used = [x for x in np.atleast_1d(limit) if x != INF]
-        low = max(min(used), 0.0) if used else math.nan
+        finite = [x for x in np.atleast_1d(limit) if x != INF]
+        low = max(min(finite), 0.0) if finite else math.nan
         bins = [[] for _ in range(n_bins)]
-        for i, taken in enumerate(exits):
-            if taken == k:
+        for i, exit_of_sample in enumerate(exits):
+            if exit_of_sample == k:
                 score = float(outputs.scores[k][i])
                 b = 0
                 while b < n_bins - 1 and score > low + (b + 1) * (1 - low) / n_bins:
@@ -65,9 +65,9 @@ def naive_calibration(outputs, thresholds, n_bins):
                 bins[b].append((score, reference.quality_of(outputs, k, i)))
         n = sum(map(len, bins))
         ece = 0.0 if n else math.nan
-        for held in filter(None, bins):
-            gap = abs(sum(q for _, q in held) / len(held) - sum(s for s, _ in held) / len(held))
-            ece += len(held) / n * gap
+        for entries in filter(None, bins):
+            gap = abs(sum(q for _, q in entries) / len(entries) - sum(s for s, _ in entries) / len(entries))
+            ece += len(entries) / n * gap
         rows.append((n, ece, bins))
     return rows
 
@@ -76,16 +76,16 @@ def naive_calibration(outputs, thresholds, n_bins):
 @pytest.mark.parametrize("n_bins", [1, 8, 10])
 def test_calibration_equals_counting_sample_by_sample(thresholds, n_bins):
     outputs = random_outputs()
-    found = exit_calibration(outputs, at(outputs, thresholds), n_bins)
+    calibration = exit_calibration(outputs, at(outputs, thresholds), n_bins)
     expected = naive_calibration(outputs, thresholds, n_bins)
-    assert found.n.tolist() == [n for n, _, _ in expected]
-    assert all(n > 20 for n in found.n)
-    assert found.ece == pytest.approx([ece for _, ece, _ in expected])
+    assert calibration.n.tolist() == [n for n, _, _ in expected]
+    assert all(n > 20 for n in calibration.n)
+    assert calibration.ece == pytest.approx([ece for _, ece, _ in expected])
     for k, (_, _, bins) in enumerate(expected):
-        assert found.count[k].tolist() == [len(held) for held in bins]
-        means = [np.mean(held, axis=0) if held else (math.nan, math.nan) for held in bins]
-        assert found.confidence[k] == pytest.approx([score for score, _ in means], nan_ok=True)
-        assert found.accuracy[k] == pytest.approx([quality for _, quality in means], nan_ok=True)
+        assert calibration.count[k].tolist() == [len(entries) for entries in bins]
+        means = [np.mean(entries, axis=0) if entries else (math.nan, math.nan) for entries in bins]
+        assert calibration.confidence[k] == pytest.approx([score for score, _ in means], nan_ok=True)
+        assert calibration.accuracy[k] == pytest.approx([quality for _, quality in means], nan_ok=True)
 
 
 def test_bins_lie_between_the_smallest_threshold_and_one():
@@ -100,10 +100,10 @@ def test_bins_lie_between_the_smallest_threshold_and_one():
 def test_bins_are_closed_on_the_right():
     scores = [0.25, 0.5, 0.5 + 2**-40, 0.75, 1.0]
     outputs = recorded([scores], [[0] * 5], [0, 0, 1, 1, 0], 2)
-    found = exit_calibration(outputs, at(outputs, [-INF]), 4)
-    assert found.count.tolist() == [[1, 1, 2, 1]]
-    assert found.accuracy.tolist() == [[1.0, 1.0, 0.0, 1.0]]
-    assert found.ece[0] == pytest.approx((0.75 + 0.5 + 2 * 0.625 + 0.0) / 5)
+    calibration = exit_calibration(outputs, at(outputs, [-INF]), 4)
+    assert calibration.count.tolist() == [[1, 1, 2, 1]]
+    assert calibration.accuracy.tolist() == [[1.0, 1.0, 0.0, 1.0]]
+    assert calibration.ece[0] == pytest.approx((0.75 + 0.5 + 2 * 0.625 + 0.0) / 5)
 
 
 def test_a_score_of_zero_is_in_the_first_bin():
@@ -113,19 +113,19 @@ def test_a_score_of_zero_is_in_the_first_bin():
 
 def test_a_class_of_threshold_minus_infinity_brings_scores_below_the_others():
     outputs = recorded([[0.1, 0.95], [0.5, 0.5]], [[0, 1], [0, 1]], [0, 1], 2)
-    found = exit_calibration(outputs, at(outputs, [[-INF, 0.9], [-INF, -INF]]), 10)
-    assert found.count[0].tolist() == [1, *8 * [0], 1]
+    calibration = exit_calibration(outputs, at(outputs, [[-INF, 0.9], [-INF, -INF]]), 10)
+    assert calibration.count[0].tolist() == [1, *8 * [0], 1]
 
 
 def test_where_nobody_leaves_there_is_no_error():
     outputs = random_outputs()
-    found = exit_calibration(outputs, at(outputs, [INF, 1.0, -INF]), 5)
-    assert found.n.tolist() == [0, 0, 300]
-    assert np.isnan(found.ece).tolist() == [True, True, False]
-    assert np.isnan(found.accuracy[:2]).all()
-    assert np.isnan(found.confidence[:2]).all()
-    assert not found.count[:2].any()
-    assert np.isnan(found.edges).all(axis=1).tolist() == [True, False, False]
+    calibration = exit_calibration(outputs, at(outputs, [INF, 1.0, -INF]), 5)
+    assert calibration.n.tolist() == [0, 0, 300]
+    assert np.isnan(calibration.ece).tolist() == [True, True, False]
+    assert np.isnan(calibration.accuracy[:2]).all()
+    assert np.isnan(calibration.confidence[:2]).all()
+    assert not calibration.count[:2].any()
+    assert np.isnan(calibration.edges).all(axis=1).tolist() == [True, False, False]
 
 
 def test_the_cutoffs_decide_who_leaves_and_the_thresholds_where_bins_begin():
@@ -133,18 +133,18 @@ def test_the_cutoffs_decide_who_leaves_and_the_thresholds_where_bins_begin():
     thresholds = np.array([0.6, -INF])
     cutoffs = np.array([cutoffs_above(thresholds[0], np.array([0.6, 0.7, 0.9])), -INF])
     assert cutoffs[0] == pytest.approx(0.65)
-    moved = evaluate(outputs, thresholds, np.array([0.8, -INF]))
-    for point, n in ((evaluate(outputs, thresholds, cutoffs), 2), (moved, 1)):
-        found = exit_calibration(outputs, point)
-        assert found.edges[0, 0] == 0.6
-        assert found.n.tolist() == [n, 3 - n]
+    stricter = evaluate(outputs, thresholds, np.array([0.8, -INF]))
+    for point, n in ((evaluate(outputs, thresholds, cutoffs), 2), (stricter, 1)):
+        calibration = exit_calibration(outputs, point)
+        assert calibration.edges[0, 0] == 0.6
+        assert calibration.n.tolist() == [n, 3 - n]
 
 
 def test_accuracy_averages_quality():
     outputs = recorded([[0.5, 0.5, 0.9]], quality=[[0.25, 0.5, 1.0]])
-    found = exit_calibration(outputs, at(outputs, [-INF]), 2)
-    assert found.accuracy.tolist() == [[0.375, 1.0]]
-    assert found.ece[0] == pytest.approx((2 * 0.125 + 0.1) / 3)
+    calibration = exit_calibration(outputs, at(outputs, [-INF]), 2)
+    assert calibration.accuracy.tolist() == [[0.375, 1.0]]
+    assert calibration.ece[0] == pytest.approx((2 * 0.125 + 0.1) / 3)
 
 
 @pytest.mark.parametrize("bad", [-0.1, 1.1])
@@ -188,42 +188,42 @@ def naive_shift(outputs, thresholds):
     n_classes = outputs.n_classes
 
     def shares(k):
-        held = [int(label) for label, taken in zip(outputs.labels, exits, strict=True) if taken >= k]
-        return len(held), [held.count(c) / len(held) for c in range(n_classes)]
+        labels = [int(label) for label, at_exit in zip(outputs.labels, exits, strict=True) if at_exit >= k]
+        return len(labels), [labels.count(c) / len(labels) for c in range(n_classes)]
 
     _, full = shares(0)
     for k in range(outputs.n_exits):
-        n, left = shares(k)
-        kl = sum(p * math.log(p / q) if q else INF for p, q in zip(full, left, strict=True) if p)
-        gini = sum(abs(a - b) for a in left for b in left) / (2 * n_classes)
-        yield n, kl, gini, sum(sorted(left, reverse=True)[:3])
+        n, surviving = shares(k)
+        kl = sum(p * math.log(p / q) if q else INF for p, q in zip(full, surviving, strict=True) if p)
+        gini = sum(abs(a - b) for a in surviving for b in surviving) / (2 * n_classes)
+        yield n, kl, gini, sum(sorted(surviving, reverse=True)[:3])
 
 
 @pytest.mark.parametrize("thresholds", [PER_EXIT, PER_CLASS], ids=["by exit", "by class"])
 def test_survivors_equal_counting_sample_by_sample(thresholds):
     outputs = random_outputs()
-    found = survivor_shift(outputs, at(outputs, thresholds))
+    shift = survivor_shift(outputs, at(outputs, thresholds))
     expected = list(naive_shift(outputs, thresholds))
-    assert found.n.tolist() == [row[0] for row in expected]
+    assert shift.n.tolist() == [row[0] for row in expected]
     for i, name in enumerate(("kl", "gini", "top3"), start=1):
-        assert getattr(found, name) == pytest.approx([row[i] for row in expected])
-    assert found.kl[0] == 0.0
-    assert (found.kl[1:] > 1e-3).all()
+        assert getattr(shift, name) == pytest.approx([row[i] for row in expected])
+    assert shift.kl[0] == 0.0
+    assert (shift.kl[1:] > 1e-3).all()
 
 
 def test_a_class_without_survivors_is_infinitely_far():
     outputs = recorded([[0.9, 0.1, 0.1], [0.5] * 3], 2 * [[0, 1, 1]], [0, 1, 1], 3)
-    found = survivor_shift(outputs, at(outputs, [0.5, -INF]))
-    assert found.kl.tolist() == [0.0, INF]
-    assert found.gini[1] == pytest.approx(1 - 1 / 3)
-    assert found.top3.tolist() == [1.0, 1.0]
+    shift = survivor_shift(outputs, at(outputs, [0.5, -INF]))
+    assert shift.kl.tolist() == [0.0, INF]
+    assert shift.gini[1] == pytest.approx(1 - 1 / 3)
+    assert shift.top3.tolist() == [1.0, 1.0]
 
 
 def test_classes_of_equal_size():
     outputs = recorded([[0.5] * 8], [[0] * 8], [0, 1, 2, 3] * 2, 4)
-    found = survivor_shift(outputs, at(outputs, [-INF]))
-    assert found.gini == pytest.approx([0.0], abs=1e-15)
-    assert found.top3.tolist() == [0.75]
+    shift = survivor_shift(outputs, at(outputs, [-INF]))
+    assert shift.gini == pytest.approx([0.0], abs=1e-15)
+    assert shift.top3.tolist() == [0.75]
 
 
 def test_classes_that_never_occur_make_the_counts_uneven():
@@ -234,11 +234,11 @@ def test_classes_that_never_occur_make_the_counts_uneven():
 def test_nobody_left():
     outputs = random_outputs()
     point = at(outputs, [0.5, -INF, -INF])
-    found = survivor_shift(outputs, point)
-    assert found.n[0] == 300
-    assert found.n[1] > 0
-    assert found.n[2] == 0
-    for values in (found.kl, found.gini, found.top3):
+    shift = survivor_shift(outputs, point)
+    assert shift.n[0] == 300
+    assert shift.n[1] > 0
+    assert shift.n[2] == 0
+    for values in (shift.kl, shift.gini, shift.top3):
         assert np.isnan(values).tolist() == [False, False, True]
     assert flow(outputs, point)[2].tolist() == [0, 0, 0, 0]
 
@@ -251,10 +251,10 @@ def test_flow_equals_counting_sample_by_sample(thresholds):
         [sum(e >= k and label == c for e, label in zip(exits, outputs.labels, strict=True)) for c in range(4)]
         for k in range(3)
     ]
-    found = flow(outputs, at(outputs, thresholds))
-    assert found.tolist() == expected
-    assert found.dtype == np.int64
-    assert found[2].all()
+    counts = flow(outputs, at(outputs, thresholds))
+    assert counts.tolist() == expected
+    assert counts.dtype == np.int64
+    assert counts[2].all()
 
 
 @pytest.mark.parametrize("measure", [flow, survivor_shift])
@@ -262,80 +262,6 @@ def test_survivors_without_labels(measure):
     outputs = recorded([[0.5]], quality=[[1]])
     with pytest.raises(ValueError, match="need labels and n_classes"):
         measure(outputs, at(outputs, [-INF]))
-
-
-# -- accuracy at equal cost -------------------------------------------------------------------------------------------
-
-REDUCTION, ACCURACY = [0.6, 0.2, 0.4], [0.7, 0.88, 0.82]
-
-
-def matched(targets, reduction=REDUCTION, accuracy=ACCURACY, full=0.9, **options):
-    return accuracy_at_reduction(reduction, accuracy, full, targets, **options).tolist()
-
-
-def test_matched_accuracy_is_linear_between_points_in_any_order():
-    assert matched([0.2, 0.3, 0.4, 0.45, 0.6]) == pytest.approx([0.88, 0.85, 0.82, 0.79, 0.7])
-
-
-def test_the_anchor_is_the_full_model():
-    assert matched([0.15, 0.125]) == pytest.approx([0.885, 0.8875])
-    assert matched([0.15], full=0.96) == pytest.approx([0.9])
-
-
-def test_nothing_far_outside_the_measured_range():
-    found = matched([-0.01, 0.0, 0.11, 0.12, 0.6, 0.61])
-    assert np.isnan(found).tolist() == [True, True, True, False, False, True]
-    assert np.isnan(matched([0.11, 0.0, -0.01], below=0.2)).tolist() == [False, False, True]
-    assert np.isnan(matched([0.19], below=0.0)).all()
-    assert matched([0.2], below=0.0) == pytest.approx([0.88])
-
-
-def test_the_edge_of_what_is_allowed_is_not_lost_to_rounding():
-    assert 0.38 - 0.08 > 0.3 - 1e-16
-    for least in (0.38, 0.18, 0.48, 0.28, 0.98):
-        (found,) = matched([round(least - 0.08, 2)], [least], [0.8])
-        assert found == pytest.approx(0.9 - 0.1 * (least - 0.08) / least)
-
-
-def test_clamping_gives_the_last_accuracy():
-    found = matched([0.6, 0.61, 0.68, 0.69], clamp=True)
-    assert found[:3] == pytest.approx([0.7] * 3)
-    assert math.isnan(found[3])
-    assert np.isnan(matched([0.65], clamp=True, below=0.01)).all()
-
-
-def test_of_equal_reductions_the_most_accurate_counts():
-    assert matched([0.4, 0.5], [0.4, 0.6, 0.4, 0.4], [0.8, 0.7, 0.85, 0.6]) == pytest.approx([0.85, 0.775])
-
-
-def test_the_shape_is_that_of_the_targets():
-    assert accuracy_at_reduction(REDUCTION, ACCURACY, 0.9, 0.4).shape == ()
-    assert accuracy_at_reduction(REDUCTION, ACCURACY, 0.9, [[0.4], [0.2]]).tolist() == [[0.82], [0.88]]
-    assert math.isnan(accuracy_at_reduction(REDUCTION, ACCURACY, 0.9, math.nan))
-
-
-def test_the_full_model_lies_among_points_that_cost_more_and_points_that_cost_less():
-    found = matched([-0.1, -0.05, 0.0, 0.1, 0.2], [-0.1, 0.2], [0.86, 0.8])
-    assert found == pytest.approx([0.86, 0.88, 0.9, 0.85, 0.8])
-    assert np.isnan(matched([-0.11, -0.15], [-0.1, 0.2], [0.86, 0.8])).all()
-
-
-def test_a_point_that_saves_nothing_is_compared_with_the_full_model():
-    assert matched([0.0], [0.0, 0.5], [0.85, 0.7]) == [0.9]
-    assert matched([0.0], [0.0, 0.5], [0.95, 0.7]) == [0.95]
-
-
-def test_points_that_all_cost_more_than_the_full_model():
-    found = matched([-0.3, -0.2, -0.15, -0.1, -0.05, 0.0], [-0.2, -0.1], [0.9, 0.8], clamp=True)
-    assert found[1:5] == pytest.approx([0.9, 0.85, 0.8, 0.8])
-    assert np.isnan(found).tolist() == [True, False, False, False, False, True]
-    assert np.isnan(matched([-0.05], [-0.2, -0.1], [0.9, 0.8])).all()
-
-
-@pytest.mark.parametrize(("reduction", "accuracy"), [([], []), ([0.1, 0.2], [0.9]), ([[0.1]], [[0.9]])])
-def test_curves_that_are_none(reduction, accuracy):
-    with pytest.raises(ValueError, match=r"one shape \(P,\) with P >= 1"):
-        accuracy_at_reduction(reduction, accuracy, 0.9, 0.1)
 
 
 # -- examples ---------------------------------------------------------------------------------------------------------
@@ -346,9 +272,9 @@ def test_curves_that_are_none(reduction, accuracy):
 def test_exemplars_equal_sorting_sample_by_sample(thresholds, n):
     outputs = random_outputs()
     exits = reference.route(outputs, thresholds)
-    found = samples_of(exemplars(outputs, at(outputs, thresholds), n))
-    assert len(found) == 2
-    for k, (near, deep) in enumerate(found):
+    pairs = samples_of(exemplars(outputs, at(outputs, thresholds), n))
+    assert len(pairs) == 2
+    for k, (near, deep) in enumerate(pairs):
         right = [i for i, e in enumerate(exits) if e == k and reference.quality_of(outputs, k, i) == 1]
 
         def excess(i, k=k):
@@ -397,3 +323,18 @@ def test_strips_carry_scores_and_classes():
     ((near, deep),) = exemplars(outputs, at(outputs, [-INF, -INF])).strips
     assert (near.scores.tolist(), near.labels.tolist()) == ([0.7, 0.9], [1, 0])
     assert (deep.scores.tolist(), deep.labels.tolist()) == ([0.9, 0.7], [0, 1])
+
+
+# -- tables -----------------------------------------------------------------------------------------------------------
+
+
+def test_tables_hold_what_the_arrays_do():
+    pytest.importorskip("pandas")
+    outputs = random_outputs()
+    point = at(outputs, PER_EXIT)
+    calibration, shift = exit_calibration(outputs, point, 4), survivor_shift(outputs, point)
+    bins = calibration.to_frame()
+    assert list(bins.columns) == ["exit", "low", "high", "accuracy", "confidence", "count"]
+    assert bins["count"].to_numpy().reshape(3, 4).tolist() == calibration.count.tolist()
+    assert (bins["high"] - bins["low"]).to_numpy() == pytest.approx(np.diff(calibration.edges, axis=1).ravel())
+    assert shift.to_frame().to_numpy() == pytest.approx(np.column_stack([shift.n, shift.kl, shift.gini, shift.top3]))

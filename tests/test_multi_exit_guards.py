@@ -1,5 +1,7 @@
 """What would give wrong answers without an error, and is looked for before any answer is given."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,22 @@ from torch.backends import cudnn
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 import adaptexit
-from adaptexit import FrozenRecipe, LabelWarning, MultiExitClassifier
+from adaptexit import FrozenRecipe, MultiExitClassifier
 from adaptexit.core.outputs import ExitOutputs
-from adaptexit.staging import SplitError, split
-from adaptexit.staging.modes import exact_arithmetic
-from tests.nets import QUICK, NativeNet, branched, branched_trained, digits, flat_head, native_net
+from adaptexit.exceptions import SplitError
+from adaptexit.heads import Answer, Head
+from adaptexit.staging import split
+from adaptexit.staging.contexts import exact_arithmetic
+from tests.nets import (
+    QUICK,
+    assert_same_branches,
+    branched,
+    branched_model,
+    branched_trained,
+    digits,
+    flat_head,
+    loader_of,
+)
 
 TRAIN, VAL, TEST = digits()
 
@@ -91,30 +104,6 @@ def test_a_head_that_writes_into_its_feature_spoils_nothing():
     assert branched(net).fit(*TRAIN)._network._overwrites == [False] * 3
 
 
-def test_a_native_network_answers_through_its_stages_as_through_its_forward():
-    class Shifted(NativeNet):
-        def forward(self, x):
-            return super().forward(2 * x - 0.5)
-
-    class Single(NativeNet):
-        def forward(self, x):
-            return super().forward(x)[-1]
-
-    class Short(NativeNet):
-        def forward(self, x):
-            return super().forward(x)[:-1]
-
-    parts = native_net()
-    for kind, error, message in (
-        (Shifted, SplitError, "exit 0 of the network answers otherwise through its stages and heads"),
-        (Single, ValueError, "a network with 3 exits must return a list of as many logits; got Tensor"),
-        (Short, ValueError, "a network with 3 exits must return a list of as many logits; got 2"),
-    ):
-        network = kind(branched_trained(), list(parts.heads[:2])).eval()
-        with pytest.raises(error, match=message):
-            MultiExitClassifier(network).fit(*VAL)
-
-
 def test_one_logit_is_too_few():
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.Linear(4, 1)).eval()
     with pytest.raises(ValueError, match=r"backbone must answer with at least 2 logits, one a class; got 1"):
@@ -122,15 +111,6 @@ def test_one_logit_is_too_few():
 
 
 # -- data --------------------------------------------------------------------------------------------------------------
-
-
-def test_labels_that_do_not_fit_are_remarked_on():
-    wrong = (TRAIN[1] + 1) % 10
-    with pytest.warns(LabelWarning, match=r"the backbone is right on .*% of the calibration data, no more than the"):
-        fitted = branched().fit(TRAIN[0], wrong)
-    fitted.calibrate(*VAL)
-    with pytest.warns(LabelWarning):
-        fitted.calibrate(VAL[0], (VAL[1] + 1) % 10)
 
 
 def test_a_sampler_that_shuffles_is_refused():
@@ -178,6 +158,131 @@ def test_what_belongs_to_a_machine_may_be_given_to_load(tmp_path):
     assert adaptexit.load(tmp_path / "model", **again).device == "cpu"
     with pytest.raises(ValueError, match="exits cannot be given to load"):
         adaptexit.load(tmp_path / "model", **again, exits=["two"])
+
+
+# -- features that were kept for another model, or other data ---------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def self_calibrated():
+    """Tests only compare with it."""
+    return branched().fit(*TRAIN)
+
+
+class Counted:
+    """A trained net that counts the samples which reach its end."""
+
+    def __init__(self):
+        self.net, self.count = branched_trained(), 0
+        self.net.out.register_forward_hook(lambda module, inputs, output: self.add(len(output)))
+
+    def add(self, n):
+        self.count += n
+
+    def runs(self, folder, data=TRAIN, **params):
+        """Fit, and say whether the backbone ran over the data, and what was fitted."""
+        self.count = 0
+        fitted = branched(self.net, cache_dir=folder, **params).fit(*data)
+        assert self.count < 220 or 600 <= self.count < 780  # besides, the first batch to make sure, and the split's
+        return self.count >= 600, fitted
+
+
+def test_a_second_fit_does_not_run_the_backbone(tmp_path, self_calibrated):
+    counted = Counted()
+    ran, first = counted.runs(tmp_path)
+    assert ran
+    again, second = counted.runs(tmp_path)
+    assert not again
+    assert_same_branches(first, second)
+    assert_same_branches(first, self_calibrated)
+    ran, by_loader = Counted().runs(tmp_path, (loader_of(*TRAIN, batch_size=128),))
+    assert not ran
+    assert_same_branches(first, by_loader)
+
+
+CHANGES = {
+    "data": {"data": VAL},
+    "exits": {"exits": ["one", "two"]},
+    "head": {"head": "mlp"},
+    "half": {"cache_half": True},
+    "preprocess": {"preprocess": torch.square},
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_anything_that_changes_features_runs_the_backbone(tmp_path, change):
+    counted = Counted()
+    counted.runs(tmp_path)
+    ran, fitted = counted.runs(tmp_path, **CHANGES[change])
+    assert ran
+    params = {key: value for key, value in CHANGES[change].items() if key != "data"}
+    assert_same_branches(fitted, branched(**params).fit(*CHANGES[change].get("data", TRAIN)))
+    assert not counted.runs(tmp_path, **CHANGES[change])[0]
+
+
+def test_other_weights_run_the_backbone(tmp_path):
+    Counted().runs(tmp_path)
+    counted = Counted()
+    counted.net.three[1].running_mean += 0.01
+    assert counted.runs(tmp_path)[0]
+
+
+@pytest.mark.filterwarnings("ignore::adaptexit.LabelWarning")
+def test_other_labels_and_recipes_do_not(tmp_path):
+    counted = Counted()
+    counted.runs(tmp_path)
+    ran, fitted = counted.runs(tmp_path, (TRAIN[0], TRAIN[1][::-1].copy()))
+    assert not ran
+    assert fitted.outputs_.full_accuracy < 0.3
+    assert not counted.runs(tmp_path, recipe=FrozenRecipe(epochs=1), random_state=3, calibration_size=0.4)[0]
+
+
+class Keeping(Head):
+    """Reads some of the channels."""
+
+    def __init__(self, spec, n_classes, n):
+        super().__init__(spec, n_classes)
+        self.n, self.linear = n, nn.Linear(n, n_classes)
+
+    def reduce(self, feature):
+        return feature[:, : self.n].mean(dim=(2, 3))
+
+    def answer(self, reduced, state=None):
+        return Answer(self.linear(reduced))
+
+
+def test_a_head_that_keeps_more_of_a_feature_is_not_given_less(tmp_path):
+    branched(cache_dir=tmp_path, head=partial(Keeping, n=3)).fit(*TRAIN)
+    fitted = branched(cache_dir=tmp_path, head=partial(Keeping, n=5)).fit(*TRAIN)
+    assert_same_branches(fitted, branched(head=partial(Keeping, n=5)).fit(*TRAIN))
+
+
+def test_features_recorded_under_autocast_do_not_serve_without(tmp_path, self_calibrated):
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        branched(cache_dir=tmp_path).fit(*TRAIN)
+    assert_same_branches(branched(cache_dir=tmp_path).fit(*TRAIN), self_calibrated)
+
+
+def test_features_that_outgrow_memory_go_to_disk(monkeypatch):
+    files = []
+    temporary = __import__("tempfile").TemporaryFile
+
+    def counted(*args, **kwargs):
+        files.append(1)
+        return temporary(*args, **kwargs)
+
+    monkeypatch.setattr("adaptexit.training.feature_cache.tempfile.TemporaryFile", counted)
+    in_memory = branched().fit(*TRAIN)
+    assert files == []
+    on_disk = branched(cache_memory=0).fit(*TRAIN)
+    assert len(files) == 4
+    assert_same_branches(in_memory, on_disk)
+
+
+def test_features_in_half_precision(self_calibrated):
+    fitted = branched(cache_half=True).fit(*TRAIN)
+    assert fitted.outputs_.scores.tolist() != self_calibrated.outputs_.scores.tolist()
+    assert fitted.calibrate(*VAL).score(*TEST) == pytest.approx(branched_model().score(*TEST), abs=0.02)
 
 
 # -- defaults ----------------------------------------------------------------------------------------------------------

@@ -1,11 +1,8 @@
 import copy
 import json
-import pickle
-import random
 import warnings
 from functools import partial
 
-import joblib
 import numpy as np
 import pytest
 import safetensors.torch
@@ -21,6 +18,7 @@ from torch import nn
 
 import adaptexit
 from adaptexit import CalibrationWarning, FrozenRecipe, MultiExitClassifier, ThresholdCalibrator
+from tests.contract.cases import assert_same, config_of, random_states, stages_of
 from tests.nets import (
     EXITS,
     QUICK,
@@ -32,7 +30,6 @@ from tests.nets import (
     branched_trained,
     digits,
     flat_head,
-    loader_of,
     native_net,
 )
 
@@ -63,101 +60,13 @@ def scratch(model, tmp_path):
     return tmp_path / "model"
 
 
-def assert_same_answers(one, other, X=TEST[0], y=TEST[1]):
-    """Bit-equal answers and learning, in all that can be asked."""
-    for budget in (None, one.pareto().cost[0]):
-        assert other.predict(X, budget=budget).tolist() == one.predict(X, budget=budget).tolist()
-        assert other.predict_proba(X, budget=budget).tobytes() == one.predict_proba(X, budget=budget).tobytes()
-        assert other.point_index(budget) == one.point_index(budget)
-    ours, theirs = one.trace(X), other.trace(X)
-    assert theirs.exits.tolist() == ours.exits.tolist()
-    assert theirs.costs.tolist() == ours.costs.tolist()
-    assert theirs.scores.tobytes() == ours.scores.tobytes()
-    assert other.predict_anytime(X, 1.0).tolist() == one.predict_anytime(X, 1.0).tolist()
-    assert other.pareto(X, y).accuracy.tolist() == one.pareto(X, y).accuracy.tolist()
-    for name in ("exits_", "exit_names", "history_", "self_calibrated_", "cost_unit_"):
-        assert getattr(other, name) == getattr(one, name)
-    assert other.classes_.dtype == one.classes_.dtype
-    assert other.classes_.tolist() == one.classes_.tolist()
-    assert other.outputs_.chained == one.outputs_.chained
-    assert other.calibrator_.search_report_ == one.calibrator_.search_report_
-
-
-def config_of(folder):
-    def refuse(constant):
-        raise AssertionError(f"{constant} is not JSON")
-
-    return json.loads((folder / "config.json").read_text(), parse_constant=refuse)
-
-
 # -- copies in memory -------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "data", [lambda: TRAIN, lambda: (loader_of(*TRAIN), None), lambda: (loader_of(*TRAIN).dataset, None)]
-)
-def test_refit_and_clone_are_bit_equal(data):
-    one = branched(head="refined_prototype", exits=["one", "two"]).fit(*data())
-    copied = clone(one)
-    assert not hasattr(copied, "calibrator_")
-    kept = copy.deepcopy(one)
-    for again in (copied.fit(*data()), one.fit(*data())):
-        assert_same_branches(kept, again)
 
 
 def test_random_state_changes_the_split_and_the_heads():
     one, other = (branched(random_state=seed).fit(*TRAIN) for seed in (0, 1))
     assert one.outputs_.labels.tolist() != other.outputs_.labels.tolist()
     assert one.history_ != other.history_
-
-
-def through_joblib(model, folder):
-    joblib.dump(model, folder / "model.joblib")
-    return joblib.load(folder / "model.joblib")
-
-
-COPIES = {
-    "pickle": lambda model, folder: pickle.loads(pickle.dumps(model)),
-    "joblib": through_joblib,
-    "deepcopy": lambda model, folder: copy.deepcopy(model),
-}
-
-
-@self_calibrated
-@pytest.mark.parametrize("way", COPIES)
-@pytest.mark.parametrize(
-    "made",
-    [
-        branched_model,
-        lambda: branched(head=AddingHead).fit(*TRAIN),
-        lambda: branched(nn.DataParallel(branched_trained())).fit(*TRAIN),
-        lambda: MultiExitClassifier(native_net(), calibrator=ThresholdCalibrator(search="geometric")).fit(*VAL),
-    ],
-)
-def test_copies_answer_alike(way, made, tmp_path):
-    one = made()
-    other = COPIES[way](one, tmp_path)
-    assert_same_answers(one, other)
-    assert other.calibrate(*TRAIN).predict(TEST[0]).shape == (len(TEST[0]),)
-    assert one.outputs_.labels.tolist() != TRAIN[1].tolist()
-
-
-def test_a_deep_copy_shares_no_weights(model):
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in other.backbone.parameters():
-            parameter.zero_()
-    assert len(set(other.predict_anytime(TEST[0], 1.0))) == 1
-    assert model.predict_anytime(TEST[0], 1.0).tolist() == branched_trained()(
-        torch.from_numpy(TEST[0])
-    ).argmax(dim=1).tolist()  # fmt: skip
-
-
-@self_calibrated
-def test_a_pickled_table_model(tmp_path):
-    fitted = MultiExitClassifier("mlp", ["hidden.0"], recipe=FrozenRecipe(epochs=2)).fit(*IRIS)
-    for way in COPIES.values():
-        assert_same_answers(fitted, way(fitted, tmp_path), *IRIS)
 
 
 # -- with scikit-learn ------------------------------------------------------------------------------------------------
@@ -185,18 +94,6 @@ def test_in_a_pipeline():
     assert pipeline.predict(TEST[0] * 16).tolist() == branched().fit(*TRAIN).predict(TEST[0]).tolist()
 
 
-def test_parameters_are_stored_as_given():
-    recipe, calibrator, net = FrozenRecipe(), ThresholdCalibrator(), branched_net()
-    model = MultiExitClassifier(net, recipe=recipe, calibrator=calibrator, classes=[1, 2])
-    assert model.backbone is net
-    assert model.recipe is recipe
-    assert model.get_params(deep=False)["calibrator"] is calibrator
-    model.set_params(recipe__epochs=3, calibrator__max_drop=0.1, exits=2)
-    assert (recipe.epochs, calibrator.max_drop, model.exits) == (3, 0.1, 2)
-    with pytest.raises(ValueError, match="Invalid parameter 'exit'"):
-        model.set_params(exit=1)
-
-
 def test_fit_learns_from_clones_of_recipe_and_calibrator():
     recipe, calibrator = FrozenRecipe(epochs=1), ThresholdCalibrator()
     before = dict(vars(recipe))
@@ -208,15 +105,13 @@ def test_fit_learns_from_clones_of_recipe_and_calibrator():
 # -- round trips ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("again", [branched_trained, branched_net, lambda: branched_trained().train()])
+@pytest.mark.parametrize("again", [branched_net, lambda: branched_trained().train()])
 def test_a_module_given_again(model, saved, again):
     backbone = again()
     modes = [part.training for part in backbone.modules()]
     loaded = adaptexit.load(saved, backbone=backbone, head=flat_head)
-    assert type(loaded) is MultiExitClassifier
     assert loaded.backbone is backbone
-    assert_same_branches(model, loaded)
-    assert_same_answers(model, loaded)
+    assert_same(model, loaded, *TEST)
     assert [part.training for part in backbone.modules()] == modes
 
 
@@ -237,10 +132,7 @@ def test_a_module_that_has_the_weights_is_shared_another_is_copied(saved):
 
 def given_again(fitted, folder, **given):
     fitted.save(folder)
-    loaded = adaptexit.load(folder, **given)
-    if hasattr(fitted._network, "split"):
-        assert_same_branches(fitted, loaded)
-    return loaded
+    return adaptexit.load(folder, **given)
 
 
 @self_calibrated
@@ -250,7 +142,7 @@ def test_heads_by_name_are_written(head, tmp_path):
     loaded = given_again(fitted, tmp_path / "model", backbone=branched_net)
     assert config_of(tmp_path / "model")["given_again"] == ["backbone"]
     assert loaded.head == head
-    assert_same_answers(fitted, loaded)
+    assert_same(fitted, loaded, *TEST)
 
 
 @self_calibrated
@@ -258,33 +150,27 @@ def test_a_factory_and_chained_heads(tmp_path):
     fitted = branched(branched_trained, head=AddingHead).fit(*TRAIN)
     loaded = given_again(fitted, tmp_path / "model", backbone=branched_net, head=AddingHead)
     assert config_of(tmp_path / "model")["given_again"] == ["backbone", "head"]
-    assert_same_answers(fitted, loaded)
-
-
-def stages_of(net):
-    return [net.one, net.two, net.three, nn.Sequential(net.pool, net.flat, net.drop, net.out)]
+    assert_same(fitted, loaded, *TEST)
 
 
 @self_calibrated
-@pytest.mark.parametrize("again", [branched_trained, branched_net])
-def test_stages(tmp_path, again):
+def test_stages_with_other_weights_are_copied(tmp_path):
     fitted = branched(stages_of(branched_trained()), exits="auto").fit(*TRAIN)
-    net = again()
+    net = branched_net()
     state = copy.deepcopy(net.state_dict())
     loaded = given_again(fitted, tmp_path / "model", backbone=stages_of(net), head=flat_head)
-    assert_same_answers(fitted, loaded)
+    assert_same(fitted, loaded, *TEST)
     assert all(torch.equal(value, state[key]) for key, value in net.state_dict().items())
 
 
 def test_a_network_built_with_exits(tmp_path):
-    fitted = MultiExitClassifier(native_net(), calibrator=ThresholdCalibrator(search="geometric")).fit(*VAL)
+    calibrator = ThresholdCalibrator(search="geometric")
+    fitted = MultiExitClassifier(native_net(), calibrator=calibrator).fit(*VAL).calibrate(*VAL)
     other = native_net()
     with torch.no_grad():
         other.heads[0][2].weight.zero_()
-    for again in (native_net(), native_net, other):
-        loaded = given_again(fitted, tmp_path / "model", backbone=again)
-        assert loaded.history_ == {}
-        assert_same_answers(fitted, loaded)
+    for again in (native_net, other):
+        assert_same(fitted, given_again(fitted, tmp_path / "model", backbone=again), *TEST)
     assert not other.heads[0][2].weight.any()
 
 
@@ -293,14 +179,14 @@ def test_a_network_built_with_exits(tmp_path):
 def test_modules_of_other_precision(tmp_path, dtype):
     fitted = branched(branched_trained().to(dtype)).fit(*TRAIN)
     loaded = given_again(fitted, tmp_path / "model", backbone=branched_net().to(dtype), head=flat_head)
-    assert_same_answers(fitted, loaded)
+    assert_same(fitted, loaded, *TEST)
 
 
 @self_calibrated
 def test_a_wrapped_module(tmp_path):
     fitted = branched(nn.DataParallel(branched_trained())).fit(*TRAIN)
     loaded = given_again(fitted, tmp_path / "model", backbone=nn.DataParallel(branched_net()), head=flat_head)
-    assert_same_answers(fitted, loaded)
+    assert_same(fitted, loaded, *TEST)
 
 
 TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads": 2, "num_classes": 3}
@@ -322,11 +208,13 @@ def test_a_timm_name_is_written_and_made_without_its_weights(tmp_path, monkeypat
     exits = ["blocks.0", "blocks.1"]
     fitted = MultiExitClassifier("vit_tiny_patch16_224", exits, recipe=FrozenRecipe(epochs=2)).fit(X, y)
     assert asked == [True]
+    before = random_states()
     loaded = given_again(fitted, tmp_path / "model")
+    assert random_states() == before
     assert asked == [True, False]
     assert config_of(tmp_path / "model")["given_again"] == []
     assert loaded.backbone == "vit_tiny_patch16_224"
-    assert_same_answers(fitted, loaded, X, y)
+    assert_same(fitted, loaded, X, y)
 
 
 @self_calibrated
@@ -338,7 +226,7 @@ def test_tables(tmp_path, backbone, names):
     written = isinstance(backbone, str)
     loaded = given_again(fitted, tmp_path / "model", **({} if written else {"backbone": clone(backbone)}))
     assert config_of(tmp_path / "model")["given_again"] == ([] if written else ["backbone"])
-    assert_same_answers(fitted, loaded, X, y)
+    assert_same(fitted, loaded, X, y)
     assert loaded.n_features_in_ == 4
     with pytest.raises(ValueError, match="X has 3 features"):
         loaded.predict(X[:, :3])
@@ -355,18 +243,18 @@ def test_a_fitted_table_model_and_one_of_two_classes(tmp_path):
         classifier = MLPClassifier((8, 8), max_iter=20, random_state=0).fit(X.astype(dtype), y)
         fitted = MultiExitClassifier(classifier, ["hidden.0"], recipe=FrozenRecipe(epochs=2)).fit(X.astype(dtype), y)
         loaded = given_again(fitted, tmp_path / "model", backbone=classifier)
-        assert_same_answers(fitted, loaded, X.astype(dtype), y)
+        assert_same(fitted, loaded, X.astype(dtype), y)
         with pytest.warns(CalibrationWarning):
             loaded.predict(X)
 
 
 @self_calibrated
-@pytest.mark.parametrize("classes", [list("abcdefghij"), np.arange(10) * 1.5, list(range(5, 15))])
+@pytest.mark.parametrize("classes", [list("abcdefghij"), np.arange(10) * 1.5])
 def test_classes_of_every_kind(tmp_path, classes):
     names = np.asarray(classes)
     fitted = branched(classes=classes).fit(TRAIN[0], names[TRAIN[1]])
     loaded = given_again(fitted, tmp_path / "model", backbone=branched_net, head=flat_head)
-    assert_same_answers(fitted, loaded, TEST[0], names[TEST[1]])
+    assert_same(fitted, loaded, TEST[0], names[TEST[1]])
 
 
 @self_calibrated
@@ -381,7 +269,7 @@ def test_parameters_are_the_same(tmp_path):
     loaded = given_again(fitted, tmp_path / "model", backbone=branched_net, head=flat_head)
     assert {name: getattr(loaded, name) for name in given} == given
     assert loaded.recipe.get_params() == QUICK.get_params()
-    assert_same_answers(fitted, loaded)
+    assert_same(fitted, loaded, *TEST)
 
 
 @self_calibrated
@@ -400,91 +288,7 @@ def test_the_flag_of_self_calibration_is_kept(model, saved, tmp_path):
     assert_same_branches(loaded, model)
 
 
-def test_a_loaded_model_can_be_calibrated_fitted_cloned_and_saved_again(model, saved, tmp_path):
-    loaded = adaptexit.load(saved, backbone=branched_trained(), head=flat_head)
-    assert_same_branches(clone(loaded).fit(*TRAIN).calibrate(*VAL), model)
-    other = copy.deepcopy(model).calibrate(*TEST)
-    assert_same_branches(loaded.calibrate(*TEST), other)
-    loaded.save(tmp_path / "again")
-    assert_same_branches(adaptexit.load(tmp_path / "again", backbone=branched_net, head=flat_head), other)
-    assert_same_branches(loaded.fit(*TRAIN).calibrate(*VAL), model)
-
-
-@pytest.mark.parametrize("kind", ["mlp", "module", "name"])
-def test_load_leaves_global_random_states(kind, saved, tmp_path, monkeypatch):
-    given = {"backbone": branched_trained(), "head": flat_head}
-    if kind == "mlp":
-        MultiExitClassifier("mlp", ["hidden.0"], recipe=FrozenRecipe(epochs=1)).fit(*IRIS).save(tmp_path / "model")
-        given = {}
-    if kind == "name":
-        create = timm.create_model
-        monkeypatch.setattr(timm, "create_model", lambda name, pretrained: create(name, **TINY))
-        X = np.random.default_rng(1).random((30, 3, 32, 32), dtype=np.float32)
-        params = {"preprocess": None, "recipe": FrozenRecipe(epochs=1)}
-        MultiExitClassifier("vit_tiny_patch16_224", ["blocks.0"], **params).fit(X, np.arange(30) % 3).save(
-            tmp_path / "model"
-        )
-        given = {}
-    before = torch.random.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()  # noqa: NPY002
-    adaptexit.load(saved if kind == "module" else tmp_path / "model", **given)
-    assert (torch.random.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()) == before  # noqa: NPY002
-
-
-# -- what is written --------------------------------------------------------------------------------------------------
-
-
-def test_the_files_and_the_weights(model, saved):
-    files = {str(path.relative_to(saved)) for path in saved.rglob("*") if path.is_file()}
-    arrays = ("exit_costs", "labels", "predictions", "scores", "stage_costs")
-    calibration = {f"calibration/{name}.npy" for name in arrays}
-    assert files == calibration | {"calibration/outputs.json", "config.json", "model.safetensors"}
-    tensors = safetensors.torch.load_file(saved / "model.safetensors")
-    state = {key.removeprefix("backbone."): value for key, value in tensors.items() if key.startswith("backbone.")}
-    assert state.keys() == branched_trained().state_dict().keys()
-    assert all(torch.equal(value, state[key]) for key, value in branched_trained().state_dict().items())
-    assert {key.split(".")[1] for key in tensors if key.startswith("heads.")} == {"0", "1", "2"}
-
-
-def test_config_names_what_it_cannot_hold(saved):
-    config = config_of(saved)
-    assert config["class"] == "MultiExitClassifier"
-    assert config["given_again"] == ["backbone", "head"]
-    assert set(config["params"]) | {"backbone", "head"} == set(MultiExitClassifier(None).get_params(deep=False))
-    assert not {"backbone", "head"} & set(config["params"])
-    assert config["params"]["recipe"]["class"] == "FrozenRecipe"
-
-
-def test_nothing_is_pickled(model, tmp_path, monkeypatch):
-    def forbidden(*args, **kwargs):
-        raise AssertionError("pickle was used")
-
-    backbone = branched_net()
-    for name in ("dump", "dumps", "load", "loads"):
-        monkeypatch.setattr(pickle, name, forbidden)
-    monkeypatch.setattr(torch, "load", forbidden)
-    monkeypatch.setattr(torch, "save", forbidden)
-    model.save(tmp_path / "model")
-    loaded = adaptexit.load(tmp_path / "model", backbone=backbone, head=flat_head)
-    assert loaded.predict(TEST[0]).tolist() == model.predict(TEST[0]).tolist()
-
-
-def test_saving_changes_nothing(model, tmp_path):
-    before = dict(vars(model))
-    model.save(tmp_path / "model")
-    assert vars(model).keys() == before.keys()
-    assert all(vars(model)[name] is value for name, value in before.items())
-
-
 # -- what load refuses ------------------------------------------------------------------------------------------------
-
-
-def test_missing_and_superfluous_arguments_are_named(saved):
-    with pytest.raises(ValueError, match=r"^backbone=, head= could not be written and must be given to load again"):
-        adaptexit.load(saved)
-    with pytest.raises(ValueError, match=r"^backbone= could not be written.*\(in all: backbone, head\)"):
-        adaptexit.load(saved, head=flat_head)
-    with pytest.raises(ValueError, match=r"^budget cannot be given to load: they are stored"):
-        adaptexit.load(saved, backbone=branched_net(), head=flat_head, budget=0.3)
 
 
 def wider(spec, n_classes):
@@ -524,16 +328,9 @@ def test_a_backbone_of_another_precision(saved, backbone):
         adaptexit.load(saved, backbone=backbone(), head=flat_head)
 
 
-def test_a_classifier_where_a_module_was_saved(saved):
-    with pytest.raises((ValueError, TypeError), match="backbone must be the module that was saved; got MLPClassifier"):
-        adaptexit.load(saved, backbone=MLPClassifier(), head=flat_head)
-
-
 def test_a_module_where_a_classifier_was_saved(tmp_path):
-    table = MultiExitClassifier(MLPClassifier((8, 8), max_iter=20), ["hidden.0"], recipe=FrozenRecipe(epochs=1)).fit(
-        *IRIS
-    )
-    table.save(tmp_path / "model")
+    mlp = MLPClassifier((8, 8), max_iter=20)
+    MultiExitClassifier(mlp, ["hidden.0"], recipe=FrozenRecipe(epochs=1)).fit(*IRIS).save(tmp_path / "model")
     with pytest.raises((ValueError, TypeError), match=r"backbone must be .*MLPClassifier.*got Linear"):
         adaptexit.load(tmp_path / "model", backbone=nn.Linear(4, 3))
 
@@ -558,10 +355,3 @@ def test_other_cuts_in_the_file_are_refused(scratch):
     (scratch / "config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match="has no 'twice'"):
         adaptexit.load(scratch, backbone=branched_trained(), head=flat_head)
-
-
-def test_the_method_of_the_class(model, saved):
-    loaded = MultiExitClassifier.load(saved, backbone=branched_net, head=flat_head)
-    assert_same_branches(model, loaded)
-    with pytest.raises(ValueError, match=r"folder must hold a CascadeSaver; .* holds a MultiExitClassifier"):
-        adaptexit.CascadeSaver.load(saved, backbone=branched_net, head=flat_head)

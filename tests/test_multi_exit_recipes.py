@@ -9,9 +9,8 @@ from sklearn.base import clone
 from sklearn.neural_network import MLPClassifier
 
 import adaptexit
-from adaptexit import BoostNetRecipe, CalexNetRecipe, CPMCalibrator, FrozenRecipe, MultiExitClassifier, ZTWRecipe
-from adaptexit.chained_heads import BoostedHead, ZTWHead
-from adaptexit.heads import MLPHead, PrototypeHead, RefinedPrototypeHead
+from adaptexit import BoostNetRecipe, CalexNetRecipe, CPMCalibrator, MultiExitClassifier, ZTWRecipe
+from adaptexit.heads import BoostedHead, MLPHead, PrototypeHead, RefinedPrototypeHead, ZTWHead
 from adaptexit.training import PTEERecipe
 from tests.nets import branched, branched_trained, digits, flat_head, naive_branches
 
@@ -47,34 +46,34 @@ def model(name):
 
 def test_the_recipes_own_head_is_taken_unless_another_is_named(name, model):
     _, own = RECIPES[name]
-    assert {type(head) for head in model._network.heads} == {own}
+    assert {type(head) for head in model._network.early} == {own}
     assert model.calibrator_.cascade_aware is (name == "calexnet")
     assert model.outputs_.chained is (name in ("ztw", "boostnet"))
 
 
 def test_a_recipe_by_name_and_one_without_a_head_of_its_own():
-    assert branched(head="auto", recipe="frozen")._head(FrozenRecipe()) == "mlp"
+    assert branched(head="auto", recipe="frozen")._head() == "mlp"
 
     class Bare:
         def train(self, heads, cache, rows, targets, *, random_state=0, verbose=0):
             return {}
 
     fitted = branched(exits=["one"], head="auto", recipe=Bare()).fit(*digits()[0])
-    assert isinstance(fitted._network.heads[0], MLPHead)
+    assert isinstance(fitted._network.early[0], MLPHead)
 
 
 def test_a_head_named_with_boostnet_is_boosted():
     model = branched(exits=CUTS, head=flat_head, recipe=BoostNetRecipe(0.25, **SETTINGS)).fit(*digits()[0])
-    assert [type(head) for head in model._network.heads] == [BoostedHead] * 2
-    assert {head.weight for head in model._network.heads} == {0.25}
+    assert [type(head) for head in model._network.early] == [BoostedHead] * 2
+    assert {head.weight for head in model._network.early} == {0.25}
 
 
 def test_ensembles_know_the_heads_before_them():
-    assert [len(head.ensemble_weight) for head in made("ztw")._network.heads] == [1, 2]
+    assert [len(head.ensemble_weight) for head in made("ztw")._network.early] == [1, 2]
 
 
 def test_heads_that_the_recipe_cannot_train_are_refused_before_the_backbone_runs_over_the_data(monkeypatch):
-    monkeypatch.setattr("adaptexit.multi_exit.collect", lambda *args, **options: pytest.fail("it ran"))
+    monkeypatch.setattr("adaptexit.multi_exit.record_features", lambda *args, **options: pytest.fail("it ran"))
     with pytest.raises(ValueError, match=r"heads must be ZTWHeads for ZTW; got \['MLPHead'\]"):
         branched(exits=CUTS, head="mlp", recipe="ztw").fit(*digits()[0])
 
@@ -85,7 +84,7 @@ def test_answers_equal_a_hand_written_loop_and_the_record(name, model):
     flat = np.array([0.5, 0.6])
     recorded = model.record(X, y)
     labels, exits, scores, _ = naive_branches(
-        branched_trained(), CUTS, model._network.heads, torch.from_numpy(X[:60]), flat
+        branched_trained(), CUTS, model._network.early, torch.from_numpy(X[:60]), flat
     )
     leaves = recorded.scores[:2, :60] > flat[:, None]
     expected = np.where(leaves[0], 0, np.where(leaves[1], 1, 2))
@@ -101,7 +100,7 @@ def test_leaving_online_is_routing_offline(model):
     recorded = model.record(X, y)
     for point in model.pareto().points:
         trace = model.trace(X, budget=point.cost)
-        chosen = model.calibrator_.operating_point(point.cost)
+        chosen = model.operating_point(point.cost)
         assert trace.exits.tolist() == model.calibrator_.exit_index(recorded, chosen).tolist()
 
 

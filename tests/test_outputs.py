@@ -24,9 +24,9 @@ def arguments(**changes):
 
 
 def with_value(array, place, value):
-    changed = np.array(array, dtype=np.float64)
-    changed[place] = value
-    return changed
+    copy = np.array(array, dtype=np.float64)
+    copy[place] = value
+    return copy
 
 
 BAD = {
@@ -227,11 +227,11 @@ def test_class_indices_are_narrowed_to_what_holds_them(n_classes, dtype):
 
 
 @pytest.mark.parametrize(
-    ("given", "kept"),
+    ("before", "after"),
     [(np.float16, np.float32), (np.float32, np.float32), (np.float64, np.float64), (np.int64, np.float64)],
 )
-def test_scores_keep_their_precision_or_are_widened(given, kept):
-    assert ExitOutputs(**arguments(scores=np.arange(18).reshape(3, 6).astype(given))).scores.dtype == kept
+def test_scores_keep_their_precision_or_are_widened(before, after):
+    assert ExitOutputs(**arguments(scores=np.arange(18).reshape(3, 6).astype(before))).scores.dtype == after
 
 
 def test_compact_arrays_are_not_copied():
@@ -256,36 +256,36 @@ def test_quality_takes_precedence_over_correctness():
 
 def test_taking_samples_by_a_mask_keeps_the_costs_and_the_kind():
     outputs = ExitOutputs(**arguments(chained=True))
-    taken = outputs.take(np.array([True, False, True, False, False, False]))
-    assert taken.labels.tolist() == LABELS[[0, 2]].tolist()
-    assert taken.chained
-    assert np.array_equal(taken.stage_costs, outputs.stage_costs)
+    some = outputs.take(np.array([True, False, True, False, False, False]))
+    assert some.labels.tolist() == LABELS[[0, 2]].tolist()
+    assert some.chained
+    assert np.array_equal(some.stage_costs, outputs.stage_costs)
 
 
 def test_dropping_an_exit_hands_its_stage_to_the_next():
     features = [np.full((6, k + 1), float(k)) for k in range(3)]
-    dropped = ExitOutputs(**arguments(logits=LOGITS, features=features)).drop_exit(1)
-    assert dropped.stage_costs.tolist() == [1.0, 5.0]
-    assert dropped.exit_costs.tolist() == [0.5, 4.0]
-    assert np.array_equal(dropped.logits, LOGITS[[0, 2]])
-    assert [f.shape[1] for f in dropped.features] == [1, 3]
+    fewer = ExitOutputs(**arguments(logits=LOGITS, features=features)).drop_exit(1)
+    assert fewer.stage_costs.tolist() == [1.0, 5.0]
+    assert fewer.exit_costs.tolist() == [0.5, 4.0]
+    assert np.array_equal(fewer.logits, LOGITS[[0, 2]])
+    assert [f.shape[1] for f in fewer.features] == [1, 3]
 
 
 def test_outputs_loaded_as_maps_stay_on_disk_and_calibrate_alike(tmp_path):
     outputs = ExitOutputs(**arguments(logits=LOGITS))
     outputs.save(tmp_path / "outputs")
-    mapped = ExitOutputs.load(tmp_path / "outputs", mmap=True)
-    assert isinstance(mapped.scores, np.memmap)
-    assert isinstance(mapped.logits, np.memmap)
-    assert not mapped.scores.flags.writeable
-    assert mapped.accuracies.tolist() == outputs.accuracies.tolist()
-    assert isinstance(ExitOutputs(**arguments(scores=mapped.scores)).scores, np.memmap)
+    on_disk = ExitOutputs.load(tmp_path / "outputs", mmap=True)
+    assert isinstance(on_disk.scores, np.memmap)
+    assert isinstance(on_disk.logits, np.memmap)
+    assert not on_disk.scores.flags.writeable
+    assert on_disk.accuracies.tolist() == outputs.accuracies.tolist()
+    assert isinstance(ExitOutputs(**arguments(scores=on_disk.scores)).scores, np.memmap)
 
 
 def test_outputs_can_be_saved_over_the_folder_they_are_mapped_from(tmp_path):
     ExitOutputs(**arguments()).save(tmp_path / "outputs")
-    mapped = ExitOutputs.load(tmp_path / "outputs", mmap=True)
-    mapped.take(np.arange(3)).save(tmp_path / "outputs")
+    on_disk = ExitOutputs.load(tmp_path / "outputs", mmap=True)
+    on_disk.take(np.arange(3)).save(tmp_path / "outputs")
     assert ExitOutputs.load(tmp_path / "outputs").labels.tolist() == LABELS[:3].tolist()
 
 
@@ -304,8 +304,8 @@ def test_loading_from_elsewhere_is_refused(tmp_path):
 
 def test_loading_another_format_is_refused(tmp_path):
     ExitOutputs(**arguments()).save(tmp_path / "outputs")
-    described = tmp_path / "outputs" / "outputs.json"
-    described.write_text(described.read_text().replace('"format": 1', '"format": 99'))
+    description = tmp_path / "outputs" / "outputs.json"
+    description.write_text(description.read_text().replace('"format": 1', '"format": 99'))
     with pytest.raises(ValueError, match="has format 99; this version reads format 1"):
         ExitOutputs.load(tmp_path / "outputs")
 

@@ -17,7 +17,7 @@ def test_every_public_name_can_be_had():
 
 
 def test_unknown_names():
-    with pytest.raises(AttributeError, match="module 'adaptexit' has no attribute 'CascadeSavers'"):
+    with pytest.raises(AttributeError, match="No adaptexit attribute CascadeSavers"):
         adaptexit.CascadeSavers  # noqa: B018
     with pytest.raises(ImportError):
         from adaptexit import CascadeSavers  # noqa: F401

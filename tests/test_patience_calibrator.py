@@ -6,10 +6,12 @@ from sklearn.exceptions import NotFittedError
 
 import adaptexit
 from adaptexit import PatienceCalibrator
+from adaptexit.core.answer import Answer
 from adaptexit.core.baselines import patience, patience_exits
-from adaptexit.core.outputs import ExitBatch, ExitOutputs
+from adaptexit.core.outputs import ExitOutputs
 from tests.nets import branched, branched_trained, digits
 from tests.properties.strategies import exit_outputs
+from tests.properties.test_calibrator_laws import online_exits
 
 TRAIN, VAL, TEST = digits()
 
@@ -17,12 +19,12 @@ TRAIN, VAL, TEST = digits()
 @given(exit_outputs(graded=False), st.integers(1, 6))
 def test_points_are_those_of_the_rule(outputs, in_use):
     model = PatienceCalibrator(in_use).fit(outputs)
-    found = {p.params["patience"]: p for p in model.frontier_.points if p.params}
-    assert set(found) == {*range(1, outputs.n_exits), in_use}
-    assert model.point_ is found[in_use]
+    points = {p.params["patience"]: p for p in model.frontier_.points if p.params}
+    assert set(points) == {*range(1, outputs.n_exits), in_use}
+    assert model.point_ is points[in_use]
     assert model.exit_index(outputs).tolist() == patience_exits(outputs, in_use).tolist()
     for rule in patience(outputs):
-        point = found[rule.params["patience"]]
+        point = points[rule.params["patience"]]
         assert (point.accuracy, point.exit_rates.tolist()) == (rule.accuracy, rule.exit_rates.tolist())
         if point.on[:-1].any():
             assert point.cost == pytest.approx(rule.cost)
@@ -33,17 +35,9 @@ def test_points_are_those_of_the_rule(outputs, in_use):
 @given(exit_outputs(graded=False, min_exits=2), st.integers(1, 4), st.integers(1, 5))
 def test_leaving_online_is_routing_offline(outputs, in_use, size):
     model = PatienceCalibrator(in_use).fit(outputs)
-    exits = np.full(outputs.n_samples, outputs.n_exits - 1)
-    for start in range(0, outputs.n_samples, size):
-        alive, earlier = np.arange(outputs.n_samples)[start : start + size], None
-        for k in range(outputs.n_exits - 1):
-            batch = ExitBatch(
-                predictions=outputs.predictions[k][alive], scores=outputs.scores[k][alive], earlier=earlier
-            )
-            leaves, earlier = model.decide(k, batch)
-            exits[alive[leaves]] = k
-            alive, earlier = alive[~leaves], earlier[~leaves]
-    assert exits.tolist() == model.exit_index(outputs).tolist()
+    batches = np.split(np.arange(outputs.n_samples), range(size, outputs.n_samples, size))
+    for point in model.frontier_.points:
+        assert online_exits(model, outputs, batches, point).tolist() == model.exit_index(outputs, point).tolist()
 
 
 def test_an_estimator_waits_for_agreement(tmp_path):
@@ -74,6 +68,11 @@ def test_what_cannot_be():
         PatienceCalibrator(0).fit(graded)
     with pytest.raises(NotFittedError):
         PatienceCalibrator().rescored(graded)
-    batch = ExitBatch(predictions=np.zeros(2, dtype=int), scores=np.zeros(2))
+    three = ExitOutputs(
+        predictions=np.zeros((3, 4), dtype=int), labels=np.zeros(4, dtype=int), n_classes=2, scores=np.ones((3, 4)),
+        costs=[1, 2, 3],
+    )  # fmt: skip
+    batch = Answer(predictions=np.zeros(2, dtype=int), scores=np.zeros(2))
     with pytest.raises(ValueError, match="patience at exit 1 reads what was answered before it"):
-        PatienceCalibrator().rescored_batch(1, batch)
+        PatienceCalibrator().fit(three).scores(1, batch)
+    assert PatienceCalibrator().fit(three).scores(2, batch)[0].tolist() == [0, 0]  # nobody was asked before

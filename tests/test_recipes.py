@@ -3,6 +3,7 @@ ten."""
 
 import json
 from functools import partial
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,13 +14,14 @@ from sklearn.datasets import load_digits
 from torch.nn import functional as F
 
 from adaptexit import BoostNetRecipe, CalexNetRecipe, CPMCalibrator, ExitOutputs, FrozenRecipe, PTEERecipe, ZTWRecipe
-from adaptexit.chained_heads import BoostedHead, ZTWHead
+from adaptexit.core.answer import Answer
 from adaptexit.core.margins import margin_thresholds
-from adaptexit.features import FeatureSpec
-from adaptexit.heads import Head, HeadOutput, MLPHead, PrototypeHead, RefinedPrototypeHead, make_head
-from adaptexit.training import RECIPES, FeatureCache, lesson, recipe_of, ztw
-from adaptexit.training.calexnet import LEAST_WEIGHT
-from adaptexit.training.lesson import Answer
+from adaptexit.heads import BoostedHead, Head, MLPHead, PrototypeHead, RefinedPrototypeHead, ZTWHead, make_head
+from adaptexit.heads.layout import FeatureSpec
+from adaptexit.training import RECIPES, FeatureCache, head_trainer, recipe_of
+from adaptexit.training.head_trainer import HeadBatch
+from adaptexit.training.recipes import RecipeName, ztw
+from adaptexit.training.recipes.calexnet import LEAST_WEIGHT
 
 SPECS = [FeatureSpec((32,), "NC"), FeatureSpec((64,), "NC")]
 QUICK = {"epochs": 3, "batch_size": 64}
@@ -49,8 +51,8 @@ def heads_for(recipe, head="auto", seed=0):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         heads = [make_head(recipe.head_for(head), spec, 10) for spec in SPECS]
-    for k, made in enumerate(heads):
-        made.place(k)
+    for k, head in enumerate(heads):
+        head.place(k)
     return heads
 
 
@@ -68,13 +70,13 @@ def taught(recipe, rows=LESSON, head="auto", **options):
 
 def answers(heads, rows):
     """Of every head, those before it read by the chained ones."""
-    cache, state, found = cache_for(heads), None, []
+    cache, state, outputs = cache_for(heads), None, []
     with torch.no_grad():
         for k, head in enumerate(heads):
             output = head.answer(cache.rows(k, rows), state)
             state = output.state
-            found.append(output)
-    return found
+            outputs.append(output)
+    return outputs
 
 
 def sure(output):
@@ -86,29 +88,29 @@ def sure(output):
 @pytest.fixture
 def phases(monkeypatch):
     """What every phase of training was told: n_samples, sample_weight, parameters, the first rows' losses."""
-    told = []
-    original = lesson.minimise
+    calls = []
+    original = head_trainer.minimise
 
     def spy(loss, modules, n_samples, **options):
-        told.append({"n": n_samples, "modules": list(modules), "loss": loss} | options)
+        calls.append({"n": n_samples, "modules": list(modules), "loss": loss} | options)
         return original(loss, modules, n_samples, **options)
 
-    monkeypatch.setattr(lesson, "minimise", spy)
-    return told
+    monkeypatch.setattr(head_trainer, "minimise", spy)
+    return calls
 
 
 @pytest.fixture
 def untrained(monkeypatch):
     """The same, of phases that are asked for and do not happen."""
-    told = []
+    calls = []
 
     def spy(loss, modules, n_samples, **options):
-        told.append(options)
+        calls.append(options)
         return [loss(torch.arange(2)).tolist()] * options["epochs"]
 
-    monkeypatch.setattr(lesson, "minimise", spy)
+    monkeypatch.setattr(head_trainer, "minimise", spy)
     monkeypatch.setattr(ztw, "minimise", spy)
-    return told
+    return calls
 
 
 # -- all of them -------------------------------------------------------------------------------------------------------
@@ -183,8 +185,8 @@ def test_settings_reach_the_loop_and_survive_a_clone(make, phases):
     if isinstance(recipe, CalexNetRecipe):
         recipe.set_params(distillation_batch_size=50)
     taught(recipe)
-    told = {(phase["epochs"], phase["lr"], phase["weight_decay"], phase["batch_size"]) for phase in phases}
-    assert told == {(2, 0.02, 0.1, 50)}
+    settings = {(phase["epochs"], phase["lr"], phase["weight_decay"], phase["batch_size"]) for phase in phases}
+    assert settings == {(2, 0.02, 0.1, 50)}
 
 
 def test_recipes_have_names_and_the_heads_of_their_papers():
@@ -195,6 +197,10 @@ def test_recipes_have_names_and_the_heads_of_their_papers():
     }  # fmt: skip
     reference = recipe_of("calexnet_reference")
     assert (reference.alignment, reference.distillation, reference.cascade_aware) == (None, False, False)
+
+
+def test_every_recipe_has_a_name_that_types_know():
+    assert set(get_args(RecipeName)) == {"auto", *RECIPES}
 
 
 def test_calibrators_of_the_papers():
@@ -240,14 +246,14 @@ def test_heads_that_the_recipe_cannot_train_are_refused(recipe, name):
 
 def test_confidence_counts_as_no_nearer_to_0_and_1_than_the_clamp():
     entry = torch.tensor([[40.0, 0.0], [-40.0, 0.0], [0.5, 0.0]], requires_grad=True)
-    output = HeadOutput(torch.tensor([[1.0, 0.0]] * 3), entry)
-    answer = Answer(0, output, torch.tensor([1, 0, 0]), torch.zeros(3, 2))
-    loss = lesson.confidence_loss(answer, clamp=1e-3)
+    output = Answer(torch.tensor([[1.0, 0.0]] * 3), entry)
+    answer = HeadBatch(0, output, torch.tensor([1, 0, 0]), torch.zeros(3, 2))
+    loss = head_trainer.confidence_loss(answer, clamp=1e-3)
     assert float(loss.detach()) == pytest.approx((2 * np.log(1000) + np.log1p(np.exp(-0.5))) / 3, rel=1e-5)
     loss.backward()
     assert entry.grad[:, 0].tolist()[:2] == [0.0, 0.0]
     assert entry.grad[2, 0] != 0
-    unclamped = lesson.confidence_loss(answer, clamp=0.0)
+    unclamped = head_trainer.confidence_loss(answer, clamp=0.0)
     assert float(unclamped.detach()) == pytest.approx((80 + np.log1p(np.exp(-0.5))) / 3)
 
 
@@ -294,8 +300,8 @@ def test_weights_multiply_from_head_to_head(phases):
     heads = [RefinedPrototypeHead(spec, 10) for spec in specs]
     features = [CACHE.features[0], CACHE.features[1], CACHE.features[1]]
     with torch.no_grad():
-        reduced = [h.reduce(torch.from_numpy(x)).numpy() for h, x in zip(heads, features, strict=True)]
-    cache = FeatureCache(reduced, CACHE.logits)
+        reductions = [h.reduce(torch.from_numpy(x)).numpy() for h, x in zip(heads, features, strict=True)]
+    cache = FeatureCache(reductions, CACHE.logits)
     CalexNetRecipe(**QUICK).train(heads, cache, LESSON, Y[LESSON])
     with torch.no_grad():
         confidences = [sure(heads[k].answer(cache.rows(k, LESSON)))[1].astype(np.float64) for k in range(2)]
@@ -321,11 +327,10 @@ def test_heads_learn_one_after_the_other_classes_first(phases):
 
 def test_distillation_is_equation_13():
     rng = np.random.default_rng(0)
-    logits, wanted = rng.normal(size=(2, 5, 4)) * 3
-    answer = Answer(0, HeadOutput(torch.from_numpy(logits)), torch.zeros(5), torch.zeros(5, 4))
-    answer.teacher = torch.from_numpy(wanted)
+    logits, teacher = rng.normal(size=(2, 5, 4)) * 3
+    answer = HeadBatch(0, Answer(torch.from_numpy(logits)), torch.zeros(5), torch.from_numpy(teacher))
     for temperature in (1.0, 4.0):
-        p, q = softmax(wanted / temperature, axis=1), softmax(logits / temperature, axis=1)
+        p, q = softmax(teacher / temperature, axis=1), softmax(logits / temperature, axis=1)
         expected = temperature**2 * np.mean(np.sum(p * np.log(p / q), axis=1))
         assert float(CalexNetRecipe(temperature=temperature)._distilled(answer)) == pytest.approx(expected)
 
@@ -341,8 +346,8 @@ def test_distillation_teaches_probabilities_and_its_absence_the_class(phases):
             loss = float(phases[0]["loss"](rows))
         (output, _) = answers(heads, LESSON[:20])
         if distillation:
-            wanted = F.softmax(torch.from_numpy(CACHE.logits[LESSON[:20]]) / 4, dim=1)
-            expected = 16 * F.kl_div(F.log_softmax(output.logits / 4, dim=1), wanted, reduction="batchmean")
+            soft = F.softmax(torch.from_numpy(CACHE.logits[LESSON[:20]]) / 4, dim=1)
+            expected = 16 * F.kl_div(F.log_softmax(output.logits / 4, dim=1), soft, reduction="batchmean")
         else:
             expected = F.cross_entropy(output.logits, torch.from_numpy(ANSWERED[LESSON[:20]]))
         assert loss == pytest.approx(float(expected), rel=1e-4)
@@ -362,45 +367,46 @@ def test_confidence_learns_whether_the_answer_is_the_full_models(phases):
 def test_the_hard_filter_leaves_out_who_would_have_left(phases):
     recipe = CalexNetRecipe("hard", filter_margin=0.3, filter_size=0.25, **QUICK)
     heads, history = taught(recipe)
-    kept = int(history["effective_samples"][0])
-    assert kept == pytest.approx(0.75 * len(LESSON), abs=10)
-    learned, left = ([np.sort(rows) for rows in row_sets(phases, heads, k)] for k in range(2))
-    assert len(learned[0]) == kept
-    tuning = np.setdiff1d(LESSON, learned[0])
+    n_learned = int(history["effective_samples"][0])
+    assert n_learned == pytest.approx(0.75 * len(LESSON), abs=10)
+    first, second = ([np.sort(rows) for rows in row_sets(phases, heads, k)] for k in range(2))
+    assert len(first[0]) == n_learned
+    tuning = np.setdiff1d(LESSON, first[0])
     predictions, scores = sure(answers(heads, tuning)[0])
     outputs = ExitOutputs(
         predictions=np.stack([predictions, ANSWERED[tuning]]), scores=np.stack([scores, scores]),
         labels=ANSWERED[tuning], n_classes=10, costs=[1, 2],
     )  # fmt: skip
     _, cutoffs = margin_thresholds(outputs, [0.3], cascade_aware=True)
-    predictions, scores = sure(answers(heads, learned[0])[0])
+    predictions, scores = sure(answers(heads, first[0])[0])
     stays = scores <= cutoffs[0, 0][predictions]
-    assert 0 < stays.sum() < kept
-    assert left[0].tolist() == learned[0][stays].tolist()
+    assert 0 < stays.sum() < n_learned
+    assert second[0].tolist() == first[0][stays].tolist()
     assert history["effective_samples"][1] == stays.sum()
 
 
 def row_sets(phases, heads, k):
     """The samples that head k learned from in each of its phases."""
-    asked = []
+    row_sets = []
     original = FeatureCache.rows
 
-    def rows(self, k, wanted):
-        asked.append(np.asarray(wanted))
-        return original(self, k, wanted)
+    def rows(self, k, indices):
+        row_sets.append(np.asarray(indices))
+        return original(self, k, indices)
 
     with pytest.MonkeyPatch.context() as patch, torch.no_grad():
         patch.setattr(FeatureCache, "rows", rows)
         for phase in phases:
             if phase["modules"] == [heads[k]]:
                 phase["loss"](torch.arange(phase["n"]))
-    return asked
+    return row_sets
 
 
 def test_a_filter_that_leaves_nobody_is_reported_and_not_followed():
     recipe = CalexNetRecipe("hard", filter_margin=1e9, **QUICK)
-    with pytest.warns(UserWarning, match="training samples leave by exit 0, so the next head learns from the same"):
+    with pytest.warns(UserWarning, match="samples leave by exit 0, so the next head learns from the same") as warned:
         _, history = taught(recipe)
+    assert warned[0].filename == __file__
     assert history["effective_samples"][0] == history["effective_samples"][1]
 
 
@@ -423,10 +429,10 @@ def test_heads_without_a_confidence_output_are_weighted_by_their_largest_probabi
 def test_ptee_sums_what_every_head_would_minimise_alone(phases):
     taught(PTEERecipe(**QUICK))
     assert [len(phase["modules"]) for phase in phases] == [2, 2]
-    frozen = FrozenRecipe(weight_decay=0.0, **QUICK)
+    plain = FrozenRecipe(weight_decay=0.0, **QUICK)
     heads, others = heads_for(PTEERecipe()), heads_for(PTEERecipe())
     PTEERecipe(**QUICK).train(heads, cache_for(heads), LESSON, Y[LESSON])
-    frozen.train(others, cache_for(heads), LESSON, ANSWERED[LESSON])
+    plain.train(others, cache_for(heads), LESSON, ANSWERED[LESSON])
     for one, other in zip(heads, others, strict=True):
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
@@ -483,13 +489,13 @@ def test_factors_scale_the_gradient_and_not_the_loss(rescale, ended, phases):
     assert losses.tolist() == pytest.approx(expected, rel=1e-5)
     for k, factor in enumerate(ended):
         weight = heads[k].inner.classification.bias
-        (scaled,) = torch.autograd.grad(phases[0]["loss"](rows)[k], weight)
+        (product,) = torch.autograd.grad(phases[0]["loss"](rows)[k], weight)
         cache = cache_for(heads)
         before = None if k == 0 else outputs[0].state
         plain = F.cross_entropy(heads[k].answer(cache.rows(k, LESSON[:30]), before).logits,
                                 torch.from_numpy(ANSWERED[LESSON[:30]]))  # fmt: skip
         (raw,) = torch.autograd.grad(plain, weight)
-        torch.testing.assert_close(scaled, factor * raw, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(product, factor * raw, rtol=1e-4, atol=1e-6)
 
 
 def test_learnable_factors_are_driven_down(phases):
@@ -501,7 +507,7 @@ def test_learnable_factors_are_driven_down(phases):
 def test_boosted_heads_may_have_no_parameters():
     class Constant(Head):
         def answer(self, reduced, state=None):
-            return HeadOutput(reduced.new_zeros(len(reduced), self.n_classes))
+            return Answer(reduced.new_zeros(len(reduced), self.n_classes))
 
     _, history = taught(BoostNetRecipe(rescale="learnable", **QUICK), head=Constant)
     assert len(history["rescale"]) == 2
@@ -525,20 +531,20 @@ def test_the_ensemble_is_a_weighted_geometric_mean():
 
 def test_a_head_reads_the_logits_before_it():
     _, head = heads_for(ZTWRecipe())
-    reduced = torch.randn(4, 64, 1, 1, generator=torch.Generator().manual_seed(0))
+    reduction = torch.randn(4, 64, 1, 1, generator=torch.Generator().manual_seed(0))
     head.eval()
 
     def own(before):
-        return head.answer(reduced, (before, before.log_softmax(1)[:, None])).state[0]
+        return head.answer(reduction, (before, before.log_softmax(1)[:, None])).state[0]
 
     before = torch.randn(4, 10, generator=torch.Generator().manual_seed(1))
     assert not torch.allclose(own(before), own(before.flip(1)))
     torch.testing.assert_close(own(before), own(7 * before + 3), rtol=1e-3, atol=1e-4)  # layer norm takes out both
-    assert torch.equal(head.answer(reduced).state[0], own(torch.zeros(4, 10)))
+    assert torch.equal(head.answer(reduction).state[0], own(torch.zeros(4, 10)))
 
 
 def test_ensembles_learn_while_the_heads_stand_still(monkeypatch):
-    frozen = {}
+    facts = {}
     original = ztw.minimise
 
     def spy(loss, modules, *args, **options):
@@ -547,13 +553,13 @@ def test_ensembles_learn_while_the_heads_stand_still(monkeypatch):
         start = loss(torch.arange(len(LESSON))).detach()
         history = original(loss, modules, *args, **options)
         after = [p for head in modules for p in head.parameters() if id(p) not in ensemble]
-        frozen["same"] = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
-        frozen["better"] = (loss(torch.arange(len(LESSON))).detach() < start).tolist()
+        facts["same"] = all(torch.equal(a, b) for a, b in zip(before, after, strict=True))
+        facts["better"] = (loss(torch.arange(len(LESSON))).detach() < start).tolist()
         return history
 
     monkeypatch.setattr(ztw, "minimise", spy)
     heads, history = taught(ZTWRecipe(epochs=10, batch_size=64, ensemble_epochs=30))
-    assert frozen == {"same": True, "better": [True, True]}
+    assert facts == {"same": True, "better": [True, True]}
     assert [len(losses) for losses in history["ensemble_loss"]] == [30, 30]
     assert history["confidence_loss"] == [[], []]
     assert all(bool(head.ensemble_weight.detach().any()) for head in heads)

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from adaptexit.core.frontier import evaluate
-from adaptexit.core.outputs import ExitBatch, ExitOutputs
+from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.routing import accepts, cutoffs_above, exit_index, midpoint, switched_on
 
 INF = np.inf
@@ -59,16 +59,15 @@ def test_the_last_exit_is_on_whatever_its_threshold():
 
 
 def test_accepting_a_batch_compares_each_score_with_the_cutoff_of_its_class():
-    batch = ExitBatch(predictions=np.array([0, 1, 1]), scores=np.array([0.5, 0.5, 0.7], dtype=np.float32))
-    assert accepts(batch, np.array([0.4, 0.6])).tolist() == [True, False, True]
-    assert accepts(batch, 0.6).tolist() == [False, False, True]
+    predictions, scores = np.array([0, 1, 1]), np.array([0.5, 0.5, 0.7], dtype=np.float32)
+    assert accepts(predictions, scores, np.array([0.4, 0.6])).tolist() == [True, False, True]
+    assert accepts(predictions, scores, 0.6).tolist() == [False, False, True]
 
 
 def test_single_precision_scores_are_compared_with_the_cutoff_in_double_precision():
     score = np.float32(0.1)
-    batch = ExitBatch(predictions=np.array([0]), scores=np.array([score]))
-    assert accepts(batch, np.nextafter(float(score), 0)).tolist() == [True]
-    assert accepts(batch, float(score)).tolist() == [False]
+    assert accepts(np.array([0]), np.array([score]), np.nextafter(float(score), 0)).tolist() == [True]
+    assert accepts(np.array([0]), np.array([score]), float(score)).tolist() == [False]
 
 
 def test_outputs_without_classes_are_routed_by_score():
@@ -77,8 +76,8 @@ def test_outputs_without_classes_are_routed_by_score():
 
 
 def test_cutoffs_lie_half_way_to_the_next_observed_score():
-    found = cutoffs_above(np.array([0.1, 0.2, 0.4, INF, -INF]), np.array([0.1, 0.2, 0.2, 0.4]))
-    assert found == pytest.approx([0.15, 0.3, 0.4, INF, -INF])
+    cutoffs = cutoffs_above(np.array([0.1, 0.2, 0.4, INF, -INF]), np.array([0.1, 0.2, 0.2, 0.4]))
+    assert cutoffs == pytest.approx([0.15, 0.3, 0.4, INF, -INF])
 
 
 @pytest.mark.parametrize(

@@ -48,8 +48,8 @@ def test_required_cost_of_the_papers_columns():
     base = np.ones(n)
     saver = np.ones(n)
     saver[[500, 600, 700, 800, 810, 820, 830, 840, 850, 860, 900]] = 0
-    found = required_cost(confidence, saver, base, saver_cost=1.0, base_cost=10.0)
-    assert found == pytest.approx(1.1 - np.array([900, 820, 600, 500]) / n)
+    required = required_cost(confidence, saver, base, saver_cost=1.0, base_cost=10.0)
+    assert required == pytest.approx(1.1 - np.array([900, 820, 600, 500]) / n)
 
 
 def test_required_cost_lies_above_the_base_where_the_saver_takes_nothing():
@@ -60,8 +60,8 @@ def test_a_drop_that_is_a_whole_number_of_samples_allows_that_many():
     n = 10
     saver = np.ones(n)
     saver[3:6] = 0
-    found = required_cost(np.arange(n, 0, -1), saver, np.ones(n), 1.0, 10.0, drops=[0.1, 0.2, 0.3])
-    assert found == pytest.approx([1.1 - 0.4, 1.1 - 0.5, 1.1 - 1.0])
+    required = required_cost(np.arange(n, 0, -1), saver, np.ones(n), 1.0, 10.0, drops=[0.1, 0.2, 0.3])
+    assert required == pytest.approx([1.1 - 0.4, 1.1 - 0.5, 1.1 - 1.0])
 
 
 def test_a_drop_times_the_samples_may_round_down():

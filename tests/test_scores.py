@@ -31,8 +31,8 @@ def test_negative_entropy_is_minus_scipys_entropy():
 
 
 def test_margin_is_the_difference_of_the_two_largest_probabilities():
-    ordered = np.sort(PROBA, axis=-1)
-    assert margin(LOGITS) == pytest.approx(ordered[:, -1] - ordered[:, -2], abs=1e-12)
+    rising = np.sort(PROBA, axis=-1)
+    assert margin(LOGITS) == pytest.approx(rising[:, -1] - rising[:, -2], abs=1e-12)
 
 
 def test_margin_of_a_tie_for_the_first_place_is_zero():
@@ -46,8 +46,8 @@ def test_a_single_class_is_sure(name, surest):
 
 @pytest.mark.parametrize("name", SCORES)
 def test_torch_gives_the_same_scores(name):
-    found = SCORES[name](torch.from_numpy(LOGITS), torch)
-    assert found.numpy() == pytest.approx(SCORES[name](LOGITS), abs=1e-12)
+    scores = SCORES[name](torch.from_numpy(LOGITS), torch)
+    assert scores.numpy() == pytest.approx(SCORES[name](LOGITS), abs=1e-12)
 
 
 def test_torch_gives_the_same_softmax():
@@ -57,9 +57,9 @@ def test_torch_gives_the_same_softmax():
 @pytest.mark.parametrize("name", SCORES)
 def test_scores_keep_the_precision_and_the_leading_axes_of_the_logits(name):
     logits = LOGITS[:6].reshape(2, 3, 5).astype(np.float32)
-    found = SCORES[name](logits)
-    assert found.dtype == np.float32
-    assert found.shape == (2, 3)
+    scores = SCORES[name](logits)
+    assert scores.dtype == np.float32
+    assert scores.shape == (2, 3)
     assert SCORES[name](torch.from_numpy(logits), torch).dtype == torch.float32
 
 

@@ -1,3 +1,7 @@
+import threading
+from typing import get_args
+
+import joblib
 import numpy as np
 import pytest
 
@@ -5,6 +9,7 @@ from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.search import (
     MOST_SAMPLES_EXACT,
     SEARCHES,
+    SearchName,
     SearchReport,
     _bagged,
     _kept_drops,
@@ -14,7 +19,7 @@ from adaptexit.core.search import (
 )
 from adaptexit.core.search.methods import _drop_exits, coord, exact, geometric_path
 from adaptexit.core.search.problem import Problem
-from adaptexit.core.search.targets import Target, Weighted, WithinBudget, WithinDrop
+from adaptexit.core.search.targets import Targets, Weighted
 
 
 def random_outputs(n_exits, n_samples, seed=0, exit_costs=None, stage_costs=None, scores=None):
@@ -64,6 +69,10 @@ def test_auto_says_why():
     assert "one early exit" in choose_search(2, 7).reason
 
 
+def test_the_names_of_the_searches_are_written_once():
+    assert get_args(SearchName) == ("auto", *SEARCHES)
+
+
 def test_auto_takes_what_it_reports():
     outputs = random_outputs(3, 100)
     by_auto, report = search_thresholds(outputs, n_points=5)
@@ -94,38 +103,12 @@ def test_exact_refuses_more_than_three_exits():
 
 def test_targets_span_the_cheapest_policy_to_the_full_model_and_hold_what_was_asked_for():
     targets = targets_for(Problem.from_outputs(random_outputs(4, 50)), 7, drops=[0.02], budgets=[0.37])
-    budgets = [t.budget for t in targets if t.budget is not None]
-    drops = [t.max_drop for t in targets if t.max_drop is not None]
-    assert budgets[0] == 0.25
-    assert 0.37 in budgets
-    assert budgets[-1] == 1.0
-    assert len(budgets) >= 8
-    assert drops == [0.0, 0.001, 0.005, 0.01, 0.02]
-
-
-def test_objectives_put_whatever_breaks_the_constraint_below_whatever_keeps_it():
-    quality, cost = np.array([9.0, 5.0, 5.0]), np.array([6.0, 5.0, 4.0])
-    within_budget = WithinBudget(0.5, 10)(quality, cost)
-    assert np.argsort(within_budget).tolist() == [0, 1, 2]
-    within_drop = WithinDrop(0.1, 10, full_quality=10.0)(quality, cost)
-    assert within_drop[0] > within_drop[1] == within_drop[2]
-    assert WithinBudget(0.5, 10)(5.0, 4.0) > WithinBudget(0.5, 10)(5.0, 4.5)
-    assert WithinDrop(0.1, 10, full_quality=5.0)(5.0, 4.0) > WithinDrop(0.1, 10, full_quality=5.0)(4.5, 4.0)
-    assert Weighted(2.0)(quality, cost).tolist() == [-3.0, -5.0, -3.0]
-
-
-def test_objectives_forgive_rounding():
-    cost, quality = np.array([0.1, 0.2, 0.3]).cumsum()[-1:], np.array([8.0])
-    assert cost[0] > 0.6
-    assert WithinBudget(0.6, 1)(quality, cost) > 0
-    assert WithinDrop(0.0, 1, full_quality=cost[0])(np.array([0.6]), np.array([0.5])) > -1
-
-
-def test_a_target_is_one_objective_whatever_the_size_of_the_data():
-    assert Target(budget=0.5).objective(10, 8.0) == WithinBudget(0.5, 10)
-    assert Target(max_drop=0.1).objective(10, 8.0) == WithinDrop(0.1, 10, 8.0)
-    assert Target(budget=0.5).described() == {"budget": 0.5}
-    assert Target(max_drop=0.0).described() == {"max_drop": 0.0}
+    assert targets.budgets[0] == 0.25
+    assert 0.37 in targets.budgets
+    assert targets.budgets[-1] == 1.0
+    assert len(targets.budgets) >= 8
+    assert targets.drops.tolist() == [0.0, 0.001, 0.005, 0.01, 0.02]
+    assert len(targets) == len(targets.budgets) + 5
 
 
 def test_budgets_asked_for_as_well_never_make_the_frontier_worse():
@@ -140,8 +123,8 @@ def test_budgets_asked_for_as_well_never_make_the_frontier_worse():
 def test_a_budget_asked_for_gets_its_own_point():
     outputs = random_outputs(3, 80)
     without, _ = search_thresholds(outputs, "exact", n_points=2)
-    asked, _ = search_thresholds(outputs, "exact", n_points=2, budgets=[0.55])
-    assert asked.at(budget=0.55).accuracy > without.at(budget=0.55).accuracy
+    with_it, _ = search_thresholds(outputs, "exact", n_points=2, budgets=[0.55])
+    assert with_it.at(budget=0.55).accuracy > without.at(budget=0.55).accuracy
 
 
 # -- bagging -----------------------------------------------------------------------------------------------------------
@@ -159,6 +142,31 @@ def test_bagging_is_set_by_its_seed():
     assert thresholds(0) != thresholds(1)
 
 
+def test_bagging_in_parallel_gives_the_same_thresholds():
+    outputs = random_outputs(3, 700, exit_costs=[0.2, 0.3, 0.5])
+
+    def points(n_jobs):
+        with joblib.parallel_config(backend="threading", n_jobs=n_jobs):
+            frontier, report = search_thresholds(outputs, n_points=6)
+        assert report.bagged
+        return [(p.thresholds.tolist(), p.cutoffs.tolist(), p.accuracy, p.cost, p.params) for p in frontier.points]
+
+    assert points(1) == points(2)
+
+
+def test_bootstrap_samples_are_searched_by_as_many_threads_as_joblib_is_told():
+    outputs = random_outputs(3, 8)
+    both = threading.Barrier(2, timeout=30)
+
+    def search(*_):
+        both.wait()  # passes only where two are searched at the same time
+        return np.array([[8, 2]])
+
+    with joblib.parallel_config(backend="threading", n_jobs=2):
+        policies = _bagged(outputs, Problem.from_outputs(outputs), search, Targets.of(budgets=[1.0]), 0)
+    assert policies.tolist() == [[8, 2]]
+
+
 def test_bagging_leaves_the_global_random_state_alone():
     before = np.random.get_state()[1].tolist()  # noqa: NPY002
     search_thresholds(random_outputs(3, 60), "coord", n_points=2)
@@ -167,7 +175,7 @@ def test_bagging_leaves_the_global_random_state_alone():
 
 def test_bagging_averages_positions_of_the_exits_that_most_samples_switch_on():
     outputs = random_outputs(3, 8, exit_costs=[1.0, 1.0, 0.0])
-    target = [Target(budget=1.0)]
+    target = Targets.of(budgets=[1.0])
     runs = iter([[8, 2]] * 6 + [[4, 0]] * 4)
     policies = _bagged(outputs, Problem.from_outputs(outputs), lambda *_: np.array([next(runs)]), target, 0)
     assert policies.tolist() == [[6, 2]]
@@ -178,7 +186,7 @@ def test_bagging_averages_positions_of_the_exits_that_most_samples_switch_on():
 
 def test_bagging_free_exits_averages_over_all_bootstrap_samples():
     outputs = random_outputs(3, 8)
-    target = [Target(budget=1.0)]
+    target = Targets.of(budgets=[1.0])
     runs = iter([[8, 2]] * 5 + [[4, 0]] * 5)
     policies = _bagged(outputs, Problem.from_outputs(outputs), lambda *_: np.array([next(runs)]), target, 0)
     assert policies.tolist() == [[6, 1]]
@@ -260,8 +268,8 @@ def test_exits_that_do_not_earn_their_cost_are_switched_off(search):
 def test_nobody_ever_runs_an_exit_that_is_always_wrong():
     frontier, _ = search_thresholds(with_useless_exits(), "coord", n_points=6)
     for point in frontier.points:
-        reached = 1 - np.append(0.0, np.cumsum(point.exit_rates)[:-1])
-        assert not (point.on & (reached > 1e-9))[[1, 3]].any()
+        arriving = 1 - np.append(0.0, np.cumsum(point.exit_rates)[:-1])
+        assert not (point.on & (arriving > 1e-9))[[1, 3]].any()
 
 
 def test_an_exit_is_dropped_when_another_can_take_over_its_samples():
@@ -279,12 +287,12 @@ def test_an_exit_is_dropped_when_another_can_take_over_its_samples():
         exit_costs=[6.0, 10.0, 5.0, 5.0, 100.0],
     )
     problem, objective = Problem.from_outputs(outputs), Weighted(0.8)
-    settled, _ = problem.settle(np.array([30, 60, 0, 0]), objective)
-    assert settled.tolist() == [30, 60, 0, 0]
-    policy = _drop_exits(problem, settled, objective)
+    start, _ = problem.settle(np.array([30, 60, 0, 0]), objective)
+    assert start.tolist() == [30, 60, 0, 0]
+    policy = _drop_exits(problem, start, objective)
     assert policy.tolist() == [0, 91, 0, 0]
-    assert problem.value(policy) == pytest.approx((99.0, 19.0))
-    assert coord(problem, [Target(max_drop=0.01)]).tolist() == [policy.tolist()]
+    assert np.concatenate(problem.values(policy[None])) == pytest.approx([99.0, 19.0])
+    assert coord(problem, Targets.of(drops=[0.01])).tolist() == [policy.tolist()]
 
 
 def test_a_middle_exit_is_kept_when_it_is_cheap_and_dropped_when_it_is_dear():
@@ -330,14 +338,14 @@ def test_geometric_takes_quotas_among_those_left():
     # p = 20: thirds; at the second exit samples 0 and 1 have left, so the surest two others are 5 and 2
     problem = problem_of([[6, 5, 4, 3, 2, 1], [6, 5, 3, 1, 2, 4], [0] * 6])
     assert geometric_path(problem)[19].tolist() == [2, 4]
-    assert problem.outcome(np.array([2, 4]))[1].tolist() == [2, 2, 2]
+    assert problem.outcomes(np.array([[2, 4]]))[1].tolist() == [[2, 2, 2]]
 
 
 def test_geometric_lets_all_leave_where_fewer_are_left_than_the_quota():
     # five of six tie at the first exit and leave together: one is left for the second exit's quota of two
     problem = problem_of([[2, 2, 2, 2, 2, 1], [1, 2, 3, 4, 5, 6], [0] * 6])
-    policy = geometric_path(problem)[19]
-    assert problem.outcome(policy)[1].tolist() == [5, 1, 0]
+    policies = geometric_path(problem)[19:20]
+    assert problem.outcomes(policies)[1].tolist() == [[5, 1, 0]]
 
 
 def test_geometric_switches_off_an_exit_without_a_quota():
@@ -354,10 +362,10 @@ def test_coord_comes_near_the_exact_optimum_with_three_exits(exit_costs):
     problem = Problem.from_outputs(outputs)
     targets = targets_for(problem, 15, (), ())
     best, near = (problem.values(search(problem, targets)) for search in (exact, coord))
-    budgets = np.array([target.budget is not None for target in targets])
+    budgets, drops = np.split(np.arange(len(targets)), [len(targets.budgets)])
     assert (near[0] <= best[0] + 1e-9)[budgets].all()
     assert (near[0] >= best[0] - 0.02 * 300)[budgets].all()
-    assert (near[1] <= best[1] + 0.02 * 300)[~budgets].all()
+    assert (near[1] <= best[1] + 0.02 * 300)[drops].all()
 
 
 def test_an_average_that_loses_accuracy_is_mended_where_none_may_be_lost():
@@ -367,9 +375,8 @@ def test_an_average_that_loses_accuracy_is_mended_where_none_may_be_lost():
         scores=np.tile(np.arange(10, 0, -1.0), (2, 1)), quality=right, stage_costs=[0, 0], exit_costs=[1, 10]
     )
     problem = Problem.from_outputs(outputs)
-    lossless, half = Target(max_drop=0.0), Target(budget=0.5)
-    mended = _kept_drops(problem, [lossless, half], np.array([[8], [9]]))
-    assert mended.tolist() == [[6], [9]]
+    policies = _kept_drops(problem, Targets.of(budgets=[0.5], drops=[0.0]), np.array([[9], [8]]))
+    assert policies.tolist() == [[9], [6]]
 
 
 @pytest.mark.parametrize("seed", range(3))

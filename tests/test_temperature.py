@@ -9,7 +9,8 @@ from sklearn.base import clone
 
 import adaptexit
 from adaptexit import TemperatureCalibrator, ThresholdCalibrator
-from adaptexit.core.outputs import ExitBatch, ExitOutputs
+from adaptexit.core.answer import Answer
+from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.temperature import RANGE, fit_temperature
 from tests.nets import Columns, column_cascade, column_data
 from tests.properties.test_calibrator_laws import online_exits
@@ -43,11 +44,11 @@ def honest(n, n_classes=5, seed=0):
 
 @pytest.mark.parametrize("k", range(3))
 def test_no_temperature_of_a_dense_grid_has_a_smaller_loss(k):
-    found = fit_temperature(LOGITS[k], LABELS)
+    temperature = fit_temperature(LOGITS[k], LABELS)
     grid = np.geomspace(*RANGE, 2001)
     losses = [loss(LOGITS[k], LABELS, t) for t in grid]
-    assert loss(LOGITS[k], LABELS, found) <= min(losses)
-    assert abs(np.log(found / grid[np.argmin(losses)])) <= np.log(grid[1] / grid[0])
+    assert loss(LOGITS[k], LABELS, temperature) <= min(losses)
+    assert abs(np.log(temperature / grid[np.argmin(losses)])) <= np.log(grid[1] / grid[0])
 
 
 def test_honest_logits_have_temperature_1():
@@ -67,21 +68,21 @@ def test_shifting_the_logits_of_a_sample_changes_nothing():
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.int8])
 def test_the_precision_in_which_logits_are_stored_does_not_matter(dtype):
-    stored = np.round(LOGITS[0]).astype(dtype)
-    assert fit_temperature(stored, LABELS) == fit_temperature(stored.astype(np.float64), LABELS)
+    narrow = np.round(LOGITS[0]).astype(dtype)
+    assert fit_temperature(narrow, LABELS) == fit_temperature(narrow.astype(np.float64), LABELS)
 
 
 def test_large_logits_in_half_precision_do_not_overflow():
-    stored = np.where(np.arange(4) == LABELS[:, None], 6e4, 0).astype(np.float16)
-    stored[:30] = stored[:30, ::-1]
-    assert np.isfinite(fit_temperature(stored, LABELS))
+    narrow = np.where(np.arange(4) == LABELS[:, None], 6e4, 0).astype(np.float16)
+    narrow[:30] = narrow[:30, ::-1]
+    assert np.isfinite(fit_temperature(narrow, LABELS))
 
 
 @pytest.mark.parametrize(("logits", "limit"), [(0.1 * np.eye(4)[LABELS], RANGE[0]), (-np.eye(4)[LABELS], RANGE[1])])
 def test_logits_that_are_always_right_or_wrong_end_at_a_limit(logits, limit):
-    found = fit_temperature(logits, LABELS)
-    assert RANGE[0] <= found <= RANGE[1]
-    assert found == pytest.approx(limit, rel=1e-2)
+    temperature = fit_temperature(logits, LABELS)
+    assert RANGE[0] <= temperature <= RANGE[1]
+    assert temperature == pytest.approx(limit, rel=1e-2)
 
 
 # -- the calibrator ---------------------------------------------------------------------------------------------------
@@ -100,16 +101,16 @@ def test_the_scaled_probabilities_are_no_less_likely(outputs):
 
 def test_scaled_confidences_are_what_is_thresholded(outputs):
     calibrator = TemperatureCalibrator("exact", n_points=10).fit(outputs)
-    scaled = softmax(LOGITS / calibrator.temperatures_[:, None, None], axis=2).max(axis=2)
-    assert calibrator.rescored(outputs).scores == pytest.approx(scaled)
-    recorded = ThresholdCalibrator(search="exact", n_points=10).fit(calibrator.rescored(outputs))
-    assert calibrator.thresholds_.tolist() == recorded.thresholds_.tolist()
-    assert calibrator.frontier_.cost.tolist() == recorded.frontier_.cost.tolist()
-    assert calibrator.exit_index(outputs).tolist() == recorded.exit_index(calibrator.rescored(outputs)).tolist()
+    confidences = softmax(LOGITS / calibrator.temperatures_[:, None, None], axis=2).max(axis=2)
+    assert calibrator.rescored(outputs).scores == pytest.approx(confidences)
+    by_record = ThresholdCalibrator(search="exact", n_points=10).fit(calibrator.rescored(outputs))
+    assert calibrator.thresholds_.tolist() == by_record.thresholds_.tolist()
+    assert calibrator.frontier_.cost.tolist() == by_record.frontier_.cost.tolist()
+    assert calibrator.exit_index(outputs).tolist() == by_record.exit_index(calibrator.rescored(outputs)).tolist()
 
 
 @pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
-def test_online_accept_equals_offline_routing(dtype):
+def test_deciding_online_equals_offline_routing(dtype):
     outputs = ExitOutputs.from_logits(LOGITS.astype(dtype), LABELS, costs=[1, 2, 3])
     calibrator = TemperatureCalibrator(n_points=5).fit(outputs)
     batches = np.split(np.random.default_rng(1).permutation(300), [1, 40, 200])
@@ -134,9 +135,9 @@ def test_the_point_in_use_is_that_asked_for(outputs, parameters, point):
 def test_logits_and_labels_are_needed(outputs):
     without = ExitOutputs.from_logits(LOGITS, LABELS, costs=[1, 2, 3], keep_logits=False)
     graded = ExitOutputs(scores=outputs.scores, quality=outputs.graded, logits=LOGITS, n_classes=4, costs=[1, 2, 3])
-    for refused, missing in ((without, r"logits \(record them with keep_logits=True\)"), (graded, "labels")):
-        with pytest.raises(ValueError, match=f"must have logits and labels .*; they lack {missing}"):
-            TemperatureCalibrator().fit(refused)
+    for lacking, gap in ((without, r"logits \(record them with keep_logits=True\)"), (graded, "labels")):
+        with pytest.raises(ValueError, match=f"must have logits and labels .*; they lack {gap}"):
+            TemperatureCalibrator().fit(lacking)
     with pytest.raises(TypeError, match="outputs must be ExitOutputs; got ndarray"):
         TemperatureCalibrator().fit(LOGITS)
 
@@ -148,7 +149,7 @@ def test_logits_are_needed_later(outputs):
         with pytest.raises(ValueError, match=r"need logits, but the outputs have none.*keep_logits=True"):
             ask(without)
     with pytest.raises(ValueError, match="need logits, but the batch has none"):
-        calibrator.accept(0, ExitBatch(predictions=np.zeros(1, int), scores=np.zeros(1)))
+        calibrator.policy().decide(0, Answer(predictions=np.zeros(1, int), scores=np.zeros(1)))
 
 
 def test_a_failed_fit_leaves_the_calibrator_as_it_was(outputs):
@@ -156,26 +157,31 @@ def test_a_failed_fit_leaves_the_calibrator_as_it_was(outputs):
     before = dict(vars(calibrator))
     with pytest.raises(ValueError, match="budget must be at least"):
         calibrator.set_params(budget=0.01).fit(outputs.take(np.arange(100)))
-    learned = ("temperatures_", "frontier_", "point_", "search_report_")
-    assert all(vars(calibrator)[name] is before[name] for name in learned)
+    attributes = ("temperatures_", "frontier_", "point_", "search_report_")
+    assert all(vars(calibrator)[name] is before[name] for name in attributes)
 
 
 # -- copies and estimators --------------------------------------------------------------------------------------------
 
 
-def through_state(calibrator):
+def through_state(calibrator, outputs):
     state, arrays = calibrator.get_state()
     again = clone(calibrator)
-    again.set_state(json.loads(json.dumps(state)), arrays)
+    again.set_state(json.loads(json.dumps(state)), arrays, outputs)
     return again
 
 
 @pytest.mark.parametrize(
-    "copied", [through_state, copy.deepcopy, lambda calibrator: pickle.loads(pickle.dumps(calibrator))]
+    "copied",
+    [
+        through_state,
+        lambda calibrator, outputs: copy.deepcopy(calibrator),
+        lambda calibrator, outputs: pickle.loads(pickle.dumps(calibrator)),
+    ],
 )
 def test_copies_hold_what_was_learned(outputs, copied):
     calibrator = TemperatureCalibrator(budget=0.6, n_points=10).fit(outputs)
-    again = copied(calibrator)
+    again = copied(calibrator, outputs)
     assert again.temperatures_.tolist() == calibrator.temperatures_.tolist()
     assert again.thresholds_.tolist() == calibrator.thresholds_.tolist()
     assert again.search_report_ == calibrator.search_report_
@@ -183,9 +189,9 @@ def test_copies_hold_what_was_learned(outputs, copied):
 
 
 def test_parameters_are_stored_as_given_and_cloned(outputs):
-    given = {"search": "coord", "budget": 0.6, "max_drop": None, "n_points": 7, "random_state": 3}
-    calibrator = TemperatureCalibrator(**given).fit(outputs)
-    assert calibrator.get_params() == clone(calibrator).get_params() == given
+    parameters = {"search": "coord", "budget": 0.6, "max_drop": None, "n_points": 7, "random_state": 3}
+    calibrator = TemperatureCalibrator(**parameters).fit(outputs)
+    assert calibrator.get_params() == clone(calibrator).get_params() == parameters
     assert clone(calibrator).fit(outputs).thresholds_.tolist() == calibrator.thresholds_.tolist()
 
 

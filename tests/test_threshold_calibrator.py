@@ -7,7 +7,8 @@ from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 
 from adaptexit.calibrators import ThresholdCalibrator
-from adaptexit.core.outputs import ExitBatch, ExitOutputs
+from adaptexit.core.answer import Answer
+from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import SCORES
 from adaptexit.core.search import choose_search
 
@@ -40,9 +41,9 @@ def same_points(one, other):
 @pytest.mark.parametrize("score", SCORES)
 def test_a_score_by_name_is_that_score_recorded(outputs, score):
     by_name = ThresholdCalibrator(score, n_points=10).fit(outputs)
-    recorded = ExitOutputs.from_logits(LOGITS, LABELS, score=score, stage_costs=[1, 1, 1], exit_costs=[0.1, 0.1, 1.0])
-    same_points(by_name, ThresholdCalibrator(n_points=10).fit(recorded))
-    assert by_name.exit_index(outputs).tolist() == by_name.exit_index(recorded).tolist()
+    by_record = ExitOutputs.from_logits(LOGITS, LABELS, score=score, stage_costs=[1, 1, 1], exit_costs=[0.1, 0.1, 1.0])
+    same_points(by_name, ThresholdCalibrator(n_points=10).fit(by_record))
+    assert by_name.exit_index(outputs).tolist() == by_name.exit_index(by_record).tolist()
 
 
 def test_scores_by_name_differ(outputs):
@@ -60,8 +61,11 @@ def test_recorded_scores_are_taken_as_they_are(outputs, without_logits):
 def test_a_callable_score_is_given_the_logits(outputs):
     calibrator = ThresholdCalibrator(first_logit, n_points=10).fit(outputs)
     assert np.array_equal(calibrator.rescored(outputs).scores, LOGITS[:, :, 0])
-    batch = ExitBatch(predictions=np.zeros(300, int), scores=np.zeros(300), logits=LOGITS[1])
-    assert np.array_equal(calibrator.rescored_batch(1, batch).scores, LOGITS[1, :, 0])
+    batch = Answer(predictions=np.zeros(300, int), scores=np.zeros(300), logits=LOGITS[1])
+    scores, memory = calibrator.scores(1, batch)
+    assert np.array_equal(scores, LOGITS[1, :, 0])
+    assert memory is None
+    assert np.array_equal(calibrator.policy().decide(1, batch).scores, LOGITS[1, :, 0])
 
 
 @pytest.mark.parametrize(("score", "needed"), [("recorded", False), ("entropy", True), (first_logit, True)])
@@ -78,7 +82,7 @@ def test_outputs_without_the_logits_needed_are_refused(without_logits, score):
 def test_a_batch_without_the_logits_needed_is_refused(outputs):
     calibrator = ThresholdCalibrator("entropy", n_points=5).fit(outputs)
     with pytest.raises(ValueError, match="score='entropy' needs logits, but the batch has none"):
-        calibrator.accept(0, ExitBatch(predictions=np.zeros(1, int), scores=np.zeros(1)))
+        calibrator.policy().decide(0, Answer(predictions=np.zeros(1, int), scores=np.zeros(1)))
 
 
 def test_an_unknown_score_is_refused(outputs):
@@ -152,10 +156,11 @@ def test_the_search_taken_is_reported(outputs):
 
 def test_a_budget_asked_for_later_is_looked_up(outputs):
     calibrator = ThresholdCalibrator().fit(outputs)
-    assert calibrator.operating_point() is calibrator.point_
-    assert calibrator.operating_point(0.5).cost <= 0.5 + 1e-9
+    assert calibrator.policy().point is calibrator.point_
+    assert calibrator.policy(budget=0.5).point.cost <= 0.5 + 1e-9
+    assert calibrator.policy(max_drop=0.05).point is calibrator.frontier_.at(max_drop=0.05)
     with pytest.raises(ValueError, match="budget must be at least"):
-        calibrator.operating_point(0.1)
+        calibrator.policy(budget=0.1)
 
 
 def test_the_frontier_on_other_data_keeps_every_point(outputs):
@@ -177,8 +182,8 @@ def test_the_frontier_on_other_data_keeps_every_point(outputs):
         lambda c, o: c.pareto(),
         lambda c, o: c.get_state(),
         lambda c, o: c.pareto(o),
-        lambda c, o: c.operating_point(0.5),
-        lambda c, o: c.accept(0, ExitBatch(predictions=o.predictions[0], scores=o.scores[0])),
+        lambda c, o: c.policy(budget=0.5),
+        lambda c, o: c.policy(),
     ],
 )
 def test_nothing_works_before_fit(outputs, call):
@@ -187,10 +192,17 @@ def test_nothing_works_before_fit(outputs, call):
 
 
 def test_parameters_are_stored_as_given_and_cloned(outputs):
-    given = {"score": "margin", "search": "coord", "budget": 0.5, "max_drop": None, "n_points": 7, "random_state": 3}
-    calibrator = ThresholdCalibrator(**given).fit(outputs)
+    parameters = {
+        "score": "margin",
+        "search": "coord",
+        "budget": 0.5,
+        "max_drop": None,
+        "n_points": 7,
+        "random_state": 3,
+    }
+    calibrator = ThresholdCalibrator(**parameters).fit(outputs)
     copy = clone(calibrator)
-    assert calibrator.get_params() == copy.get_params() == given
+    assert calibrator.get_params() == copy.get_params() == parameters
     assert not hasattr(copy, "frontier_")
     same_points(copy.fit(outputs), calibrator)
 
@@ -205,11 +217,13 @@ def test_state_taken_and_given_back_makes_the_same_calibrator(outputs):
     calibrator = ThresholdCalibrator("margin", budget=0.6, n_points=10).fit(outputs)
     state, arrays = calibrator.get_state()
     again = clone(calibrator)
-    again.set_state(json.loads(json.dumps(state)), arrays)
+    again.set_state(json.loads(json.dumps(state)), arrays, outputs)
     same_points(again, calibrator)
     assert again.point_ in again.frontier_.points
     assert again.search_report_ == calibrator.search_report_
-    assert again.operating_point(0.5).thresholds.tolist() == calibrator.operating_point(0.5).thresholds.tolist()
+    policies = [c.policy(budget=0.5) for c in (again, calibrator)]
+    assert policies[0].point.thresholds.tolist() == policies[1].point.thresholds.tolist()
+    assert policies[0].path_costs.tolist() == policies[1].path_costs.tolist()
 
 
 @pytest.mark.parametrize("score", ["recorded", first_logit])
@@ -241,9 +255,9 @@ def test_targets_that_are_no_numbers(outputs, params):
 @pytest.mark.parametrize("dtype", [np.float16, np.uint8])
 def test_scores_do_not_depend_on_how_logits_are_stored(dtype):
     rng = np.random.default_rng(0)
-    stored = rng.integers(0, 9, size=(2, 50, 7)).astype(dtype)
+    logits = rng.integers(0, 9, size=(2, 50, 7)).astype(dtype)
     labels = rng.integers(7, size=50)
-    narrow, wide = (ExitOutputs.from_logits(x, labels, costs=[1, 2]) for x in (stored, stored.astype(np.float64)))
+    narrow, wide = (ExitOutputs.from_logits(x, labels, costs=[1, 2]) for x in (logits, logits.astype(np.float64)))
     assert narrow.scores == pytest.approx(wide.scores, abs=1e-6)
     by_name = ThresholdCalibrator(score="entropy")
     assert by_name.rescored(narrow).scores == pytest.approx(by_name.rescored(wide).scores, abs=1e-6)

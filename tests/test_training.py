@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from adaptexit.training import FeatureCache, FrozenRecipe, collect, minimise, recipe_of
+from adaptexit.training.head_trainer import Lesson
 
 
 @dataclass
@@ -94,9 +95,9 @@ def accuracy(head, feature, y):
 def test_heads_learn_the_digits():
     cache, y = digit_cache()
     rows = np.random.default_rng(0).permutation(len(y))
-    fitted, fresh = rows[:1200], rows[1200:]
+    train, fresh = rows[:1200], rows[1200:]
     heads = [SmallHead(32, norm=True), SmallHead(64, norm=True, dropout=0.2)]
-    history = FrozenRecipe(epochs=12, lr=1e-2, batch_size=64).train(heads, cache, fitted, y[fitted])
+    history = FrozenRecipe(epochs=12, lr=1e-2, batch_size=64).train(heads, cache, train, y[train])
     assert accuracy(heads[0], cache.features[0][fresh], y[fresh]) > 0.8
     assert accuracy(heads[1], cache.features[1][fresh], y[fresh]) > 0.93
     assert history["confidence_loss"] == [[], []]
@@ -107,16 +108,16 @@ def test_heads_learn_the_digits():
 
 def test_only_the_given_rows_are_learned_from():
     cache, y = digit_cache()
-    poisoned = FeatureCache([feature.copy() for feature in cache.features], cache.logits)
+    with_nan = FeatureCache([feature.copy() for feature in cache.features], cache.logits)
     rows = np.random.default_rng(1).permutation(len(y))[:200]
-    for feature in poisoned.features:
+    for feature in with_nan.features:
         feature[np.setdiff1d(np.arange(len(y)), rows)] = np.nan
-    learned = []
-    for data in (cache, poisoned):
+    weights = []
+    for data in (cache, with_nan):
         heads = [SmallHead(32), SmallHead(64)]
         FrozenRecipe(epochs=2).train(heads, data, rows, y[rows])
-        learned.append(state(nn.ModuleList(heads)))
-    assert equal(*learned)
+        weights.append(state(nn.ModuleList(heads)))
+    assert equal(*weights)
 
 
 def test_a_seed_determines_weights_bit_by_bit():
@@ -133,7 +134,7 @@ def test_a_seed_determines_weights_bit_by_bit():
 
 
 def test_global_random_states_are_left_alone_and_do_not_matter():
-    learned = []
+    states = []
     for seed in (0, 1):
         torch.manual_seed(seed)
         np.random.seed(seed)  # noqa: NPY002
@@ -142,8 +143,8 @@ def test_global_random_states_are_left_alone_and_do_not_matter():
         trained([SmallHead(32), head])
         assert torch.equal(torch.get_rng_state(), before)
         assert (np.random.get_state()[1] == numpy_before).all()  # noqa: NPY002
-        learned.append(state(head))
-    assert equal(*learned)
+        states.append(state(head))
+    assert equal(*states)
 
 
 def test_heads_learn_together_as_they_would_alone():
@@ -164,8 +165,8 @@ def test_a_chained_head_reads_the_earlier_state_without_a_gradient():
     alone = SmallHead(32, seed=1)
     trained([alone, SmallHead(64, seed=2)])
     assert equal(state(first), state(alone))
-    assert all(seen is None for seen in first.states)
-    assert all(seen["n"] == 1 and not seen["logits"][0].requires_grad for seen in chained.states)
+    assert all(earlier is None for earlier in first.states)
+    assert all(earlier["n"] == 1 and not earlier["logits"][0].requires_grad for earlier in chained.states)
     assert len(chained.states) == 3 * 5
     assert not equal(state(chained.earlier), state(SmallHead(64, chained=True, seed=2).earlier))
 
@@ -173,7 +174,27 @@ def test_a_chained_head_reads_the_earlier_state_without_a_gradient():
 def test_a_chained_head_that_comes_first_gets_no_state():
     first = SmallHead(32, chained=True)
     trained([first, SmallHead(64)])
-    assert all(seen is None for seen in first.states)
+    assert all(earlier is None for earlier in first.states)
+
+
+@pytest.mark.parametrize(
+    ("chained", "asked", "run"),
+    [
+        ((False, False, False), [2], [0, 0, 1]),
+        ((False, False, False), [0, 2], [1, 0, 1]),
+        ((False, True, False), [1], [1, 1, 0]),
+        ((False, True, True), [2], [1, 1, 1]),
+        ((False, True, True), [0], [1, 0, 0]),
+        ((True, True, True), [], [0, 0, 0]),
+    ],
+)
+def test_heads_are_run_only_for_those_that_answer_or_are_read_by_them(chained, asked, run):
+    cache, y = digit_cache()
+    three = FeatureCache([*cache.features, cache.features[1]], cache.logits)
+    heads = [SmallHead(w, chained=c, seed=k) for k, (w, c) in enumerate(zip((32, 64, 64), chained, strict=True))]
+    answers = Lesson(heads, three, np.arange(20), torch.from_numpy(y[:20]), {}).answers(torch.arange(8), asked)
+    assert [len(head.states) for head in heads] == run
+    assert [answer.exit for answer in answers] == asked
 
 
 def test_confidence_is_learned_without_touching_anything_else():
@@ -222,7 +243,7 @@ def test_confidence_of_a_chained_head_reads_the_head_before():
     history = trained([first, chained])
     assert history["confidence_loss"][0] == []
     assert len(chained.states) == 2 * 3 * 5
-    assert all(seen is not None for seen in chained.states)
+    assert all(earlier is not None for earlier in chained.states)
 
 
 @pytest.mark.parametrize("n", [2, 3, 33, 65, 129])
@@ -268,31 +289,31 @@ class Recomputed(FeatureCache):
         self.backbone, self.X = backbone, X
 
     def rows(self, k, indices):
-        found = {}
-        self.backbone.run(self.X[indices], lambda k, feature: found.setdefault(k, feature.clone()))
-        return found[k]
+        features = {}
+        self.backbone.run(self.X[indices], lambda k, feature: features.setdefault(k, feature.clone()))
+        return features[k]
 
 
 def test_training_on_the_cache_is_training_on_the_backbone(tmp_path):
     X, y = load_digits(return_X_y=True)
     X = torch.from_numpy(X.astype(np.float32))
     backbone, reducers = ExactBackbone(), [lambda feature: feature] * 2
-    cached = [
+    caches = [
         collect(X.split(100), backbone.run, reducers),
         collect(X.split(33), backbone.run, reducers, memory_limit=0),
         collect(X.split(100), backbone.run, reducers, folder=tmp_path, key="exact"),
         collect(X.split(100), backbone.run, reducers, folder=tmp_path, key="exact"),
     ]
     rows = np.random.default_rng(0).permutation(len(y))[:500]
-    learned = []
-    for cache in [Recomputed(backbone, X, cached[0].logits), *cached]:
+    runs = []
+    for cache in [Recomputed(backbone, X, caches[0].logits), *caches]:
         heads = [SmallHead(20, norm=True, confidence=True), SmallHead(12, dropout=0.2, chained=True)]
         history = FrozenRecipe(epochs=3).train(heads, cache, rows, y[rows])
-        learned.append((state(nn.ModuleList(heads)), history))
-    for weights, history in learned[1:]:
-        assert equal(learned[0][0], weights)
-        assert history == learned[0][1]
-    assert not equal(learned[0][0], state(nn.ModuleList([SmallHead(20, norm=True, confidence=True)])))
+        runs.append((state(nn.ModuleList(heads)), history))
+    for weights, history in runs[1:]:
+        assert equal(runs[0][0], weights)
+        assert history == runs[0][1]
+    assert not equal(runs[0][0], state(nn.ModuleList([SmallHead(20, norm=True, confidence=True)])))
 
 
 def test_evaluation_mode_afterwards_also_after_an_error():
@@ -388,18 +409,18 @@ def test_heads_that_do_not_fit():
 def test_the_loop_is_adamw_on_a_cosine():
     deep, _, y = digits()
     X, y = torch.from_numpy(deep), torch.from_numpy(y)
-    seen, head, by_hand = [], SmallHead(64), SmallHead(64)
+    visits, head, by_hand = [], SmallHead(64), SmallHead(64)
 
     def loss(rows):
-        seen.append(rows)
+        visits.append(rows)
         return F.cross_entropy(head.classes(X[rows]), y[rows])
 
     settings = {"epochs": 4, "lr": 0.05, "weight_decay": 0.3, "batch_size": 30, "random_state": 7}
     history = minimise(loss, [head], 100, **settings)
-    assert len(seen) == 4 * 4
+    assert len(visits) == 4 * 4
     means = []
     optimizer = torch.optim.AdamW(by_hand.parameters(), 0.05, weight_decay=0.3)
-    for step, rows in enumerate(seen):
+    for step, rows in enumerate(visits):
         optimizer.param_groups[0]["lr"] = 0.05 * (1 + np.cos(np.pi * step / 16)) / 2
         optimizer.zero_grad()
         value = F.cross_entropy(by_hand.classes(X[rows]), y[rows])
@@ -412,29 +433,29 @@ def test_the_loop_is_adamw_on_a_cosine():
 
 @given(n=st.integers(1, 50), batch_size=st.integers(2, 20), seed=st.integers(0, 1000))
 def test_an_epoch_visits_every_row_once_and_none_alone(n, batch_size, seed):
-    seen, module = [], nn.Linear(1, 1)
+    visits, module = [], nn.Linear(1, 1)
 
     def loss(rows):
-        seen.append(rows.tolist())
+        visits.append(rows.tolist())
         return module.bias.sum()
 
     minimise(loss, [module], n, epochs=2, lr=0.1, batch_size=batch_size, random_state=seed)
-    halfway = len(seen) // 2
-    first, second = [list(chain.from_iterable(epoch)) for epoch in (seen[:halfway], seen[halfway:])]
+    halfway = len(visits) // 2
+    first, second = [list(chain.from_iterable(epoch)) for epoch in (visits[:halfway], visits[halfway:])]
     assert sorted(first) == sorted(second) == list(range(n))
     assert n < 10 or first != second
-    assert n == 1 or all(2 <= len(batch) <= batch_size + 1 for batch in seen)
+    assert n == 1 or all(2 <= len(batch) <= batch_size + 1 for batch in visits)
 
 
 def test_weights_are_the_odds_of_a_row():
-    seen, module = [], nn.Linear(1, 1)
+    visits, module = [], nn.Linear(1, 1)
 
     def loss(rows):
-        seen.extend(rows.tolist())
+        visits.extend(rows.tolist())
         return module.bias.sum()
 
     minimise(loss, [module], 4, epochs=1000, lr=0.1, sample_weight=[0.0, 1.0, 2.0, 5.0])
-    share = np.bincount(seen, minlength=4) / 4000
+    share = np.bincount(visits, minlength=4) / 4000
     assert share[0] == 0
     assert share == pytest.approx([0, 1 / 8, 2 / 8, 5 / 8], abs=0.03)
 

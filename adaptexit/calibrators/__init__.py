@@ -1,19 +1,12 @@
-"""Calibrators: thin estimators over :mod:`adaptexit.core` that learn thresholds from recorded outputs."""
+"""Calibrators: thin estimators over :mod:`adaptexit.core` that learn thresholds from recorded outputs.
 
-from adaptexit.calibrators.base import CalibrationWarning
-from adaptexit.calibrators.cpm import CPMCalibrator
-from adaptexit.calibrators.eenet import EENetScheduler
-from adaptexit.calibrators.em import EMRouter
-from adaptexit.calibrators.patience import PatienceCalibrator
-from adaptexit.calibrators.temperature import TemperatureCalibrator
-from adaptexit.calibrators.threshold import ThresholdCalibrator
+Importing them does not import torch; routers and schedules do when they learn.
+"""
 
-__all__ = [
-    "CPMCalibrator",
-    "CalibrationWarning",
-    "EENetScheduler",
-    "EMRouter",
-    "PatienceCalibrator",
-    "TemperatureCalibrator",
-    "ThresholdCalibrator",
-]
+from adaptexit.calibrators.base import Calibrator as Calibrator
+from adaptexit.calibrators.cpm import CPMCalibrator as CPMCalibrator
+from adaptexit.calibrators.eenet import EENetScheduler as EENetScheduler
+from adaptexit.calibrators.em import EMRouter as EMRouter
+from adaptexit.calibrators.patience import PatienceCalibrator as PatienceCalibrator
+from adaptexit.calibrators.temperature import TemperatureCalibrator as TemperatureCalibrator
+from adaptexit.calibrators.threshold import ThresholdCalibrator as ThresholdCalibrator

@@ -1,24 +1,26 @@
-"""What every calibrator offers to the estimators: a frontier, the point in use, and one rule offline and online."""
+"""What every calibrator offers to the estimators: a frontier, the point in use, and policies of either."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable
-from typing import Any
+import copy
+from collections.abc import Callable, Iterable
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
-from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, reference
-from adaptexit.core.outputs import ExitBatch, ExitOutputs
-from adaptexit.core.routing import accepts, exit_index
+from adaptexit.core.answer import Answer
+from adaptexit.core.costs import Costs
+from adaptexit.core.frontier import OperatingPoint, ParetoFrontier
+from adaptexit.core.outputs import ExitOutputs
+from adaptexit.core.policy import ThresholdPolicy, recorded_scores
+from adaptexit.core.routing import exit_index
 from adaptexit.core.scores import resolve_score, widened
 
-
-class CalibrationWarning(UserWarning):
-    """Calibration data say less than they seem to: the backbone may have learned from them, or classes are missing."""
+Memory = NDArray[Any] | None
+ScoreName = Literal["recorded", "max_proba", "entropy", "margin"]
 
 
 class Calibrator(BaseEstimator):
@@ -30,6 +32,8 @@ class Calibrator(BaseEstimator):
         The stored operating points on the calibration data.
     point_ : OperatingPoint
         The one in use when no budget is given.
+    costs_ : Costs
+        What stages and exits cost when this calibrator decides, its own work included.
     """
 
     needs_logits: bool = False
@@ -46,10 +50,16 @@ class Calibrator(BaseEstimator):
 
     frontier_: ParetoFrontier
     point_: OperatingPoint
+    costs_: Costs
 
     def fit(self, outputs: ExitOutputs) -> Calibrator:
         """Learn from calibration outputs; with ``needs_training`` there is ``training=`` too."""
         raise NotImplementedError
+
+    def _keep(self, points: Iterable[OperatingPoint], point: OperatingPoint, outputs: ExitOutputs) -> None:
+        """Store the points, the one in use, and what exits cost."""
+        self.frontier_, self.point_ = ParetoFrontier.of(points, outputs), point
+        self.costs_ = outputs.pricing.charged(self.extra_costs_, self.remembers)
 
     @property
     def extra_costs_(self) -> NDArray[np.float64]:
@@ -61,60 +71,16 @@ class Calibrator(BaseEstimator):
         """Thresholds of the point in use, shape (K,) or (K, C); the last row is -inf."""
         return self.point_.thresholds
 
+    # -- offline ---------------------------------------------------------------------------------------------------
+
     def rescored(self, outputs: ExitOutputs) -> ExitOutputs:
         """The outputs under the score that this calibrator thresholds."""
         return outputs
 
-    def rescored_batch(self, k: int, batch: ExitBatch) -> ExitBatch:
-        """The same of one batch at exit k; one that ``remembers`` reads ``batch.earlier`` and adds to it."""
-        return batch
-
     def charged(self, outputs: ExitOutputs) -> ExitOutputs:
         """The outputs at the costs that are paid when this calibrator decides."""
-        extra = self.extra_costs_
-        if not (extra.any() or self.remembers):
-            return outputs
-        chained = outputs.chained or self.remembers
-        return outputs.with_costs(outputs.stage_costs, outputs.exit_costs + extra, chained)
-
-    def get_state(self) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
-        """What was learned, as a JSON value and named arrays, for writing."""
-        check_is_fitted(self)
-        described, arrays = self.frontier_.to_arrays()
-        in_use = next(i for i, point in enumerate(self.frontier_.points) if point is self.point_)
-        return {"frontier": described, "point_in_use": in_use}, arrays
-
-    def set_state(self, state: dict[str, Any], arrays: dict[str, NDArray[np.float64]]) -> None:
-        """Take back what :meth:`get_state` gave."""
-        self.frontier_ = ParetoFrontier.from_arrays(state["frontier"], arrays)
-        self.point_ = self.frontier_.points[state["point_in_use"]]
-
-    def operating_point(self, budget: float | None = None) -> OperatingPoint:
-        """The stored point for a budget (mean relative cost), or the one in use."""
-        check_is_fitted(self)
-        return self.point_ if budget is None else self.frontier_.at(budget=budget)
-
-    def accept(self, k: int, batch: ExitBatch, point: OperatingPoint | None = None) -> NDArray[np.bool_]:
-        """Who of the batch leaves at exit k, shape (B,): the rule of :meth:`exit_index`, online.
-
-        Parameters
-        ----------
-        k : int
-        batch : ExitBatch
-            What exit k knows of B samples that reached it.
-        point : OperatingPoint, optional
-            The operating point to apply instead of the one in use.
-        """
-        return self.decide(k, batch, point)[0]
-
-    def decide(
-        self, k: int, batch: ExitBatch, point: OperatingPoint | None = None
-    ) -> tuple[NDArray[np.bool_], NDArray[Any] | None]:
-        """What :meth:`accept` gives, and what later exits are to be given as ``batch.earlier``, (B, m) or None."""
-        check_is_fitted(self)
-        cutoffs = (self.point_ if point is None else point).cutoffs
-        scored = self.rescored_batch(k, batch)
-        return accepts(scored, cutoffs[k]), scored.earlier
+        costs = outputs.pricing.charged(self.extra_costs_, self.remembers)
+        return outputs.with_costs(costs.stages, costs.exits, costs.chained)
 
     def exit_index(self, outputs: ExitOutputs, point: OperatingPoint | None = None) -> NDArray[np.intp]:
         """The exit of every sample, shape (N,), on recorded outputs."""
@@ -129,6 +95,71 @@ class Calibrator(BaseEstimator):
             return self.frontier_
         check_outputs(outputs, self.point_.cutoffs)
         return self.frontier_.on(self.rescored(outputs)).beside(outputs)
+
+    # -- online ----------------------------------------------------------------------------------------------------
+
+    def scores(self, k: int, batch: Answer, memory: Memory = None) -> tuple[NDArray[Any], Memory]:
+        """What :meth:`rescored` makes of one batch at exit k, and what it is to be given at the next exit."""
+        return batch.scores, None
+
+    def policy(
+        self,
+        *,
+        budget: float | None = None,
+        max_drop: float | None = None,
+        point: OperatingPoint | None = None,
+    ) -> ThresholdPolicy:
+        """An operating point made ready: the rule of :meth:`exit_index`, online. It stays when this is fitted again.
+
+        Parameters
+        ----------
+        budget : float, optional
+            Mean relative cost: the stored point of best calibrated accuracy within it.
+        max_drop : float, optional
+            Instead: the cheapest stored point that loses at most so much calibrated accuracy (0.01 is one point).
+        point : OperatingPoint, optional
+            Instead: this one. With none of the three, ``point_``.
+
+        Raises
+        ------
+        ValueError
+            For a budget below the cheapest stored point, or more than one of the three.
+        """
+        check_is_fitted(self)
+        if sum(choice is not None for choice in (budget, max_drop, point)) > 1:
+            raise ValueError(f"give at most one of budget, max_drop and point; got {budget=}, {max_drop=}, {point=}.")
+        if point is None:
+            own = budget is None and max_drop is None
+            point = self.point_ if own else self.frontier_.at(budget=budget, max_drop=max_drop)
+        # Of a copy: fit replaces what scores are made with, and a policy outlives the next fit.
+        scoring = recorded_scores if self._keeps_scores else copy.copy(self).scores
+        return ThresholdPolicy.of(
+            point, self.costs_, scoring, needs_logits=self._decides_on_logits, needs_features=self.needs_features
+        )
+
+    @property
+    def _keeps_scores(self) -> bool:
+        """Whether the model's own scores are compared with the thresholds."""
+        return type(self).scores is Calibrator.scores
+
+    @property
+    def _decides_on_logits(self) -> bool:
+        """Whether :meth:`scores` reads logits; what is learned by ``fit`` may need them besides."""
+        return self.needs_logits
+
+    # -- persistence -----------------------------------------------------------------------------------------------
+
+    def get_state(self) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
+        """What was learned, as a JSON value and named arrays, for writing."""
+        check_is_fitted(self)
+        header, arrays = self.frontier_.to_arrays()
+        return {"frontier": header, "point_in_use": self.frontier_.index(self.point_)}, arrays
+
+    def set_state(self, state: dict[str, Any], arrays: dict[str, NDArray[np.float64]], outputs: ExitOutputs) -> None:
+        """Take back what :meth:`get_state` gave; ``outputs`` are those of the calibration."""
+        self.frontier_ = ParetoFrontier.from_arrays(state["frontier"], arrays)
+        self.point_ = self.frontier_.points[state["point_in_use"]]
+        self.costs_ = outputs.pricing.charged(self.extra_costs_, self.remembers)
 
 
 def sweep_of(
@@ -145,17 +176,17 @@ def sweep_of(
     outputs : ExitOutputs or None
         Other data to report.
     """
-    ordered = sorted(points, key=lambda pair: (pair[0].cost, pair[0].accuracy))
-    chosen_on = ParetoFrontier([point for point, _ in ordered], *reference(calibration))
+    pairs = sorted(points, key=lambda pair: (pair[0].cost, pair[0].accuracy))
+    frontier = ParetoFrontier.of([point for point, _ in pairs], calibration)
     if outputs is None:
-        return chosen_on
-    return ParetoFrontier([point for _, point in ordered if point], *reference(outputs), chosen_on=chosen_on)
+        return frontier
+    return ParetoFrontier.of([point for _, point in pairs if point], outputs, chosen_on=frontier)
 
 
 def check_sweep(name: str, values: Any, calibrator: Any, outputs: ExitOutputs | None) -> None:
     """Refuse a sweep over nothing, on outputs of another model, or of a calibrator that was loaded."""
     check_is_fitted(calibrator)
-    if not hasattr(calibrator, "_kept"):
+    if not hasattr(calibrator, "_fit_data"):
         raise ValueError("refit=True learns anew from the data of fit, which are not saved. Fit the calibrator first.")
     if outputs is not None:
         check_outputs(outputs, calibrator.point_.cutoffs)
@@ -166,7 +197,7 @@ def check_sweep(name: str, values: Any, calibrator: Any, outputs: ExitOutputs | 
 class ScoreCalibrator(Calibrator):
     """Base of the calibrators with a parameter ``score``: what is compared with the thresholds."""
 
-    score: str | Callable[[Any], Any]
+    score: ScoreName | Callable[[Any], Any]
 
     @property
     def needs_logits(self) -> bool:  # type: ignore[override]
@@ -186,12 +217,16 @@ class ScoreCalibrator(Calibrator):
             np.stack([np.asarray(formula(widened(exit_logits))) for exit_logits in outputs.logits])
         )
 
-    def rescored_batch(self, k: int, batch: ExitBatch) -> ExitBatch:
+    def scores(self, k: int, batch: Answer, memory: Memory = None) -> tuple[NDArray[Any], Memory]:
         if not self.needs_logits:
-            return batch
+            return batch.scores, None
         if batch.logits is None:
             raise ValueError(f"score={self.score!r} needs logits, but the batch has none.")
-        return dataclasses.replace(batch, scores=np.asarray(self._formula()(widened(batch.logits))))
+        return np.asarray(self._formula()(widened(batch.logits))), None
+
+    @property
+    def _keeps_scores(self) -> bool:
+        return not self.needs_logits
 
     def _formula(self) -> Callable[[Any], NDArray[Any]]:
         return resolve_score(self.score, "score", also=("recorded",))
@@ -206,8 +241,8 @@ def check_outputs(outputs: Any, cutoffs: NDArray[np.float64] | None = None) -> N
     if outputs.n_exits != len(cutoffs):
         raise ValueError(f"outputs must have the {len(cutoffs)} exits that were calibrated; got {outputs.n_exits}.")
     if cutoffs.ndim == 2 and (outputs.predictions is None or outputs.n_classes != cutoffs.shape[1]):
-        came = "no predictions" if outputs.predictions is None else f"{outputs.n_classes} classes"
+        others = "no predictions" if outputs.predictions is None else f"{outputs.n_classes} classes"
         raise ValueError(
             f"outputs must have predictions of the {cutoffs.shape[1]} classes that were calibrated, as thresholds are "
-            f"by class; got {came}."
+            f"by class; got {others}."
         )

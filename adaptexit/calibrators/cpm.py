@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from numbers import Real
 from typing import Any
@@ -10,11 +9,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptexit.calibrators.base import CalibrationWarning, ScoreCalibrator, check_outputs
-from adaptexit.core.checks import check_switch, check_whole, checked_number
-from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, evaluate, reference
-from adaptexit.core.margins import BOUNDS, MARGINS, Rule, class_precision, margin_thresholds
+from adaptexit.calibrators.base import ScoreCalibrator, ScoreName, check_outputs
+from adaptexit.core.frontier import OperatingPoint, evaluate
+from adaptexit.core.margins import BOUNDS, MARGINS, Bound, Rule, class_precision, margin_thresholds
 from adaptexit.core.outputs import ExitOutputs
+from adaptexit.exceptions import CalibrationWarning, warn
+from adaptexit.utils.validation import check_switch, check_whole, checked_number
 
 MOST_NAMED = 5
 
@@ -79,10 +79,10 @@ class CPMCalibrator(ScoreCalibrator):
         margins: Sequence[float] = MARGINS,
         cascade_aware: bool = True,
         min_support: int = 1,
-        bound: str = "none",
+        bound: Bound = "none",
         delta: float = 0.1,
         joint: bool = False,
-        score: str | Callable[[Any], Any] = "recorded",
+        score: ScoreName | Callable[[Any], Any] = "recorded",
     ) -> None:
         self.margin = margin
         self.margins = margins
@@ -116,22 +116,22 @@ class CPMCalibrator(ScoreCalibrator):
         check_outputs(outputs)
         margin, margins = self._checked_margins()
         rule = self._checked_rule(outputs)
-        rescored = self.rescored(outputs)
-        thresholds, cutoffs = margin_thresholds(rescored, margins, cascade_aware=bool(self.cascade_aware), rule=rule)
-        points = [evaluate(rescored, thresholds[m], cutoffs[m], {"margin": swept}) for m, swept in enumerate(margins)]
-        chosen = points[margins.index(margin)]
+        outputs = self.rescored(outputs)
+        thresholds, cutoffs = margin_thresholds(outputs, margins, cascade_aware=bool(self.cascade_aware), rule=rule)
+        points = [evaluate(outputs, thresholds[m], cutoffs[m], {"margin": value}) for m, value in enumerate(margins)]
+        own = points[margins.index(margin)]
+        # A margin that switches every early exit off is the plain full model already.
         if all(point.on[:-1].any() for point in points):
-            points.append(_plain(rescored))
-        points.sort(key=lambda point: (point.cost, point.accuracy))
+            points.append(_plain(outputs))
         assert outputs.predictions is not None
         assert outputs.labels is not None
         precision = class_precision(outputs.predictions[-1], outputs.labels, outputs.n_classes or 0)
         unknown = np.bincount(outputs.labels, minlength=len(precision)) == 0
-        _warn_of_missing("have no calibration sample", np.flatnonzero(unknown), len(precision))
+        _warn_of_classes("have no calibration sample", np.flatnonzero(unknown), len(precision))
         unsaid = np.isnan(precision) & ~unknown
-        _warn_of_missing("are never answered by the full model", np.flatnonzero(unsaid), len(precision))
-        self.frontier_, self.point_ = ParetoFrontier(points, *reference(rescored)), chosen
+        _warn_of_classes("are never answered by the full model", np.flatnonzero(unsaid), len(precision))
         self.precision_ = precision
+        self._keep(points, own, outputs)
         return self
 
     def _checked_margins(self) -> tuple[float, list[float]]:
@@ -140,8 +140,8 @@ class CPMCalibrator(ScoreCalibrator):
         margin = checked_number("margin", self.margin, meaning, least=0.0)
         if isinstance(self.margins, str) or not np.iterable(self.margins):
             raise ValueError(f"margins must be a sequence of numbers, each {meaning}; got {self.margins!r}.")
-        swept = {checked_number("margins", value, f"numbers, each {meaning}", least=0.0) for value in self.margins}
-        return margin, sorted(swept | {margin})
+        sweep = {checked_number("margins", value, f"numbers, each {meaning}", least=0.0) for value in self.margins}
+        return margin, sorted(sweep | {margin})
 
     def _checked_rule(self, outputs: ExitOutputs) -> Rule:
         check_whole("min_support", self.min_support)
@@ -158,8 +158,8 @@ class CPMCalibrator(ScoreCalibrator):
         state, arrays = super().get_state()
         return state, arrays | {"precision": self.precision_}
 
-    def set_state(self, state: dict[str, Any], arrays: dict[str, NDArray[np.float64]]) -> None:
-        super().set_state(state, arrays)
+    def set_state(self, state: dict[str, Any], arrays: dict[str, NDArray[np.float64]], outputs: ExitOutputs) -> None:
+        super().set_state(state, arrays, outputs)
         self.precision_ = arrays["precision"]
 
 
@@ -170,12 +170,11 @@ def _plain(outputs: ExitOutputs) -> OperatingPoint:
     return evaluate(outputs, never, never)
 
 
-def _warn_of_missing(what: str, missing: NDArray[np.intp], n_classes: int) -> None:
-    if len(missing):
-        named = ", ".join(map(str, missing[:MOST_NAMED])) + (" ..." if len(missing) > MOST_NAMED else "")
-        warnings.warn(
-            f"{len(missing)} of the {n_classes} classes {what} ({named}), so nothing leaves early with them. Calibrate "
+def _warn_of_classes(what: str, classes: NDArray[np.intp], n_classes: int) -> None:
+    if len(classes):
+        names = ", ".join(map(str, classes[:MOST_NAMED])) + (" ..." if len(classes) > MOST_NAMED else "")
+        warn(
+            f"{len(classes)} of the {n_classes} classes {what} ({names}), so nothing leaves early with them. Calibrate "
             "on data that have every class.",
             CalibrationWarning,
-            stacklevel=3,
         )

@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 
-from adaptexit.calibrators.base import Calibrator, check_outputs, check_sweep, sweep_of
-from adaptexit.core.checks import check_whole, checked_number
+from adaptexit.calibrators.base import Calibrator, Memory, check_outputs, check_sweep, sweep_of
+from adaptexit.core.answer import Answer
 from adaptexit.core.frontier import ParetoFrontier, evaluate
-from adaptexit.core.outputs import ExitBatch, ExitOutputs
+from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.search.shares import frontier_of_shares
-from adaptexit.core.undo import unchanged_on_failure
-from adaptexit.training.asking import probabilities, restored, state_arrays
-from adaptexit.training.loop import checked_settings, n_epochs
-from adaptexit.training.schedules import Scorer, train_schedule
+from adaptexit.utils.rollback import unchanged_on_failure
+from adaptexit.utils.validation import check_whole, checked_number, checked_settings
+
+if TYPE_CHECKING:
+    from adaptexit.calibrators.eenet_scorers import Scorer
 
 Floats = NDArray[np.float64]
 
@@ -85,7 +85,7 @@ class EENetScheduler(Calibrator):
         kl_weight: float = 1e-3,
         budget_weight: float = 1e-2,
         hidden: int = 32,
-        epochs: int | str = "auto",
+        epochs: int | Literal["auto"] = "auto",
         lr: float = 1e-2,
         weight_decay: float = 1e-4,
         batch_size: int = 256,
@@ -125,19 +125,20 @@ class EENetScheduler(Calibrator):
         check_outputs(outputs)
         self._check(outputs)
         budget = self._reachable(outputs, self.budget)
-        learned = self._learned(outputs, budget)
+        schedule = self._learned(outputs, budget)
         with unchanged_on_failure(self):
-            self._take(outputs, learned)
-            self.history_ = learned[2]
+            self._take(outputs, schedule)
+            self.history_ = schedule[2]
             budgets = np.linspace(self._least(outputs), 1.0, self.n_points)
-            frontier, self.point_ = frontier_of_shares(self.rescored(outputs), self.shares_, budgets.tolist(), budget)
-            self.frontier_ = frontier.beside(outputs)
+            frontier, point = frontier_of_shares(self.rescored(outputs), self.shares_, budgets.tolist(), budget)
+            self._keep(frontier.points, point, outputs)
         return self
 
-    def _take(self, outputs: ExitOutputs, learned: tuple[list[Scorer], Floats, Any]) -> None:
-        scorers, self.shares_, _ = learned
+    def _take(self, outputs: ExitOutputs, schedule: tuple[list[Scorer], Floats, Any]) -> None:
+        scorers, self.shares_, _ = schedule
+        # Everybody who reaches the last exit leaves there: its score trains the shares and is never asked again.
         self.scorers_, self._in_macs = scorers[:-1], outputs.cost_unit == "MACs"
-        self._kept = outputs
+        self._fit_data = outputs
 
     def _check(self, outputs: ExitOutputs) -> None:
         checked_number("kl_weight", self.kl_weight, "a finite number, at least 0", 0.0)
@@ -147,12 +148,14 @@ class EENetScheduler(Calibrator):
         check_whole("random_state", self.random_state, 0)
         checked_settings(self.epochs, self.lr, self.weight_decay, self.batch_size)
         if outputs.logits is None or outputs.labels is None:
-            missing = "logits (record them with keep_logits=True)" if outputs.logits is None else "labels"
-            raise ValueError(f"a schedule learns which answers are right; the outputs lack {missing}.")
+            gap = "logits (record them with keep_logits=True)" if outputs.logits is None else "labels"
+            raise ValueError(f"a schedule learns which answers are right; the outputs lack {gap}.")
 
     @staticmethod
     def _least(outputs: ExitOutputs) -> float:
         """Relative cost of the first exit, its score included."""
+        from adaptexit.calibrators.eenet_scorers import Scorer
+
         assert outputs.logits is not None
         own = Scorer.macs_of(outputs.logits.shape[2], 0) if outputs.cost_unit == "MACs" and outputs.n_exits > 1 else 0
         return float((outputs.stage_costs[0] + outputs.exit_costs[0] + own) / outputs.full_cost)
@@ -171,6 +174,9 @@ class EENetScheduler(Calibrator):
         return budget
 
     def _learned(self, outputs: ExitOutputs, budget: float) -> tuple[list[Scorer], Floats, list[list[float]]]:
+        from adaptexit.calibrators.eenet_scorers import train_schedule
+        from adaptexit.training.loop import n_epochs
+
         assert outputs.logits is not None
         assert outputs.labels is not None
         epochs = n_epochs(self.epochs, outputs.n_samples, self.batch_size, FEWEST_EPOCHS, FEWEST_MINIBATCHES)
@@ -188,37 +194,41 @@ class EENetScheduler(Calibrator):
         """Outputs with the learned probabilities as scores, what they cost, and exits that are chained."""
         check_is_fitted(self, "scorers_")
         self._check_logits(outputs)
+        from adaptexit.calibrators.small_modules import probabilities
+
         assert outputs.logits is not None
-        found = np.empty((outputs.n_samples, 0))
+        earlier = np.empty((outputs.n_samples, 0))
         for scorer, logits in zip(self.scorers_, outputs.logits, strict=False):
-            found = np.column_stack([found, probabilities(scorer, logits, found)])
-        scores = np.vstack([found.T, np.ones((1, outputs.n_samples))])
+            earlier = np.column_stack([earlier, probabilities(scorer, logits, earlier)])
+        scores = np.vstack([earlier.T, np.ones((1, outputs.n_samples))])
         return self.charged(outputs.with_scores(scores))
 
     def _check_logits(self, outputs: ExitOutputs) -> None:
         if outputs.logits is None:
             raise ValueError("a schedule needs logits, but the outputs have none. Record them (keep_logits=True).")
-        wanted = (len(self.shares_), self.scorers_[0].n_classes if self.scorers_ else outputs.logits.shape[2])
-        came = (outputs.logits.shape[0], outputs.logits.shape[2])
-        if came != wanted:
+        n_exits, _, n_classes = outputs.logits.shape
+        own = (len(self.shares_), self.scorers_[0].n_classes if self.scorers_ else n_classes)
+        if (n_exits, n_classes) != own:
             raise ValueError(
-                f"the schedule was learned for {wanted[0]} exits and {wanted[1]} classes; the outputs have {came[0]} "
-                f"and {came[1]}. Record them with the model that it was fitted with."
+                f"the schedule was learned for {own[0]} exits and {own[1]} classes; the outputs have {n_exits} and "
+                f"{n_classes}. Record them with the model that it was fitted with."
             )
 
-    def rescored_batch(self, k: int, batch: ExitBatch) -> ExitBatch:
+    def scores(self, k: int, batch: Answer, memory: Memory = None) -> tuple[NDArray[Any], Memory]:
         if k == len(self.scorers_):
-            return batch  # at the last exit everybody leaves
+            return np.ones(len(batch.predictions)), None  # at the last exit everybody leaves
         if batch.logits is None:
             raise ValueError("a schedule needs logits, but the batch has none.")
-        earlier = np.empty((len(batch.logits), 0)) if batch.earlier is None else batch.earlier
+        earlier = np.empty((len(batch.logits), 0)) if memory is None else memory
         if earlier.shape[1] != k:
             raise ValueError(
-                f"exit {k} reads the scores of the {k} exits before it; the batch brings {earlier.shape[1]}. Ask every "
-                "exit in turn, and give each what decide returned at the one before."
+                f"exit {k} reads the scores of the {k} exits before it; the memory brings {earlier.shape[1]}. Ask "
+                "every exit in turn, and give each the memory that decide returned at the one before."
             )
+        from adaptexit.calibrators.small_modules import probabilities
+
         scores = probabilities(self.scorers_[k], batch.logits, earlier)
-        return dataclasses.replace(batch, scores=scores, earlier=np.column_stack([earlier, scores]))
+        return scores, np.column_stack([earlier, scores])
 
     def pareto(
         self, outputs: ExitOutputs | None = None, *, refit: bool = False, budgets: Sequence[float] | None = None
@@ -237,31 +247,35 @@ class EENetScheduler(Calibrator):
         if not refit:
             return super().pareto(outputs)
         check_sweep("budgets", [1.0] if budgets is None else budgets, self, outputs)
-        kept, points = self._kept, []
-        least = min(self._least(kept), 1.0)
+        calibration, points = self._fit_data, []
+        least = min(self._least(calibration), 1.0)
         for budget in np.linspace(least, 1.0, 11)[1:].tolist() if budgets is None else budgets:
             other = clone(self)
-            other._take(kept, self._learned(kept, self._reachable(kept, budget)))
-            point = frontier_of_shares(other.rescored(kept), other.shares_, (), budget)[1]
+            other._take(calibration, self._learned(calibration, self._reachable(calibration, budget)))
+            point = frontier_of_shares(other.rescored(calibration), other.shares_, (), budget)[1]
             on_outputs = None
             if outputs is not None:
                 on_outputs = evaluate(other.rescored(outputs), point.thresholds, point.cutoffs, point.params)
             points.append((point, on_outputs))
-        return sweep_of(points, kept, outputs)
+        return sweep_of(points, calibration, outputs)
 
     # -- persistence ---------------------------------------------------------------------------------------------------
 
     def get_state(self) -> tuple[dict[str, Any], dict[str, Floats]]:
         state, arrays = super().get_state()
-        arrays |= {"shares": self.shares_} | state_arrays("scorer", self.scorers_)
-        known = {"n_scorers": len(self.scorers_), "in_macs": self._in_macs}
-        return state | known | {"n_classes": self.scorers_[0].n_classes if self.scorers_ else None}, arrays
+        from adaptexit.calibrators.small_modules import state_arrays
 
-    def set_state(self, state: dict[str, Any], arrays: dict[str, Floats]) -> None:
-        super().set_state(state, arrays)
-        self._in_macs, self.shares_ = state["in_macs"], arrays["shares"]
+        arrays |= {"shares": self.shares_} | state_arrays("scorer", self.scorers_)
+        state |= {"n_scorers": len(self.scorers_), "in_macs": self._in_macs}
+        return state | {"n_classes": self.scorers_[0].n_classes if self.scorers_ else None}, arrays
+
+    def set_state(self, state: dict[str, Any], arrays: dict[str, Floats], outputs: ExitOutputs) -> None:
+        from adaptexit.calibrators.eenet_scorers import Scorer
+        from adaptexit.calibrators.small_modules import restored
 
         def blank(k: int) -> Scorer:
             return Scorer(state["n_classes"], k)
 
+        self._in_macs, self.shares_ = state["in_macs"], arrays["shares"]
         self.scorers_ = restored("scorer", arrays, blank, state["n_scorers"])
+        super().set_state(state, arrays, outputs)

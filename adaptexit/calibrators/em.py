@@ -1,32 +1,49 @@
-"""Routers that learn which exit should answer, from exits as a latent variable."""
+"""EM routing: routers that learn which exit should answer, from exits as a latent variable."""
 
 from __future__ import annotations
 
-import dataclasses
-import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 
-from adaptexit.calibrators.base import Calibrator, check_outputs, check_sweep, sweep_of
-from adaptexit.core.checks import check_switch, check_whole, checked_number
-from adaptexit.core.frontier import ParetoFrontier, evaluate, reference
-from adaptexit.core.outputs import ExitBatch, ExitOutputs
-from adaptexit.core.posteriors import Posterior, log_likelihoods
+from adaptexit.calibrators.base import Calibrator, Memory, check_outputs, check_sweep, sweep_of
+from adaptexit.core.answer import Answer
+from adaptexit.core.em import Posterior, log_likelihoods
+from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, evaluate
+from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import widened
-from adaptexit.core.search import SEARCHES, search_thresholds
-from adaptexit.core.undo import unchanged_on_failure
-from adaptexit.training.asking import probabilities, restored, state_arrays
-from adaptexit.training.loop import checked_settings
-from adaptexit.training.routers import PRIORS, Router, fit_routers, halting
+from adaptexit.core.search import SEARCHES, SearchName, search_thresholds
+from adaptexit.exceptions import warn
+from adaptexit.utils.rollback import unchanged_on_failure
+from adaptexit.utils.validation import check_switch, check_whole, checked_number, checked_settings
+
+if TYPE_CHECKING:
+    from adaptexit.calibrators.em_routers import Router
 
 Floats = NDArray[np.float64]
 
-INPUTS = ("auto", "features", "logits")
+PriorName = Literal["amortized", "global", "per_sample"]
+InputsName = Literal["auto", "features", "logits"]
+
+
+class Usual(NamedTuple):
+    """What counts for a prior unless given: steps, tolerance, and epochs or minibatches of a router's training."""
+
+    n_iter: int
+    tol: float
+    epochs: int
+    minibatches: int
+
+
+PRIORS: dict[PriorName, Usual] = {
+    "amortized": Usual(50, 1e-3, 2, 50),
+    "global": Usual(1000, 1e-8, 20, 500),
+    "per_sample": Usual(1, 0.0, 20, 500),
+}
 
 MOST_NATS = 1e6
 
@@ -98,19 +115,19 @@ class EMRouter(Calibrator):
     def __init__(
         self,
         cost_weight: float = 0.5,
-        prior: str = "amortized",
+        prior: PriorName = "amortized",
         *,
         n_iter: int | None = None,
         tol: float | None = None,
         threshold: float = 0.5,
         hidden: int = 32,
         weighted: bool = True,
-        inputs: str = "auto",
-        epochs: int | str = "auto",
+        inputs: InputsName = "auto",
+        epochs: int | Literal["auto"] = "auto",
         lr: float = 5e-3,
         weight_decay: float = 0.01,
         batch_size: int = 256,
-        search: str = "auto",
+        search: SearchName = "auto",
         n_points: int = 100,
         random_state: int = 0,
         verbose: int = 0,
@@ -136,6 +153,10 @@ class EMRouter(Calibrator):
     def needs_features(self) -> bool:  # type: ignore[override]
         """Whether outputs and batches are to carry features, where the model has any."""
         return not getattr(self, "_reads_logits", self.inputs == "logits")
+
+    @property
+    def _decides_on_logits(self) -> bool:
+        return self._reads_logits
 
     @property
     def extra_costs_(self) -> Floats:
@@ -172,26 +193,27 @@ class EMRouter(Calibrator):
                 )
             source = training
         reads_logits = self._reading_logits(outputs, source)
-        inputs, log_p = _read(source, reads_logits), log_likelihoods(source)
+        inputs, log_p = _router_inputs(source, reads_logits), log_likelihoods(source)
         in_macs = outputs.cost_unit == "MACs"
         costs = self._exit_costs(outputs, inputs, in_macs)
         routers, posterior = self._learned(log_p, inputs, float(self.cost_weight) * costs)
         with unchanged_on_failure(self):
             self.routers_, self.posterior_, self._in_macs = routers, posterior, in_macs
             self._reads_logits = reads_logits
-            self._kept = (log_p, inputs, costs, outputs)
-            rescored = self.rescored(outputs)
-            found, _ = search_thresholds(rescored, self.search, n_points=self.n_points, random_state=self.random_state)
-            chosen = self._at_threshold(rescored)
-        points = sorted([*found.points, chosen], key=lambda point: (point.cost, point.accuracy))
-        self.frontier_, self.point_ = ParetoFrontier(points, *reference(outputs)), chosen
+            self._fit_data = (log_p, inputs, costs, outputs)
+            halting = self.rescored(outputs)
+            frontier, _ = search_thresholds(
+                halting, self.search, n_points=self.n_points, random_state=self.random_state
+            )
+            point = self._at_threshold(halting)
+            self._keep([*frontier.points, point], point, outputs)
         return self
 
-    def _at_threshold(self, rescored: ExitOutputs, **params: Any) -> Any:
-        thresholds = np.full(rescored.n_exits, float(self.threshold))
+    def _at_threshold(self, outputs: ExitOutputs, **params: Any) -> OperatingPoint:
+        thresholds = np.full(outputs.n_exits, float(self.threshold))
         thresholds[-1] = -np.inf
-        known = {"cost_weight": float(self.cost_weight), "threshold": float(self.threshold)} | params
-        return evaluate(rescored, thresholds, thresholds, known)
+        own = {"cost_weight": float(self.cost_weight), "threshold": float(self.threshold)}
+        return evaluate(outputs, thresholds, thresholds, own | params)
 
     def _check(self) -> None:
         _checked_weight("cost_weight", self.cost_weight)
@@ -203,7 +225,7 @@ class EMRouter(Calibrator):
             raise ValueError(f"threshold must be a probability below 1; got {self.threshold!r}.")
         for name, value, allowed in (
             ("prior", self.prior, tuple(PRIORS)),
-            ("inputs", self.inputs, INPUTS),
+            ("inputs", self.inputs, get_args(InputsName)),
             ("search", self.search, ("auto", *SEARCHES)),
         ):
             if value not in allowed:
@@ -216,11 +238,11 @@ class EMRouter(Calibrator):
         checked_settings(self.epochs, self.lr, self.weight_decay, self.batch_size)
         check_switch("weighted", self.weighted)
 
-    def _reading_logits(self, *given: ExitOutputs) -> bool:
+    def _reading_logits(self, *sources: ExitOutputs) -> bool:
         """What routers read, decided once for all outputs."""
         if self.inputs == "logits":
             return True
-        lacking = any(o.features is None or any(not f.shape[1] for f in o.features[:-1]) for o in given)
+        lacking = any(o.features is None or any(not f.shape[1] for f in o.features[:-1]) for o in sources)
         if lacking and self.inputs == "features":
             raise ValueError(
                 "inputs='features' needs features of every early exit, but the outputs lack some. Use inputs='logits'."
@@ -229,26 +251,31 @@ class EMRouter(Calibrator):
 
     def _exit_costs(self, outputs: ExitOutputs, inputs: Sequence[NDArray[Any]], in_macs: bool) -> Floats:
         """Relative cost of a sample that leaves at each exit, all exits and their routers on, (K,)."""
+        from adaptexit.calibrators.em_routers import Router
+
         macs = [Router.macs_of(array.shape[1], self.hidden) if in_macs else 0 for array in inputs]
-        paid = outputs.with_costs(outputs.stage_costs, outputs.exit_costs + np.array([*macs, 0.0]))
-        return paid.path_costs(np.ones(outputs.n_exits, dtype=bool)) / outputs.full_cost
+        costs = outputs.pricing.charged(np.array([*macs, 0.0]), chained=False)
+        return costs.paths(np.ones(outputs.n_exits, dtype=bool)) / outputs.full_cost
 
     def _learned(
         self, log_p: Floats, inputs: Sequence[NDArray[Any]], penalty: Floats
     ) -> tuple[list[Router], Posterior]:
+        from adaptexit.calibrators.em_routers import fit_routers
+
+        usual = PRIORS[self.prior]
         routers, posterior = fit_routers(
             log_p, penalty, inputs,
-            prior=self.prior, n_iter=self.n_iter, tol=self.tol, hidden=self.hidden, weighted=self.weighted,
+            prior=self.prior, n_iter=self.n_iter or usual.n_iter, tol=usual.tol if self.tol is None else self.tol,
+            usual_epochs=usual.epochs, usual_minibatches=usual.minibatches, hidden=self.hidden, weighted=self.weighted,
             epochs=self.epochs, lr=self.lr, weight_decay=self.weight_decay, batch_size=self.batch_size,
             random_state=self.random_state, verbose=self.verbose,
         )  # fmt: skip
         if not posterior.converged:
             gain = posterior.history[-1] - posterior.history[-2]
-            warnings.warn(
+            warn(
                 f"EM stopped after {len(posterior.history) - 1} steps without having converged; the last one changed "
                 f"the mean log-likelihood by {gain:.2g} nats. Raise n_iter or tol.",
                 ConvergenceWarning,
-                stacklevel=3,
             )
         return routers, posterior
 
@@ -260,22 +287,26 @@ class EMRouter(Calibrator):
         return self._scored(outputs, self.routers_)
 
     def _scored(self, outputs: ExitOutputs, routers: Sequence[Router]) -> ExitOutputs:
-        inputs = _read(outputs, self._reads_logits)
+        inputs = _router_inputs(outputs, self._reads_logits)
         widths = [len(router.mean) for router in routers]
         if [array.shape[1] for array in inputs] != widths:
             raise ValueError(
                 f"routers read vectors of widths {widths}; the outputs have {[array.shape[1] for array in inputs]}. "
                 "Record the outputs with the model that the routers were fitted with."
             )
+        from adaptexit.calibrators.em_routers import halting
+
         return self.charged(outputs.with_scores(halting(routers, inputs, outputs.n_samples).T))
 
-    def rescored_batch(self, k: int, batch: ExitBatch) -> ExitBatch:
+    def scores(self, k: int, batch: Answer, memory: Memory = None) -> tuple[NDArray[Any], Memory]:
         if k == len(self.routers_):
-            return batch  # at the last exit everybody leaves
-        read = batch.logits if self._reads_logits else batch.features
-        if read is None:
+            return np.ones(len(batch.predictions)), None  # at the last exit everybody leaves
+        vectors = batch.logits if self._reads_logits else batch.features
+        if vectors is None:
             raise ValueError(f"routers need {'logits' if self._reads_logits else 'features'}, but the batch has none.")
-        return dataclasses.replace(batch, scores=probabilities(self.routers_[k], widened(read)))
+        from adaptexit.calibrators.small_modules import probabilities
+
+        return probabilities(self.routers_[k], widened(vectors)), None
 
     def pareto(
         self,
@@ -299,7 +330,7 @@ class EMRouter(Calibrator):
             return super().pareto(outputs)
         check_sweep("cost_weights", cost_weights, self, outputs)
         weights = [_checked_weight("cost_weights", weight) for weight in cost_weights]
-        log_p, inputs, costs, calibration = self._kept
+        log_p, inputs, costs, calibration = self._fit_data
         points = []
         for weight in weights:
             routers, _ = self._learned(log_p, inputs, weight * costs)
@@ -314,19 +345,23 @@ class EMRouter(Calibrator):
 
     def get_state(self) -> tuple[dict[str, Any], dict[str, Floats]]:
         state, arrays = super().get_state()
-        arrays |= state_arrays("router", self.routers_)
-        known = {"n_routers": len(self.routers_), "in_macs": self._in_macs, "reads_logits": self._reads_logits}
-        return state | known, arrays
+        from adaptexit.calibrators.small_modules import state_arrays
 
-    def set_state(self, state: dict[str, Any], arrays: dict[str, Floats]) -> None:
-        super().set_state(state, arrays)
-        self._in_macs, self._reads_logits = state["in_macs"], state["reads_logits"]
+        arrays |= state_arrays("router", self.routers_)
+        own = {"n_routers": len(self.routers_), "in_macs": self._in_macs, "reads_logits": self._reads_logits}
+        return state | own, arrays
+
+    def set_state(self, state: dict[str, Any], arrays: dict[str, Floats], outputs: ExitOutputs) -> None:
+        from adaptexit.calibrators.em_routers import Router
+        from adaptexit.calibrators.small_modules import restored
 
         def blank(k: int) -> Router:
             hidden, width = arrays[f"router_{k}.net.0.weight"].shape
             return Router(width, hidden)
 
+        self._in_macs, self._reads_logits = state["in_macs"], state["reads_logits"]
         self.routers_ = restored("router", arrays, blank, state["n_routers"])
+        super().set_state(state, arrays, outputs)
 
 
 def _checked_weight(name: str, value: Any) -> float:
@@ -337,12 +372,12 @@ def _checked_weight(name: str, value: Any) -> float:
     return weight
 
 
-def _read(outputs: ExitOutputs, reads_logits: bool) -> list[NDArray[Any]]:
+def _router_inputs(outputs: ExitOutputs, reads_logits: bool) -> list[NDArray[Any]]:
     """What routers read, K - 1 arrays (N, d_k)."""
-    what = outputs.logits if reads_logits else outputs.features
-    if what is None:
-        named = "logits" if reads_logits else "features"
+    arrays = outputs.logits if reads_logits else outputs.features
+    if arrays is None:
         raise ValueError(
-            f"routers need {named}, but the outputs have none. Record them with an estimator that has these routers."
+            f"routers need {'logits' if reads_logits else 'features'}, but the outputs have none. Record them with an "
+            "estimator that has these routers."
         )
-    return [widened(array) for array in what[:-1]]
+    return [widened(array) for array in arrays[:-1]]

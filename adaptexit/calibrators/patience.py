@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
-from adaptexit.calibrators.base import Calibrator, check_outputs
+from adaptexit.calibrators.base import Calibrator, Memory, check_outputs
+from adaptexit.core.answer import Answer
 from adaptexit.core.baselines import confirmations
-from adaptexit.core.checks import check_whole
-from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, evaluate, reference
-from adaptexit.core.outputs import ExitBatch, ExitOutputs
+from adaptexit.core.frontier import OperatingPoint, evaluate
+from adaptexit.core.outputs import ExitOutputs
+from adaptexit.utils.validation import check_whole
 
 
 class PatienceCalibrator(Calibrator):
@@ -48,12 +50,12 @@ class PatienceCalibrator(Calibrator):
         """
         check_outputs(outputs)
         check_whole("patience", self.patience)
-        rescored = self._scored(outputs)
-        swept = sorted({*range(1, outputs.n_exits), int(self.patience)})
-        points = {patience: _point(rescored, patience) for patience in swept}
+        with_counts = self._scored(outputs)
+        sweep = sorted({*range(1, outputs.n_exits), int(self.patience)})
+        points = {patience: _point(with_counts, patience) for patience in sweep}
         never = np.array([*[np.inf] * (outputs.n_exits - 1), -np.inf])
-        ordered = sorted([*points.values(), evaluate(rescored, never, never)], key=lambda p: (p.cost, p.accuracy))
-        self.frontier_, self.point_ = ParetoFrontier(ordered, *reference(outputs)), points[int(self.patience)]
+        plain = evaluate(with_counts, never, never)
+        self._keep([*points.values(), plain], points[int(self.patience)], outputs)
         return self
 
     def rescored(self, outputs: ExitOutputs) -> ExitOutputs:
@@ -68,25 +70,23 @@ class PatienceCalibrator(Calibrator):
         scores = confirmations(outputs.predictions).astype(np.float32)
         return outputs.with_scores(scores).with_costs(outputs.stage_costs, outputs.exit_costs, chained=True)
 
-    def rescored_batch(self, k: int, batch: ExitBatch) -> ExitBatch:
-        confirmed = np.zeros(len(batch.predictions), dtype=np.int64)
-        if k:
-            if batch.earlier is None:
-                raise ValueError(
-                    f"patience at exit {k} reads what was answered before it, which the batch does not bring. Ask "
-                    "every exit in turn, and give each what decide returned at the one before."
-                )
-            answered, so_far = batch.earlier.T
-            confirmed = np.where(batch.predictions == answered, so_far + 1, 0)
-        return dataclasses.replace(
-            batch, scores=confirmed.astype(np.float32), earlier=np.column_stack([batch.predictions, confirmed])
-        )
+    def scores(self, k: int, batch: Answer, memory: Memory = None) -> tuple[NDArray[Any], Memory]:
+        counts = np.zeros(len(batch.predictions), dtype=np.int64)
+        if memory is not None:
+            answers, so_far = memory.T
+            counts = np.where(batch.predictions == answers, so_far + 1, 0)
+        elif 0 < k < len(self.point_.cutoffs) - 1:  # the last exit may be the only one that is run
+            raise ValueError(
+                f"patience at exit {k} reads what was answered before it, which the memory does not bring. Ask "
+                "every exit in turn, and give each the memory that decide returned at the one before."
+            )
+        return counts.astype(np.float32), np.column_stack([batch.predictions, counts])
 
 
-def _point(rescored: ExitOutputs, patience: int) -> OperatingPoint:
+def _point(outputs: ExitOutputs, patience: int) -> OperatingPoint:
     """Everybody confirmed so often leaves. An exit after fewer others is off, though run."""
-    exits = np.arange(rescored.n_exits)
+    exits = np.arange(outputs.n_exits)
     thresholds = np.where(exits < patience, np.inf, patience - 1.0)
     cutoffs = np.where(exits < patience, np.inf, patience - 0.5)
     thresholds[-1] = cutoffs[-1] = -np.inf
-    return evaluate(rescored, thresholds, cutoffs, {"patience": patience})
+    return evaluate(outputs, thresholds, cutoffs, {"patience": patience})

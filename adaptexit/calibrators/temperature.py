@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
 
-from adaptexit.calibrators.base import check_outputs
+from adaptexit.calibrators.base import Memory, check_outputs
 from adaptexit.calibrators.threshold import ThresholdCalibrator
-from adaptexit.core.outputs import ExitBatch, ExitOutputs
+from adaptexit.core.answer import Answer
+from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import max_proba, widened
+from adaptexit.core.search import SearchName
 from adaptexit.core.temperature import fit_temperature
 
 
@@ -41,7 +42,7 @@ class TemperatureCalibrator(ThresholdCalibrator):
 
     def __init__(
         self,
-        search: str = "auto",
+        search: SearchName = "auto",
         *,
         budget: float | None = None,
         max_drop: float | None = None,
@@ -62,8 +63,8 @@ class TemperatureCalibrator(ThresholdCalibrator):
         """
         check_outputs(outputs)
         if outputs.logits is None or outputs.labels is None:
-            missing = "logits (record them with keep_logits=True)" if outputs.logits is None else "labels"
-            raise ValueError(f"outputs must have logits and labels for temperatures to be fitted; they lack {missing}.")
+            gap = "logits (record them with keep_logits=True)" if outputs.logits is None else "labels"
+            raise ValueError(f"outputs must have logits and labels for temperatures to be fitted; they lack {gap}.")
         temperatures = np.array([fit_temperature(logits, outputs.labels) for logits in outputs.logits])
         self._search(_scaled(outputs, temperatures))
         self.temperatures_ = temperatures
@@ -75,18 +76,17 @@ class TemperatureCalibrator(ThresholdCalibrator):
             raise ValueError("temperatures need logits, but the outputs have none. Record them (keep_logits=True).")
         return _scaled(outputs, self.temperatures_)
 
-    def rescored_batch(self, k: int, batch: ExitBatch) -> ExitBatch:
-        check_is_fitted(self)
+    def scores(self, k: int, batch: Answer, memory: Memory = None) -> tuple[NDArray[Any], Memory]:
         if batch.logits is None:
             raise ValueError("temperatures need logits, but the batch has none.")
-        return dataclasses.replace(batch, scores=_confidence(batch.logits, self.temperatures_[k]))
+        return _confidence(batch.logits, self.temperatures_[k]), None
 
     def get_state(self) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
         state, arrays = super().get_state()
         return state, arrays | {"temperatures": self.temperatures_}
 
-    def set_state(self, state: dict[str, Any], arrays: dict[str, NDArray[np.float64]]) -> None:
-        super().set_state(state, arrays)
+    def set_state(self, state: dict[str, Any], arrays: dict[str, NDArray[np.float64]], outputs: ExitOutputs) -> None:
+        super().set_state(state, arrays, outputs)
         self.temperatures_ = arrays["temperatures"]
 
 

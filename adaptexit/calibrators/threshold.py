@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptexit.calibrators.base import ScoreCalibrator, check_outputs
-from adaptexit.core.checks import checked_number
+from adaptexit.calibrators.base import ScoreCalibrator, ScoreName, check_outputs
 from adaptexit.core.outputs import ExitOutputs
-from adaptexit.core.search import SEARCHES, SearchReport, search_thresholds
+from adaptexit.core.search import SEARCHES, SearchName, SearchReport, search_thresholds
+from adaptexit.utils.validation import checked_number
 
 
 class ThresholdCalibrator(ScoreCalibrator):
@@ -58,8 +58,8 @@ class ThresholdCalibrator(ScoreCalibrator):
 
     def __init__(
         self,
-        score: str | Callable[[Any], Any] = "recorded",
-        search: str = "auto",
+        score: ScoreName | Callable[[Any], Any] = "recorded",
+        search: SearchName = "auto",
         *,
         budget: float | None = None,
         max_drop: float | None = None,
@@ -94,27 +94,28 @@ class ThresholdCalibrator(ScoreCalibrator):
             raise ValueError(f"give budget or max_drop, not both; got budget={self.budget}, max_drop={self.max_drop}.")
         if not (isinstance(self.n_points, (int, np.integer)) and self.n_points >= 1):
             raise ValueError(f"n_points must be a positive integer; got {self.n_points!r}.")
-        asked_budget = None if self.budget is None else checked_number("budget", self.budget, "a finite relative cost")
+        budget = None if self.budget is None else checked_number("budget", self.budget, "a finite relative cost")
         share = "a share of accuracy, at least 0 (0.01 is one point)"
-        asked_drop = None if self.max_drop is None else checked_number("max_drop", self.max_drop, share, least=0.0)
+        drop = None if self.max_drop is None else checked_number("max_drop", self.max_drop, share, least=0.0)
         frontier, report = search_thresholds(
             outputs,
             self.search,
             n_points=self.n_points,
-            drops=() if asked_drop is None else (asked_drop,),
-            budgets=() if asked_budget is None else (asked_budget,),
+            drops=() if drop is None else (drop,),
+            budgets=() if budget is None else (budget,),
             random_state=self.random_state,
         )
-        if self.budget is not None:
-            point = frontier.at(budget=self.budget)
+        if budget is not None:
+            point = frontier.at(budget=budget)
         else:
-            point = frontier.at(max_drop=0.0 if self.max_drop is None else self.max_drop)
-        self.frontier_, self.search_report_, self.point_ = frontier, report, point
+            point = frontier.at(max_drop=0.0 if drop is None else drop)
+        self.search_report_ = report
+        self._keep(frontier.points, point, outputs)
 
     def get_state(self) -> tuple[dict[str, Any], dict[str, NDArray[np.float64]]]:
         state, arrays = super().get_state()
         return state | {"search_report": dataclasses.asdict(self.search_report_)}, arrays
 
-    def set_state(self, state: dict[str, Any], arrays: dict[str, NDArray[np.float64]]) -> None:
-        super().set_state(state, arrays)
+    def set_state(self, state: dict[str, Any], arrays: dict[str, NDArray[np.float64]], outputs: ExitOutputs) -> None:
+        super().set_state(state, arrays, outputs)
         self.search_report_ = SearchReport(**state["search_report"])

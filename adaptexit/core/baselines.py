@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptexit.core.checks import check_whole
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.routing import summarise
+from adaptexit.utils.validation import check_whole
 
 Floats = NDArray[np.float64]
 Exits = NDArray[np.intp]
@@ -89,10 +89,10 @@ def oracle(outputs: ExitOutputs) -> RulePoint:
 
 def confirmations(predictions: NDArray[Any]) -> NDArray[np.int64]:
     """How many exits in a row, right before each exit, answer as it does, (K, N), for predictions (K, N)."""
-    found = np.zeros(predictions.shape, dtype=np.int64)
+    counts = np.zeros(predictions.shape, dtype=np.int64)
     for k in range(1, len(predictions)):
-        found[k] = np.where(predictions[k] == predictions[k - 1], found[k - 1] + 1, 0)
-    return found
+        counts[k] = np.where(predictions[k] == predictions[k - 1], counts[k - 1] + 1, 0)
+    return counts
 
 
 def patience_exits(outputs: ExitOutputs, patience: int) -> Exits:

@@ -3,25 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
-from adaptexit.core.checks import checked_number
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.routing import exit_index, summarise, switched_on
+from adaptexit.utils.frames import as_frame
+from adaptexit.utils.validation import checked_number
 
 if TYPE_CHECKING:
     import pandas
+
+    import adaptexit
 
 Floats = NDArray[np.float64]
 
 TOLERANCE = 1e-9
 """Slack in comparing accuracies and relative costs, far below one sample in any data set."""
+
+
+MOST_BUDGET = 2.0
+"""Budget above which a percentage or an absolute cost was probably meant, where no point is that dear."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +100,24 @@ class ParetoFrontier:
         """Mean relative cost of every point, shape (P,)."""
         return np.array([point.cost for point in self.points])
 
+    @classmethod
+    def of(
+        cls, points: Iterable[OperatingPoint], outputs: ExitOutputs, *, chosen_on: ParetoFrontier | None = None
+    ) -> ParetoFrontier:
+        """The frontier of points on outputs: in rising cost, or in the order of the frontier they were chosen on."""
+        in_order = list(points)
+        if chosen_on is None:
+            in_order.sort(key=lambda point: (point.cost, point.accuracy))
+        alone = outputs.alone_costs() / outputs.full_cost
+        return cls(in_order, outputs.full_accuracy, outputs.accuracies, alone, outputs.n_samples, chosen_on)
+
+    def index(self, point: OperatingPoint) -> int:
+        """Where a stored point, itself and not one like it, stands in :attr:`points`; a ValueError for any other."""
+        for i, own in enumerate(self.points):
+            if own is point:
+                return i
+        raise ValueError("point must be one of the frontier's own points; got another. Take it from .points or .at().")
+
     def index_at(self, *, budget: float | None = None, max_drop: float | None = None) -> int:
         """Index of the point that :meth:`at` returns."""
         if (budget is None) == (max_drop is None):
@@ -100,6 +125,13 @@ class ParetoFrontier:
         calibrated = self.chosen_on or self
         if budget is not None:
             budget = checked_number("budget", budget, "a finite relative cost (0.4 is 40% of the full model)")
+            most = max(MOST_BUDGET, float(calibrated.cost.max()))
+            if budget > most + TOLERANCE:
+                meant = f"Was {budget / 100:.4g} meant?" if budget <= 100 else "Divide a cost by the full model's."
+                raise ValueError(
+                    f"budget must be a relative cost, at most {most:.4g}: 1 is the plain full model; got {budget:.4g}. "
+                    f"{meant}"
+                )
             within = calibrated.cost <= budget + TOLERANCE
             if not within.any():
                 raise ValueError(
@@ -127,21 +159,50 @@ class ParetoFrontier:
         Raises
         ------
         ValueError
-            For a budget below the cheapest point, which is named, or when not exactly one of the two is given.
+            For a budget below the cheapest point, which is named, for one so large that a percentage was probably
+            meant, or when not exactly one of the two is given.
         """
         return self.points[self.index_at(budget=budget, max_drop=max_drop)]
 
     def on(self, outputs: ExitOutputs) -> ParetoFrontier:
         """Every point evaluated on other data, in the same order."""
         points = [evaluate(outputs, point.thresholds, point.cutoffs, point.params) for point in self.points]
-        return ParetoFrontier(points, *reference(outputs), chosen_on=self.chosen_on or self)
+        return ParetoFrontier.of(points, outputs, chosen_on=self.chosen_on or self)
 
     def beside(self, outputs: ExitOutputs) -> ParetoFrontier:
         """The same points, with each exit alone as these outputs say: not charged with what a calibrator costs."""
-        full_accuracy, fixed_accuracy, fixed_cost, n_samples = reference(outputs)
-        return dataclasses.replace(
-            self, full_accuracy=full_accuracy, fixed_accuracy=fixed_accuracy, fixed_cost=fixed_cost, n_samples=n_samples
-        )
+        fixed_cost = outputs.alone_costs() / outputs.full_cost
+        return dataclasses.replace(self, fixed_accuracy=outputs.accuracies, fixed_cost=fixed_cost)
+
+    def accuracy_at(self, *, reduction: ArrayLike, below: float = 0.08, clamp: bool = False) -> Floats:
+        """Accuracy at given cost reductions, as CalexNet's Tables 4 and 5 compare methods; shape of ``reduction``.
+
+        Linear between the points and the full model, which is a point at reduction 0 whatever was measured. Of points
+        at equal reduction the most accurate counts.
+
+        Parameters
+        ----------
+        reduction : float or array
+            1 - mean relative cost, heads and routers included: negative where those cost more than the exits save.
+        below : float, default=0.08
+            How far under the smallest measured reduction an answer is given, on the line to the full model. Under
+            reduction 0 there is no such line: if nothing was measured there, there is no answer.
+        clamp : bool, default=False
+            Give the last accuracy up to ``below`` above the largest measured reduction.
+
+        Returns
+        -------
+        array of the shape of ``reduction``
+            NaN outside the measured range and what the two arguments add to it.
+        """
+        reductions, targets = 1.0 - self.cost, np.asarray(reduction, dtype=np.float64)
+        knots, places = np.unique(np.append(reductions, 0.0), return_inverse=True)
+        best = np.full(len(knots), -np.inf)
+        np.maximum.at(best, places, np.append(self.accuracy, self.full_accuracy))
+        lowest = min(reductions.min(), max(reductions.min() - below, 0.0))
+        highest = reductions.max() + below if clamp else reductions.max()
+        in_range = (targets >= lowest - TOLERANCE) & (targets <= highest + TOLERANCE)
+        return np.where(in_range, np.interp(np.minimum(targets, reductions.max()), knots, best), np.nan)
 
     def to_arrays(self) -> tuple[dict[str, Any], dict[str, Floats]]:
         """The frontier as a JSON value and named float64 arrays, for writing; :meth:`from_arrays` reads them."""
@@ -150,12 +211,12 @@ class ParetoFrontier:
             name: np.stack([np.asarray(getattr(p, name), dtype=np.float64) for p in self.points]) for name in fields
         }
         arrays |= {"fixed_accuracy": self.fixed_accuracy, "fixed_cost": self.fixed_cost}
-        described = {
+        description = {
             "full_accuracy": self.full_accuracy,
             "n_samples": self.n_samples,
             "params": [point.params for point in self.points],
         }
-        return described, arrays
+        return description, arrays
 
     @classmethod
     def from_arrays(cls, described: dict[str, Any], arrays: dict[str, Floats]) -> ParetoFrontier:
@@ -177,23 +238,19 @@ class ParetoFrontier:
 
     def to_frame(self) -> pandas.DataFrame:
         """A pandas table, one row a point: accuracy, relative cost, exit rates, params (needs pandas)."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("to_frame needs pandas: pip install pandas (the extra 'plot' brings it).") from error
         rows = [
             {"accuracy": p.accuracy, "cost": p.cost}
             | {f"exit_rate_{k}": rate for k, rate in enumerate(p.exit_rates)}
             | p.params
             for p in self.points
         ]
-        return pandas.DataFrame(rows)
+        return as_frame(rows)
 
-    def plot(self, ax: Any = None, **kwargs: Any) -> Any:
+    def plot(self, ax: Any = None, **kwargs: Any) -> adaptexit.ParetoDisplay:
         """Draw the curve; a shorthand for ``ParetoDisplay.from_frontier(frontier).plot(ax, **kwargs)``."""
-        from adaptexit.displays import ParetoDisplay  # pictures are optional, and know nothing of the package
+        import adaptexit  # pictures are optional, and lie above: only the package's face knows both
 
-        return ParetoDisplay.from_frontier(self).plot(ax, **kwargs)
+        return adaptexit.ParetoDisplay.from_frontier(self).plot(ax, **kwargs)
 
     def __repr__(self) -> str:
         return (
@@ -208,13 +265,6 @@ def _best(first: Floats, second: Floats) -> int:
     return int(np.argmax(np.where(equal, second, -np.inf)))
 
 
-def reference(outputs: ExitOutputs) -> tuple[float, Floats, Floats, int]:
-    """Accuracy of the full model, accuracy and relative cost of each exit alone, and N: a frontier's last four."""
-    return (
-        outputs.full_accuracy, outputs.accuracies, outputs.alone_costs() / outputs.full_cost, outputs.n_samples,
-    )  # fmt: skip
-
-
 def evaluate(
     outputs: ExitOutputs, thresholds: Floats, cutoffs: Floats, params: dict[str, Any] | None = None
 ) -> OperatingPoint:
@@ -227,6 +277,6 @@ def evaluate(
 def not_dominated(accuracy: Sequence[float] | Floats, cost: Sequence[float] | Floats) -> NDArray[np.intp]:
     """Indices, in rising cost, of the points that no other beats in both; of equal points the first."""
     accuracies, costs = np.asarray(accuracy, dtype=np.float64), np.asarray(cost, dtype=np.float64)
-    order = np.lexsort((np.arange(len(costs)), -accuracies, costs))
+    order = np.lexsort((np.arange(len(costs)), -accuracies, costs))  # cheapest, then most accurate, then first
     best_before = np.maximum.accumulate(np.concatenate([[-np.inf], accuracies[order][:-1]]))
     return order[accuracies[order] > best_before + TOLERANCE]

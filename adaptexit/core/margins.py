@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,8 @@ Floats = NDArray[np.float64]
 MARGINS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
 """The margins that the paper sweeps."""
 
-BOUNDS = ("none", "wilson", "fixed_sequence")
+Bound = Literal["none", "wilson", "fixed_sequence"]
+BOUNDS = get_args(Bound)
 
 LEAST_TESTED = 30
 """Samples that leave in the first test of the fixed sequence, at least."""
@@ -46,16 +47,16 @@ class Rule:
     """
 
     min_support: int = 1
-    bound: str = "none"
+    bound: Bound = "none"
     delta: float = 0.1
 
 
 def class_precision(predictions: NDArray[Any], labels: NDArray[Any], n_classes: int) -> Floats:
     """Share of right ones among the samples predicted as each class, shape (C,); NaN where there are none."""
-    answered = np.bincount(predictions, minlength=n_classes)
+    answers = np.bincount(predictions, minlength=n_classes)
     right = np.bincount(predictions[predictions == labels], minlength=n_classes)
     with np.errstate(invalid="ignore"):
-        return np.asarray(right / answered, dtype=np.float64)
+        return np.asarray(right / answers, dtype=np.float64)
 
 
 def margin_thresholds(
@@ -96,8 +97,8 @@ def margin_thresholds(
             thresholds[:, k], cutoffs[:, k] = cells.smallest_feasible(targets, rule)
         else:
             for m, survivors in enumerate(alive):
-                left = cells.take(survivors)
-                thresholds[m, k], cutoffs[m, k] = (x[0] for x in left.smallest_feasible(targets[m, None], rule))
+                own = cells.take(survivors)
+                thresholds[m, k], cutoffs[m, k] = (x[0] for x in own.smallest_feasible(targets[m, None], rule))
         if cascade_aware:
             alive &= outputs.scores[k] <= cutoffs[:, k][:, predictions[k]]
     return thresholds, cutoffs
@@ -126,13 +127,13 @@ class _Cells:
         sure = np.asarray(scores, dtype=np.float64)
         falling = np.argsort(-sure)
         order = falling[np.argsort(predictions[falling], kind="stable")]  # several times faster than lexsort
-        answered = predictions[order]
-        return cls(order, answered.astype(np.intp), sure[order], answered == labels[order], n_classes)
+        classes = predictions[order]
+        return cls(order, classes.astype(np.intp), sure[order], classes == labels[order], n_classes)
 
     def take(self, samples: NDArray[np.bool_]) -> _Cells:
         """Those of the samples (N,), still in order."""
-        kept = samples[self.order]
-        return _Cells(self.order[kept], self.classes[kept], self.scores[kept], self.right[kept], self.n_classes)
+        some = samples[self.order]
+        return _Cells(self.order[some], self.classes[some], self.scores[some], self.right[some], self.n_classes)
 
     def smallest_feasible(self, targets: Floats, rule: Rule) -> tuple[Floats, Floats]:
         """Thresholds and cutoffs (Q, C) for targets (Q, C)."""
@@ -180,33 +181,34 @@ class _Groups:
         ranks = np.where(self.count >= rule.min_support, ranks + 1, 0)
         lift = (len(levels) + 1) * np.arange(len(self.first) - 2, -1, -1)
         best = np.maximum.accumulate((ranks + lift[self.classes])[::-1])[::-1]
-        needed = np.searchsorted(levels, targets, side="right") + 1
-        return np.asarray(np.searchsorted(-best, -(needed + lift), side="right") - self.first[:-1])
+        # The least rank whose precision exceeds the target; ranks count from 1, as 0 stands for too little support.
+        least = np.searchsorted(levels, targets, side="right") + 1
+        return np.asarray(np.searchsorted(-best, -(least + lift), side="right") - self.first[:-1])
 
     def by_tests(self, targets: Floats, rule: Rule) -> NDArray[np.intp]:
         """Number of groups that leave, (Q, C): the last of the tests, in their order, that all succeed."""
-        taken = np.zeros(targets.shape, dtype=np.intp)
+        n_leaving = np.zeros(targets.shape, dtype=np.intp)
         for q, c in np.ndindex(*targets.shape):
             here = slice(self.first[c], self.first[c + 1])
             count, right, target = self.count[here], self.right[here], float(targets[q, c])
             if not len(count) or target >= 1.0 or count[-1] < rule.min_support:
                 continue
             if target <= 0.0:
-                taken[q, c] = len(count)
+                n_leaving[q, c] = len(count)
                 continue
-            tested = _tested(count, max(rule.min_support, _first_size(target, rule.delta)))
-            passed = stats.binom.sf(right[tested] - 1, count[tested], target) <= rule.delta
-            n_passed = len(passed) if passed.all() else int(np.argmin(passed))
-            taken[q, c] = tested[n_passed - 1] + 1 if n_passed else 0
-        return taken
+            stops = _test_stops(count, max(rule.min_support, _first_size(target, rule.delta)))
+            successes = stats.binom.sf(right[stops] - 1, count[stops], target) <= rule.delta
+            n_passed = len(successes) if successes.all() else int(np.argmin(successes))
+            n_leaving[q, c] = stops[n_passed - 1] + 1 if n_passed else 0
+        return n_leaving
 
-    def thresholds(self, taken: NDArray[np.intp]) -> tuple[Floats, Floats]:
+    def thresholds(self, n_leaving: NDArray[np.intp]) -> tuple[Floats, Floats]:
         """Thresholds and cutoffs that let so many groups of each class leave."""
-        thresholds = np.full(taken.shape, np.inf)
-        some = taken > 0
-        thresholds[some & (taken == np.diff(self.first))] = -np.inf
-        part = some & (taken < np.diff(self.first))
-        last = (self.first[:-1] + taken - 1)[part]
+        thresholds = np.full(n_leaving.shape, np.inf)
+        some = n_leaving > 0
+        thresholds[some & (n_leaving == np.diff(self.first))] = -np.inf
+        part = some & (n_leaving < np.diff(self.first))
+        last = (self.first[:-1] + n_leaving - 1)[part]
         thresholds[part] = self.scores[last + 1]
         cutoffs = thresholds.copy()
         cutoffs[part] = midpoint(self.scores[last + 1], self.scores[last])
@@ -226,13 +228,13 @@ def _first_size(target: float, delta: float) -> int:
     return max(LEAST_TESTED, math.ceil(2.0 * math.log(delta) / math.log(target)))
 
 
-def _tested(count: NDArray[np.int64], start: int) -> list[int]:
+def _test_stops(count: NDArray[np.int64], start: int) -> list[int]:
     """Groups at which the tests stand: from the first with ``start`` samples, each with a tenth more, to the last."""
-    tested: list[int] = []
+    stops: list[int] = []
     size = start
     while size <= count[-1]:
-        tested.append(int(np.searchsorted(count, size)))
-        size = -(-11 * int(count[tested[-1]]) // 10)
-    if tested and tested[-1] != len(count) - 1:
-        tested.append(len(count) - 1)
-    return tested
+        stops.append(int(np.searchsorted(count, size)))
+        size = -(-11 * int(count[stops[-1]]) // 10)  # in whole numbers: 1.1 * 10 is more than 11
+    if stops and stops[-1] != len(count) - 1:
+        stops.append(len(count) - 1)
+    return stops

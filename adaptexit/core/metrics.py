@@ -1,21 +1,25 @@
 """What happens at the exits of one operating point: who leaves, how well scores match accuracy, who is left.
 
-CalexNet (2026), appendices A.1, A.2 and A.5, and the interpolation of its Table 4. Scores are those that the point's
+CalexNet (2026), appendices A.1, A.2 and A.5. Scores are those that the point's
 thresholds are compared with: where a calibrator rescores, pass ``calibrator.rescored(outputs)``.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import NDArray
 
-from adaptexit.core.checks import check_whole
-from adaptexit.core.frontier import TOLERANCE, OperatingPoint
+from adaptexit.core.frontier import OperatingPoint
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.routing import exit_index
+from adaptexit.utils.frames import as_frame
+from adaptexit.utils.validation import check_whole
+
+if TYPE_CHECKING:
+    import pandas
 
 Floats = NDArray[np.float64]
 
@@ -51,6 +55,16 @@ class ExitCalibration:
     confidence: Floats
     count: NDArray[np.int64]
 
+    def to_frame(self) -> pandas.DataFrame:
+        """A pandas table, one row a bin: exit, low, high, accuracy, confidence, count (needs pandas)."""
+        exits, _ = np.indices(self.count.shape)
+        return as_frame(
+            {
+                "exit": exits.ravel(), "low": self.edges[:, :-1].ravel(), "high": self.edges[:, 1:].ravel(),
+                "accuracy": self.accuracy.ravel(), "confidence": self.confidence.ravel(), "count": self.count.ravel(),
+            }
+        )  # fmt: skip
+
 
 def exit_calibration(outputs: ExitOutputs, point: OperatingPoint, n_bins: int = 10) -> ExitCalibration:
     """Calibration error of every exit, on the samples that leave there (CalexNet, appendix A.1, Table A1).
@@ -82,6 +96,7 @@ def exit_calibration(outputs: ExitOutputs, point: OperatingPoint, n_bins: int = 
         if not len(here):
             continue
         scores = _probabilities(outputs.scores[k, here], k)
+        # From the left, as bins are closed on the right; the first also takes scores at its lower edge or below it.
         bins = np.clip(np.searchsorted(edges[k], scores, side="left") - 1, 0, n_bins - 1)
         count[k] = np.bincount(bins, minlength=n_bins)
         with np.errstate(invalid="ignore"):
@@ -95,9 +110,9 @@ def exit_calibration(outputs: ExitOutputs, point: OperatingPoint, n_bins: int = 
 
 def _lower_edge(thresholds: Any) -> float:
     """Where the bins of an exit begin, from its threshold or its thresholds by class; NaN where it is off."""
-    used = np.atleast_1d(thresholds)
-    used = used[used < np.inf]
-    return float(np.clip(used.min(), 0.0, 1.0)) if len(used) else np.nan
+    limits = np.atleast_1d(thresholds)
+    limits = limits[limits < np.inf]
+    return float(np.clip(limits.min(), 0.0, 1.0)) if len(limits) else np.nan
 
 
 def _probabilities(scores: NDArray[Any], k: int) -> Floats:
@@ -150,6 +165,10 @@ class SurvivorShift:
     gini: Floats
     top3: Floats
 
+    def to_frame(self) -> pandas.DataFrame:
+        """A pandas table, one row an exit: n, kl, gini, top3 (needs pandas)."""
+        return as_frame({"n": self.n, "kl": self.kl, "gini": self.gini, "top3": self.top3})
+
 
 def survivor_shift(outputs: ExitOutputs, point: OperatingPoint) -> SurvivorShift:
     """Covariate shift by exit: what the exits before it leave over (CalexNet, appendix A.2, Table A2).
@@ -170,60 +189,6 @@ def survivor_shift(outputs: ExitOutputs, point: OperatingPoint) -> SurvivorShift
         gini = rising @ (2.0 * np.arange(1, n_classes + 1) - n_classes - 1) / n_classes
         top3 = rising[:, -3:].sum(axis=1)
     return SurvivorShift(n, kl, gini, top3)
-
-
-# -- accuracy at equal cost -------------------------------------------------------------------------------------------
-
-
-def accuracy_at_reduction(
-    reduction: ArrayLike,
-    accuracy: ArrayLike,
-    full_accuracy: float,
-    at: ArrayLike,
-    *,
-    below: float = 0.08,
-    clamp: bool = False,
-) -> Floats:
-    """Accuracy of a curve at given cost reductions, as CalexNet's Tables 4 and 5 compare methods; shape of ``at``.
-
-    Linear between measured points and the full model, which is a point at reduction 0 whatever was measured. Of
-    points at equal reduction the most accurate counts.
-
-    Parameters
-    ----------
-    reduction : float array of shape (P,)
-        1 - mean relative cost of every measured point, in any order, heads and routers included: it is negative where
-        those cost more than the exits save.
-    accuracy : float array of shape (P,)
-    full_accuracy : float
-        Accuracy of the full model.
-    at : float array
-        Reductions asked for.
-    below : float, default=0.08
-        How far under the smallest measured reduction an answer is given, on the line to the full model. Under
-        reduction 0 there is no such line: if nothing was measured there, there is no answer.
-    clamp : bool, default=False
-        Give the last accuracy up to ``below`` above the largest measured reduction.
-
-    Returns
-    -------
-    float array of the shape of ``at``
-        NaN outside the measured range and what the two arguments add to it.
-    """
-    measured, accuracies, targets = (np.asarray(values, dtype=np.float64) for values in (reduction, accuracy, at))
-    if measured.ndim != 1 or measured.shape != accuracies.shape or not measured.size:
-        raise ValueError(
-            f"reduction and accuracy must have one shape (P,) with P >= 1; got {measured.shape} and {accuracies.shape}."
-        )
-    least, largest = measured.min(), measured.max()
-    knots, places = np.unique(np.append(measured, 0.0), return_inverse=True)
-    best = np.full(len(knots), -np.inf)
-    np.maximum.at(best, places, np.append(accuracies, full_accuracy))
-    found = np.interp(np.minimum(targets, largest), knots, best)
-    lowest = min(least, max(least - below, 0.0))
-    highest = largest + below if clamp else largest
-    answered = (targets >= lowest - TOLERANCE) & (targets <= highest + TOLERANCE)
-    return np.asarray(np.where(answered, found, np.nan), dtype=np.float64)
 
 
 # -- examples ---------------------------------------------------------------------------------------------------------

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adaptexit.core.folders import written_whole
+from adaptexit.core.answer import Answer
+from adaptexit.core.costs import Costs
 from adaptexit.core.scores import resolve_score, widened
+from adaptexit.utils.folders import read_arrays, write_arrays, written_whole
+from adaptexit.utils.validation import check_finite, check_shape, compact_classes
 
 FORMAT_VERSION = 1
+MARKER = "outputs.json"
 _ARRAYS = ("predictions", "scores", "labels", "stage_costs", "exit_costs", "logits", "quality")
 
 
@@ -84,14 +86,14 @@ class ExitOutputs:
             raise ValueError(f"scores must be real numbers; got dtype {scores.dtype}.")
         if scores.dtype not in (np.float32, np.float64):
             scores = scores.astype(np.float32 if scores.dtype == np.float16 else np.float64)
-        _check_finite(scores, "scores")
+        check_finite(scores, "scores")
         store.scores = scores
 
         self._check_classes(store, n_exits, n_samples)
         if self.quality is not None:
             quality = np.asanyarray(self.quality)
-            _check_shape(quality, (n_exits, n_samples), "quality")
-            _check_finite(quality, "quality")
+            check_shape(quality, (n_exits, n_samples), "quality")
+            check_finite(quality, "quality")
             store.quality = quality
         elif self.predictions is None or self.labels is None:
             raise ValueError(
@@ -102,8 +104,8 @@ class ExitOutputs:
             logits = np.asanyarray(self.logits)
             if self.n_classes is None:
                 raise ValueError("logits need n_classes; got n_classes=None.")
-            _check_shape(logits, (n_exits, n_samples, self.n_classes), "logits")
-            _check_finite(logits, "logits")
+            check_shape(logits, (n_exits, n_samples, self.n_classes), "logits")
+            check_finite(logits, "logits")
             store.logits = logits
         if self.features is not None:
             features = [np.asanyarray(feature) for feature in self.features]
@@ -112,9 +114,10 @@ class ExitOutputs:
                     f"features must be a list of {n_exits} arrays of shape ({n_samples}, d_k); "
                     f"got shapes {[f.shape for f in features]}."
                 )
-            _check_finite(features, "features")
+            check_finite(features, "features")
             store.features = features
-        store.stage_costs, store.exit_costs = _check_costs(self.stage_costs, self.exit_costs, costs, n_exits)
+        checked = Costs.checked(self.stage_costs, self.exit_costs, costs, n_exits)
+        store.stage_costs, store.exit_costs = checked.stages, checked.exits
 
     def _check_classes(self, store: _Setter, n_exits: int, n_samples: int) -> None:
         if self.predictions is None and self.labels is None:
@@ -126,8 +129,8 @@ class ExitOutputs:
             array = getattr(self, name)
             if array is not None:
                 array = np.asanyarray(array)
-                _check_shape(array, shape, name)
-                setattr(store, name, _compact_classes(array, int(self.n_classes), name))
+                check_shape(array, shape, name)
+                setattr(store, name, compact_classes(array, int(self.n_classes), name))
 
     # -- construction --------------------------------------------------------------------------------------------
 
@@ -160,7 +163,7 @@ class ExitOutputs:
         array = np.asanyarray(logits)
         if array.ndim != 3 or array.shape[0] < 1 or array.shape[2] < 1:
             raise ValueError(f"logits must have shape (K, N, C) with K, C >= 1; got shape {array.shape}.")
-        _check_finite(array, "logits")
+        check_finite(array, "logits")
         formula = resolve_score(score, "score")
         return cls(
             predictions=np.stack([exit_logits.argmax(axis=1) for exit_logits in array]),
@@ -173,6 +176,25 @@ class ExitOutputs:
             logits=array if keep_logits else None,
             **others,
         )
+
+    @classmethod
+    def from_answers(
+        cls, answers: Sequence[Answer], labels: NDArray[Any], n_classes: int, costs: Costs, *, chained: bool = False
+    ) -> ExitOutputs:
+        """Outputs from what each of K exits says of all samples (:func:`adaptexit.staging.executor.record`)."""
+        widths = {answer.logits.shape[1] for answer in answers if answer.logits is not None}
+        if len(widths) > 1:
+            raise ValueError(f"all exits must answer for the same number of classes; got {sorted(widths)}.")
+        has_features = any(answer.features is not None for answer in answers)
+        none = np.empty((len(labels), 0), dtype=np.float32)
+        logits = None if answers[0].logits is None else np.stack([answer.logits for answer in answers])
+        return cls(
+            predictions=np.stack([answer.predictions for answer in answers]),
+            scores=np.stack([answer.scores for answer in answers]),
+            labels=labels, n_classes=n_classes, stage_costs=costs.stages, exit_costs=costs.exits,
+            cost_unit=costs.unit, chained=chained, logits=logits,
+            features=[none if a.features is None else a.features for a in answers] if has_features else None,
+        )  # fmt: skip
 
     def _replace(self, **fields: Any) -> ExitOutputs:
         """A copy with some fields exchanged, not validated again."""
@@ -196,14 +218,16 @@ class ExitOutputs:
     def with_scores(self, scores: NDArray[Any]) -> ExitOutputs:
         """The same outputs under other scores, shape (K, N)."""
         scores = np.asarray(scores)
-        _check_shape(scores, self.scores.shape, "scores")
-        _check_finite(scores, "scores")
+        check_shape(scores, self.scores.shape, "scores")
+        check_finite(scores, "scores")
         return self._replace(scores=scores)
 
     def with_costs(self, stage_costs: ArrayLike, exit_costs: ArrayLike, chained: bool | None = None) -> ExitOutputs:
         """The same outputs at other costs, both (K,), and where given with exits that are chained or not."""
-        stage, exits = _check_costs(stage_costs, exit_costs, None, self.n_exits)
-        return self._replace(stage_costs=stage, exit_costs=exits, chained=self.chained if chained is None else chained)
+        checked = Costs.checked(stage_costs, exit_costs, None, self.n_exits)
+        return self._replace(
+            stage_costs=checked.stages, exit_costs=checked.exits, chained=self.chained if chained is None else chained
+        )
 
     def drop_exit(self, k: int) -> ExitOutputs:
         """The same model without early exit k; its stage cost falls to the next exit's."""
@@ -249,46 +273,35 @@ class ExitOutputs:
         return float(np.mean(self.graded[-1], dtype=np.float64))
 
     @property
+    def pricing(self) -> Costs:
+        """What stages and exits cost."""
+        return Costs(self.stage_costs, self.exit_costs, self.chained, self.cost_unit)
+
+    @property
     def full_cost(self) -> float:
         """Cost of the plain full model, every other exit switched off: the unit of relative cost."""
-        return float(self.stage_costs.sum() + self.exit_costs[-1])
-
-    def paid_exits(self, on: NDArray[np.bool_]) -> NDArray[np.bool_]:
-        """Exits that are run, shape (K,), when those of ``on`` are switched on (the last always is)."""
-        paid = np.array(on, dtype=bool)
-        if self.chained and paid[:-1].any():
-            paid[: np.flatnonzero(paid[:-1])[-1]] = True
-        paid[-1] = True
-        return paid
+        return self.pricing.full
 
     def path_costs(self, on: NDArray[np.bool_]) -> NDArray[np.float64]:
         """Cost of a sample that leaves at each exit, shape (K,), when the exits of ``on`` are switched on."""
-        paid = np.where(self.paid_exits(on), self.exit_costs, 0.0)
-        return np.asarray(np.cumsum(self.stage_costs + paid), dtype=np.float64)
+        return self.pricing.paths(on)
 
     def alone_costs(self) -> NDArray[np.float64]:
         """Cost of a sample when exit k answers for everybody and nothing else is switched on, shape (K,)."""
-        exits = np.arange(self.n_exits)
-        return np.array([self.path_costs(exits == k)[k] for k in exits])
+        return self.pricing.alone()
 
     # -- persistence ---------------------------------------------------------------------------------------------
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder of ``.npy`` files and one JSON file; an earlier one of the same name is replaced whole."""
-        with written_whole(folder, "outputs.json") as scratch:
-            for name, array in self._named_arrays():
-                np.save(scratch / f"{name}.npy", array, allow_pickle=False)
-            described = {
-                "format": FORMAT_VERSION, "n_classes": self.n_classes, "chained": self.chained,
-                "cost_unit": self.cost_unit,
-                "n_exits": self.n_exits, "n_samples": self.n_samples,
-                "arrays": [name for name, _ in self._named_arrays()],
-            }  # fmt: skip
-            (scratch / "outputs.json").write_text(json.dumps(described, indent=2) + "\n")
-
-    def _named_arrays(self) -> list[tuple[str, NDArray[Any]]]:
-        named = [(name, getattr(self, name)) for name in _ARRAYS if getattr(self, name) is not None]
-        return named + [(f"features_{k}", feature) for k, feature in enumerate(self.features or [])]
+        arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
+        arrays |= {f"features_{k}": feature for k, feature in enumerate(self.features or [])}
+        described = {
+            "format": FORMAT_VERSION, "n_classes": self.n_classes, "chained": self.chained,
+            "cost_unit": self.cost_unit, "n_exits": self.n_exits, "n_samples": self.n_samples,
+        }  # fmt: skip
+        with written_whole(folder, MARKER) as scratch:
+            write_arrays(scratch, MARKER, described, arrays)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, mmap: bool = False) -> ExitOutputs:
@@ -301,53 +314,25 @@ class ExitOutputs:
             Leave the arrays on disk and map them read-only, for outputs larger than memory. Shapes are checked;
             the values, validated when they were recorded, are not read for it.
         """
-        source = Path(folder)
-        if not (source / "outputs.json").is_file():
-            raise FileNotFoundError(
-                f"folder must hold ExitOutputs written by save; there is no outputs.json in {source}."
-            )
-        described = json.loads((source / "outputs.json").read_text())
-        if described.get("format") != FORMAT_VERSION:
-            raise ValueError(
-                f"{source} has format {described.get('format')!r}; this version reads format {FORMAT_VERSION}. "
-                "Record the outputs again, or read them with the version that wrote them."
-            )
-        read = {
-            name: np.load(source / f"{name}.npy", mmap_mode="r" if mmap else None, allow_pickle=False)
-            for name in described["arrays"]
-        }
+        described, read = read_arrays(folder, MARKER, FORMAT_VERSION, "ExitOutputs", mmap=mmap)
         shape = (described["n_exits"], described["n_samples"])
         for name in ("predictions", "scores", "quality"):
             if name in read:
-                _check_shape(read[name], shape, name)
-        features = [read.pop(name) for name in described["arrays"] if name.startswith("features_")]
-        empty = object.__new__(cls)
+                check_shape(read[name], shape, name)
+        features = [array for name, array in read.items() if name.startswith("features_")]
+        store = _Setter(outputs := object.__new__(cls))
         for name in _ARRAYS:
-            object.__setattr__(empty, name, read.get(name))
-        object.__setattr__(empty, "features", features or None)
-        object.__setattr__(empty, "n_classes", described["n_classes"])
-        object.__setattr__(empty, "chained", described["chained"])
-        object.__setattr__(empty, "cost_unit", described.get("cost_unit"))
-        for name in ("stage_costs", "exit_costs"):
-            object.__setattr__(empty, name, np.array(read[name]))
-        return empty
+            setattr(store, name, read.get(name))
+        store.features = features or None
+        store.n_classes, store.chained = described["n_classes"], described["chained"]
+        store.cost_unit = described.get("cost_unit")
+        store.stage_costs, store.exit_costs = np.array(read["stage_costs"]), np.array(read["exit_costs"])
+        return outputs
 
     def __repr__(self) -> str:
         kept = [name for name in ("logits", "features", "quality") if getattr(self, name) is not None]
         extra = f", with {', '.join(kept)}" if kept else ""
         return f"ExitOutputs({self.n_exits} exits, {self.n_samples} samples, {self.n_classes} classes{extra})"
-
-
-@dataclass(kw_only=True)
-class ExitBatch:
-    """What exit k knows of the samples that reached it: the online counterpart of one row of :class:`ExitOutputs`."""
-
-    predictions: NDArray[Any]
-    scores: NDArray[Any]
-    logits: NDArray[Any] | None = None
-    features: NDArray[Any] | None = None
-    earlier: NDArray[Any] | None = None
-    """What the rule left for these samples at the exits before, (B, m), where it leaves anything."""
 
 
 class _Setter:
@@ -362,59 +347,3 @@ class _Setter:
 
 def _shape(array: NDArray[Any] | None) -> str:
     return "None" if array is None else f"shape {np.shape(array)}"
-
-
-def _check_shape(array: NDArray[Any], shape: tuple[int, ...], name: str) -> None:
-    if array.shape != shape:
-        raise ValueError(f"{name} must have shape {shape}; got shape {array.shape}.")
-
-
-def _check_finite(rows: NDArray[Any] | list[NDArray[Any]], name: str) -> None:
-    for k, row in enumerate(rows):
-        if not np.isfinite(row).all():
-            where = int(np.argmax(~np.isfinite(row).reshape(row.shape[0], -1).all(axis=1)))
-            raise ValueError(
-                f"{name} must be finite; exit {k} has {row[where]!r} at sample {where}. "
-                "Look for NaN or inf in the data, or for a model that overflows."
-            )
-
-
-def _compact_classes(array: NDArray[Any], n_classes: int, name: str) -> NDArray[Any]:
-    if array.dtype.kind not in "iu":
-        raise ValueError(f"{name} must be integer class indices; got dtype {array.dtype}.")
-    low, high = int(array.min()), int(array.max())
-    if low < 0 or high >= n_classes:
-        raise ValueError(
-            f"{name} must lie in 0 ... {n_classes - 1}; got values from {low} to {high}. "
-            "Map other label values to indices first."
-        )
-    smallest = np.min_scalar_type(-n_classes)
-    return array if array.dtype.itemsize <= smallest.itemsize else array.astype(smallest)
-
-
-def _check_costs(
-    stage_costs: Any, exit_costs: Any, costs: Any, n_exits: int
-) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    if costs is not None:
-        if stage_costs is not None or exit_costs is not None:
-            raise ValueError("costs replaces stage_costs and exit_costs: give either costs or those two, not both.")
-        cumulative = _cost_array(costs, n_exits, "costs")
-        if (np.diff(cumulative) < 0).any():
-            raise ValueError(f"costs are cumulative and must not fall from exit to exit; got {cumulative.tolist()}.")
-        stage_costs, exit_costs = np.diff(cumulative, prepend=0.0), np.zeros(n_exits)
-    if stage_costs is None or exit_costs is None:
-        missing = [n for n, v in (("stage_costs", stage_costs), ("exit_costs", exit_costs)) if v is None]
-        raise ValueError(f"{' and '.join(missing)} must be given, or costs= (cumulative, free exits) instead.")
-    stage = _cost_array(stage_costs, n_exits, "stage_costs")
-    exits = _cost_array(exit_costs, n_exits, "exit_costs")
-    if stage.sum() + exits[-1] <= 0:
-        raise ValueError("the full model must cost something: stage_costs plus the last of exit_costs is 0.")
-    return stage, exits
-
-
-def _cost_array(values: Any, n_exits: int, name: str) -> NDArray[np.float64]:
-    array = np.array(values, dtype=np.float64)
-    _check_shape(array, (n_exits,), name)
-    if not (np.isfinite(array).all() and (array >= 0).all()):
-        raise ValueError(f"{name} must be finite and not negative; got {array.tolist()}.")
-    return array

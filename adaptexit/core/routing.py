@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adaptexit.core.outputs import ExitBatch, ExitOutputs
+from adaptexit.core.outputs import ExitOutputs
 
 Floats = NDArray[np.float64]
 
@@ -25,11 +25,11 @@ def switched_on(thresholds: Floats) -> NDArray[np.bool_]:
     return on
 
 
-def accepts(batch: ExitBatch, cutoff: Floats | float) -> NDArray[np.bool_]:
+def accepts(predictions: NDArray[Any], scores: NDArray[Any], cutoff: Floats | np.float64) -> NDArray[np.bool_]:
     """Who leaves, shape (B,): those whose score lies above the exit's cutoff (one number, or one a class)."""
-    limits = np.asarray(cutoff, dtype=np.float64)
-    limit = limits[batch.predictions] if limits.ndim == 1 else limits
-    return np.asarray(np.asarray(batch.scores, dtype=np.float64) > limit)
+    limit: Any = cutoff[predictions] if isinstance(cutoff, np.ndarray) and cutoff.ndim else cutoff
+    # A NumPy number keeps its double precision beside scores in single; in single it could round to a score itself.
+    return np.asarray(scores > limit)
 
 
 def exit_index(outputs: ExitOutputs, cutoffs: Floats) -> NDArray[np.intp]:
@@ -37,7 +37,7 @@ def exit_index(outputs: ExitOutputs, cutoffs: Floats) -> NDArray[np.intp]:
     exits = np.full(outputs.n_samples, outputs.n_exits - 1, dtype=np.intp)
     for k in range(outputs.n_exits - 2, -1, -1):
         predictions = exits if outputs.predictions is None else outputs.predictions[k]
-        exits[accepts(ExitBatch(predictions=predictions, scores=outputs.scores[k]), cutoffs[k])] = k
+        exits[accepts(predictions, outputs.scores[k], cutoffs[k])] = k
     return exits
 
 

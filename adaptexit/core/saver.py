@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,6 +16,10 @@ from numpy.typing import ArrayLike, NDArray
 from adaptexit.core.frontier import TOLERANCE
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.search import MOST_SAMPLES_EXACT, search_thresholds
+from adaptexit.utils.frames import as_frame
+
+if TYPE_CHECKING:
+    import pandas
 
 Floats = NDArray[np.float64]
 
@@ -37,6 +41,11 @@ class JobCurve:
     base_accuracy: Floats
     threshold: Floats
     job_ratio: float
+
+    def to_frame(self) -> pandas.DataFrame:
+        """A pandas table, one row a distinct confidence: the four curves (needs pandas)."""
+        names = ("exit_ratio", "saver_accuracy", "base_accuracy", "threshold")
+        return as_frame({name: getattr(self, name) for name in names})
 
 
 def job_curve(confidence: ArrayLike, saver_quality: ArrayLike, base_quality: ArrayLike) -> JobCurve:
@@ -75,9 +84,9 @@ def required_cost(
     """
     ends, saver_sum, base_sum, falling = _sorted_sums(confidence, saver_quality, base_quality)
     gain = saver_sum - base_sum
-    allowed = np.asarray(drops, dtype=np.float64) * len(falling)
-    kept = gain[None, :] >= -allowed[:, None] - 1e-9
-    longest = np.where(kept, ends[None, :], 0).max(axis=1)
+    losses = np.asarray(drops, dtype=np.float64) * len(falling)
+    within = gain[None, :] >= -losses[:, None] - 1e-9
+    longest = np.where(within, ends[None, :], 0).max(axis=1)
     return np.asarray(saver_cost / base_cost + 1.0 - longest / len(falling))
 
 

@@ -35,5 +35,5 @@ def fit_temperature(logits: NDArray[Any], labels: NDArray[Any]) -> float:
         return float(logsumexp(sharpness * values, axis=1).mean()) - sharpness * mean_true
 
     low, high = np.log(RANGE)
-    found = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6})
-    return float(np.exp(found.x))
+    minimum = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6})
+    return float(np.exp(minimum.x))

@@ -8,11 +8,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from adaptexit.displays.shared import axes
+from adaptexit.displays.shared import FULL_MODEL, axes, choice, line_style, point_style
 
 Comparison = Any  # adaptexit.comparison.Comparison, which this module does not import
-
-_MARKERS = ("^", "X", "D", "*", "P", "v")
 
 
 class ComparisonDisplay:
@@ -70,18 +68,16 @@ class ComparisonDisplay:
         ax = axes(ax, figsize=(7.2, 4.8), layout="constrained")
         self.lines_: dict[str, Any] = {}
         self.markers_: dict[str, Any] = {}
-        for name, (cost, accuracy) in self.curves.items():
-            (self.lines_[name],) = ax.plot(cost, accuracy, **({"marker": ".", "label": name} | kwargs))
+        for i, (name, (cost, accuracy)) in enumerate(self.curves.items()):
+            # markers a twelfth of the diagonal apart: a curve may have a hundred points
+            style = line_style(i) | {"markevery": 1 / 12, "label": name} | kwargs
+            (self.lines_[name],) = ax.plot(cost, accuracy, **style)
         for i, (name, (cost, accuracy)) in enumerate(self.rules.items()):
-            marker = _MARKERS[i % len(_MARKERS)]
-            size = 110 if marker == "*" else 45
-            self.markers_[name] = ax.scatter(cost, accuracy, marker=marker, s=size, zorder=3, color="0.35", label=name)
-        self.markers_[self.full_name] = ax.scatter(
-            *self.full, marker="s", s=45, zorder=3, color="black", label=self.full_name
-        )
+            self.markers_[name] = ax.scatter(cost, accuracy, **point_style(i), color="0.35", label=name)
+        self.markers_[self.full_name] = ax.scatter(*self.full, **FULL_MODEL, label=self.full_name)
         ax.axhline(self.full[1], color="grey", linewidth=0.8, linestyle="--")
         ax.set(xlabel="mean relative cost (full model = 1)", ylabel="accuracy")
-        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize="small")
+        ax.legend(loc="upper left", bbox_to_anchor=(1.0, 1.02), frameon=False, fontsize="small", handlelength=3.5)
         self.ax_, self.figure_ = ax, ax.figure
         return self
 
@@ -98,6 +94,8 @@ class BarsDisplay:
         From top to bottom.
     accuracy, cost : arrays (M,)
         NaN where a method has no point to show.
+    chosen_by : str, optional
+        What chose the points, such as "budget 0.40".
 
     Attributes
     ----------
@@ -107,19 +105,25 @@ class BarsDisplay:
         All after :meth:`plot`.
     """
 
-    def __init__(self, *, names: Sequence[str], accuracy: ArrayLike, cost: ArrayLike) -> None:
+    def __init__(
+        self, *, names: Sequence[str], accuracy: ArrayLike, cost: ArrayLike, chosen_by: str | None = None
+    ) -> None:
         self.names = list(names)
         self.accuracy = np.asarray(accuracy, dtype=float)
         self.cost = np.asarray(cost, dtype=float)
+        self.chosen_by = chosen_by
 
     @classmethod
-    def from_comparison(cls, comparison: Comparison, budget: float | None = None) -> BarsDisplay:
-        """From :func:`adaptexit.comparison.compare`, of each method the point for a budget or its own."""
-        found = comparison.at(budget)
+    def from_comparison(
+        cls, comparison: Comparison, budget: float | None = None, max_drop: float | None = None
+    ) -> BarsDisplay:
+        """From :func:`adaptexit.comparison.compare`: one point of each method, as :meth:`Comparison.at` gives it."""
+        rows = comparison.at(budget, max_drop)
         return cls(
-            names=list(found),
-            accuracy=[np.nan if point is None else point.accuracy for point in found.values()],
-            cost=[np.nan if point is None else point.cost for point in found.values()],
+            names=list(rows),
+            accuracy=[np.nan if point is None else point.accuracy for point in rows.values()],
+            cost=[np.nan if point is None else point.cost for point in rows.values()],
+            chosen_by=choice(budget, max_drop) or "each method's own operating point",
         )
 
     def plot(self, ax: Any = None, **kwargs: Any) -> BarsDisplay:
@@ -127,10 +131,10 @@ class BarsDisplay:
         rows = np.arange(len(self.names))
         ax = axes(ax, figsize=(7.2, 1.0 + 0.45 * len(rows)), layout="constrained")
         height = 0.38
-        missing = np.isnan(self.accuracy)
+        empty = np.isnan(self.accuracy)
         styles = (
             {"color": "C0", "label": "accuracy"} | kwargs,
-            {"color": "0.7", "label": "mean relative cost"} | kwargs,
+            {"color": "0.8", "edgecolor": "0.5", "hatch": "////", "label": "mean relative cost"} | kwargs,
         )
         pairs = ((self.accuracy, -height / 2), (self.cost, height / 2))
         self.accuracy_bars_, self.cost_bars_ = (
@@ -138,15 +142,17 @@ class BarsDisplay:
             for (values, shift), style in zip(pairs, styles, strict=True)
         )
         for bars, (values, _) in zip((self.accuracy_bars_, self.cost_bars_), pairs, strict=True):
-            written = ["" if none else f"{value:.3f}" for value, none in zip(values, missing, strict=True)]
-            ax.bar_label(bars, written, padding=3, fontsize=8)
-        for row in rows[missing]:
+            figures = ["" if none else f"{value:.3f}" for value, none in zip(values, empty, strict=True)]
+            ax.bar_label(bars, figures, padding=3, fontsize=8)
+        for row in rows[empty]:
             ax.text(0.01, row, "none within the budget", va="center", fontsize=8, color="0.5")
         ax.set_yticks(rows, self.names)
         ax.invert_yaxis()
         ax.margins(x=0.08, y=0.02)
         ax.tick_params(axis="y", length=0)
         ax.spines[["top", "right"]].set_visible(False)
-        ax.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize="small")
+        ax.legend(
+            loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=2, frameon=False, fontsize="small", title=self.chosen_by
+        )
         self.ax_, self.figure_ = ax, ax.figure
         return self

@@ -8,7 +8,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from adaptexit.displays.shared import axes
+from adaptexit.displays.shared import (
+    FULL_MODEL,
+    RING,
+    Outputs,
+    Point,
+    axes,
+    caption,
+    check_outputs,
+    choice,
+    exit_labels,
+    line_style,
+    operating_point,
+    point_style,
+    thresholded,
+)
 
 Frontier = Any  # adaptexit.core.frontier.ParetoFrontier, which this module does not import
 Curve = Any  # adaptexit.core.saver.JobCurve
@@ -17,7 +31,8 @@ Curve = Any  # adaptexit.core.saver.JobCurve
 class ParetoDisplay:
     """Accuracy against mean relative cost: the curve, each exit alone, the full model and the point in use.
 
-    Make one with :meth:`from_estimator` or :meth:`from_frontier`.
+    Make one with :meth:`from_estimator` or :meth:`from_frontier`; a frontier of recorded outputs is
+    ``calibrator.pareto(outputs)``.
 
     Parameters
     ----------
@@ -27,6 +42,8 @@ class ParetoDisplay:
         Each exit alone; the last is the full model.
     chosen : (cost, accuracy), optional
         The operating point in use.
+    chosen_by : str, optional
+        What chose it, such as "budget 0.40".
     exit_names : sequence of K str, optional
     name : str, optional
         Of the curve.
@@ -44,6 +61,7 @@ class ParetoDisplay:
         fixed_cost: ArrayLike,
         fixed_accuracy: ArrayLike,
         chosen: tuple[float, float] | None = None,
+        chosen_by: str | None = None,
         exit_names: Sequence[str] | None = None,
         name: str | None = None,
     ) -> None:
@@ -52,6 +70,7 @@ class ParetoDisplay:
         self.fixed_cost = np.asarray(fixed_cost)
         self.fixed_accuracy = np.asarray(fixed_accuracy)
         self.chosen = chosen
+        self.chosen_by = chosen_by
         self.exit_names = exit_names
         self.name = name
 
@@ -61,43 +80,94 @@ class ParetoDisplay:
         frontier: Frontier,
         *,
         budget: float | None = None,
+        max_drop: float | None = None,
         exit_names: Sequence[str] | None = None,
         name: str | None = None,
     ) -> ParetoDisplay:
-        """From a frontier; ``budget`` marks the operating point that serves it."""
-        point = None if budget is None else frontier.at(budget=budget)
+        """From a frontier; ``budget`` or ``max_drop`` marks the operating point that serves it.
+
+        Parameters
+        ----------
+        frontier : ParetoFrontier
+        budget, max_drop : float, optional
+            As for :meth:`adaptexit.ParetoFrontier.at`, at most one of them; without, no point is marked.
+        exit_names : sequence of K str, optional
+        name : str, optional
+            Of the curve.
+
+        Raises
+        ------
+        ValueError
+            For a budget below the cheapest point, or both.
+        """
+        nothing = budget is None and max_drop is None
+        point = None if nothing else frontier.at(budget=budget, max_drop=max_drop)
+        return cls._of(frontier, point, choice(budget, max_drop), exit_names, name)
+
+    @classmethod
+    def from_estimator(
+        cls,
+        estimator: Any,
+        X: Any = None,
+        y: Any = None,
+        *,
+        budget: float | None = None,
+        max_drop: float | None = None,
+        name: str | None = None,
+    ) -> ParetoDisplay:
+        """From a fitted estimator, on its calibration data or on (X, y); marks the point that ``predict`` would use.
+
+        Parameters
+        ----------
+        estimator : fitted estimator
+        X, y : as for its ``pareto``
+        budget, max_drop : float, optional
+            As for its ``predict``.
+        name : str, optional
+            Of the curve.
+        """
+        stored_point, chosen_by = operating_point(estimator, budget, max_drop)
+        frontier = estimator.pareto(X, y)
+        point = frontier.points[estimator.calibrator_.frontier_.index(stored_point)]
+        return cls._of(frontier, point, chosen_by, estimator.exit_names, name)
+
+    @classmethod
+    def _of(
+        cls,
+        frontier: Frontier,
+        point: Point | None,
+        chosen_by: str | None,
+        exit_names: Sequence[str] | None,
+        name: str | None,
+    ) -> ParetoDisplay:
         return cls(
             cost=frontier.cost,
             accuracy=frontier.accuracy,
             fixed_cost=frontier.fixed_cost,
             fixed_accuracy=frontier.fixed_accuracy,
             chosen=None if point is None else (point.cost, point.accuracy),
+            chosen_by=chosen_by,
             exit_names=exit_names,
             name=name,
         )
 
-    @classmethod
-    def from_estimator(
-        cls, estimator: Any, X: Any = None, y: Any = None, *, budget: float | None = None, name: str | None = None
-    ) -> ParetoDisplay:
-        """From a fitted estimator, on its calibration data or on (X, y); marks the point that ``predict`` would use."""
-        frontier = estimator.pareto(X, y)
-        point = frontier.points[estimator.point_index(budget)]
-        display = cls.from_frontier(frontier, exit_names=estimator.exit_names, name=name)
-        display.chosen = (point.cost, point.accuracy)
-        return display
-
     def plot(self, ax: Any = None, *, name: str | None = None, **kwargs: Any) -> ParetoDisplay:
-        """Draw on ``ax`` (a new figure unless given); ``kwargs`` go to the curve's ``Axes.plot``. Returns self."""
-        ax = axes(ax)
-        style = {"marker": ".", "label": name or self.name or "operating points"} | kwargs
+        """Draw on ``ax`` (a new figure unless given); ``kwargs`` go to the curve's ``Axes.plot``. Returns self.
+
+        A second curve on the same axes gets other markers and dashes, and exits of the same names are listed once.
+        """
+        ax = axes(ax, layout="constrained")
+        n_curves = sum(not str(line.get_label()).startswith("_") for line in ax.lines)
+        legend_labels = {dots.get_label() for dots in ax.collections}
+        style = line_style(n_curves) | {"label": name or self.name or "operating points"} | kwargs
         (self.line_,) = ax.plot(self.cost, self.accuracy, **style)
-        last = len(self.fixed_cost) - 1
-        for k, (cost, accuracy) in enumerate(zip(self.fixed_cost, self.fixed_accuracy, strict=True)):
-            label = self.exit_names[k] if self.exit_names else ("full model" if k == last else f"exit {k} alone")
-            ax.scatter(cost, accuracy, marker="s" if k == last else "^", s=45, zorder=3, label=label, color=f"C{k + 1}")
+        *early, full = exit_labels(self.exit_names, len(self.fixed_cost))
+        labels = [*(f"{exit_name} alone" for exit_name in early), full]
+        styles = [*(point_style(k) | {"color": f"C{k + 1}"} for k in range(len(early))), FULL_MODEL]
+        for cost, accuracy, label, style in zip(self.fixed_cost, self.fixed_accuracy, labels, styles, strict=True):
+            ax.scatter(cost, accuracy, **style, label=f"_{label}" if label in legend_labels else label)
         if self.chosen is not None:
-            ax.scatter(*self.chosen, marker="o", s=110, facecolors="none", edgecolors="black", zorder=4, label="in use")
+            ax.scatter(*self.chosen, **RING, label=caption(self.chosen, self.chosen_by))
             ax.axvline(self.chosen[0], color="black", linewidth=0.8, linestyle=":")
         ax.axhline(self.fixed_accuracy[-1], color="grey", linewidth=0.8, linestyle="--")
         ax.set(xlabel="mean relative cost (full model = 1)", ylabel="accuracy")
@@ -109,7 +179,8 @@ class ParetoDisplay:
 class JobRatioDisplay:
     """Accuracy of saver and base on the samples that leave, against how many leave (TinySaver's Fig. 3).
 
-    Where the curves cross, the saver has taken as much of the job as it can without loss: the job ratio.
+    Where the curves cross, the saver has taken as much of the job as it can without loss: the job ratio. Make one with
+    :meth:`from_estimator`, :meth:`from_outputs` or :meth:`from_curve`.
 
     Parameters
     ----------
@@ -152,20 +223,49 @@ class JobRatioDisplay:
         )
 
     @classmethod
+    def from_outputs(
+        cls, outputs: Outputs, saver: int = 0, *, exit_names: Sequence[str] | None = None
+    ) -> JobRatioDisplay:
+        """From recorded outputs.
+
+        Parameters
+        ----------
+        outputs : ExitOutputs
+            Of K exits, with the scores that are thresholded: ``calibrator.rescored(outputs)``.
+        saver : int, default=0
+            Its exit, 0 ... K - 2.
+        exit_names : sequence of K str, optional
+
+        Raises
+        ------
+        ValueError
+            For a saver that is none of the early exits.
+        """
+        from adaptexit.core.saver import job_curve
+
+        check_outputs(outputs)
+        if saver not in range(outputs.n_exits - 1):
+            raise ValueError(f"saver must be one of 0 ... {outputs.n_exits - 2}; got {saver!r}.")
+        names = exit_labels(exit_names, outputs.n_exits)
+        curve = job_curve(outputs.scores[saver], outputs.graded[saver], outputs.graded[-1])
+        return cls.from_curve(curve, saver_name=names[saver], base_name=names[-1])
+
+    @classmethod
     def from_estimator(cls, estimator: Any, X: Any = None, y: Any = None, *, saver: int = 0) -> JobRatioDisplay:
         """From a fitted cascade, on its calibration data or on (X, y)."""
-        names = estimator.exit_names
-        return cls.from_curve(estimator.job_curve(saver, X, y), saver_name=names[saver], base_name=names[-1])
+        return cls.from_outputs(thresholded(estimator, X, y), saver, exit_names=estimator.exit_names)
 
     def plot(self, ax: Any = None, **kwargs: Any) -> JobRatioDisplay:
         """Draw on ``ax`` (a new figure unless given); ``kwargs`` go to both curves. Returns self."""
-        ax = axes(ax)
-        (self.saver_line_,) = ax.plot(self.exit_ratio, self.saver_accuracy, **({"label": self.saver_name} | kwargs))
-        (self.base_line_,) = ax.plot(self.exit_ratio, self.base_accuracy, **({"label": self.base_name} | kwargs))
+        ax = axes(ax, layout="constrained")
+        curves = ((self.saver_accuracy, self.saver_name), (self.base_accuracy, self.base_name))
+        self.saver_line_, self.base_line_ = (
+            ax.plot(self.exit_ratio, accuracy, **(line_style(i) | {"markevery": 0.1, "label": name} | kwargs))[0]
+            for i, (accuracy, name) in enumerate(curves)
+        )
         if self.job_ratio > 0:
             height = float(np.interp(self.job_ratio, self.exit_ratio, self.saver_accuracy))
-            label = f"job ratio {self.job_ratio:.3f}"
-            ax.scatter(self.job_ratio, height, s=110, facecolors="none", edgecolors="red", zorder=3, label=label)
+            ax.scatter(self.job_ratio, height, **RING, label=f"job ratio {self.job_ratio:.3f}")
         ax.set(xlabel="exit ratio (share of samples that leave at the saver)", ylabel="accuracy on those that leave")
         ax.legend(loc="lower left", fontsize="small")
         self.ax_, self.figure_ = ax, ax.figure

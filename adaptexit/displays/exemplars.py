@@ -8,7 +8,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adaptexit.displays.shared import axes, class_labels, exit_labels
+from adaptexit.displays.shared import (
+    Outputs,
+    Point,
+    axes,
+    caption,
+    check_pair,
+    class_labels,
+    exit_labels,
+    measured,
+    operating_point,
+    thresholded,
+)
 
 Pairs = Sequence[tuple[Any, Any]]
 Exemplars = Any  # adaptexit.core.metrics.Exemplars
@@ -22,7 +33,7 @@ _SIDES = ("just above", "far above")
 class ExemplarDisplay:
     """For each early exit, samples just above its threshold and samples far above it (CalexNet's Fig. A1).
 
-    Make one with :meth:`from_estimator` or :meth:`from_exemplars`.
+    Make one with :meth:`from_estimator`, :meth:`from_outputs` or :meth:`from_exemplars`.
 
     Parameters
     ----------
@@ -32,6 +43,10 @@ class ExemplarDisplay:
     labels : list of K - 1 pairs of sequences of m str
         Their classes.
     exit_names : sequence of K str, optional
+    chosen : (cost, accuracy), optional
+        Of the operating point on the samples that these are taken from.
+    chosen_by : str, optional
+        What chose it, such as "budget 0.40".
 
     Attributes
     ----------
@@ -40,11 +55,22 @@ class ExemplarDisplay:
         All after :meth:`plot`.
     """
 
-    def __init__(self, *, images: Pairs, scores: Pairs, labels: Pairs, exit_names: Sequence[str] | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        images: Pairs,
+        scores: Pairs,
+        labels: Pairs,
+        exit_names: Sequence[str] | None = None,
+        chosen: tuple[float, float] | None = None,
+        chosen_by: str | None = None,
+    ) -> None:
         self.images = images
         self.scores = scores
         self.labels = labels
         self.exit_names = exit_names
+        self.chosen = chosen
+        self.chosen_by = chosen_by
 
     @classmethod
     def from_exemplars(
@@ -54,6 +80,8 @@ class ExemplarDisplay:
         *,
         exit_names: Sequence[str] | None = None,
         class_names: Sequence[Any] | None = None,
+        chosen: tuple[float, float] | None = None,
+        chosen_by: str | None = None,
     ) -> ExemplarDisplay:
         """From :func:`adaptexit.core.metrics.exemplars` and the images that its indices are of.
 
@@ -66,6 +94,8 @@ class ExemplarDisplay:
         exit_names : sequence of K str, optional
         class_names : sequence of C str, optional
             The class indices unless given.
+        chosen, chosen_by : optional
+            The operating point, as for the class.
         """
         shape, pairs = _checked_shape(images), exemplars.strips
         if shape[0] != exemplars.n_samples:
@@ -74,14 +104,62 @@ class ExemplarDisplay:
         def names(strip: Any) -> list[str]:
             if strip.labels is None:
                 return [""] * len(strip.samples)
-            called = class_labels(class_names, int(strip.labels.max(initial=-1)) + 1)
-            return [str(called[c]) for c in strip.labels]
+            names_of_all = class_labels(class_names, int(strip.labels.max(initial=-1)) + 1)
+            return [str(names_of_all[c]) for c in strip.labels]
 
         return cls(
             images=[(_pictures(images, near.samples), _pictures(images, deep.samples)) for near, deep in pairs],
             scores=[(near.scores, deep.scores) for near, deep in pairs],
             labels=[(names(near), names(deep)) for near, deep in pairs],
             exit_names=exit_names,
+            chosen=chosen,
+            chosen_by=chosen_by,
+        )
+
+    @classmethod
+    def from_outputs(
+        cls,
+        outputs: Outputs,
+        point: Point,
+        images: ArrayLike,
+        *,
+        n: int = 6,
+        chosen_by: str | None = None,
+        exit_names: Sequence[str] | None = None,
+        class_names: Sequence[Any] | None = None,
+    ) -> ExemplarDisplay:
+        """From recorded outputs at an operating point, and the images that they are of.
+
+        Parameters
+        ----------
+        outputs : ExitOutputs
+            Of K exits on N samples, with the scores that the point thresholds: ``calibrator.rescored(outputs)``.
+        point : OperatingPoint
+        images : array or tensor
+            In the order of the outputs, as in :meth:`from_exemplars`.
+        n : int, default=6
+            Samples in each strip at most.
+        chosen_by : str, optional
+            What chose the point, such as "budget 0.40".
+        exit_names : sequence of K str, optional
+        class_names : sequence of C str, optional
+            The class indices unless given.
+
+        Raises
+        ------
+        ValueError
+            For images of another number or shape, or a point of other exits or classes.
+        """
+        from adaptexit.core.metrics import exemplars
+
+        check_pair(outputs, point)
+        return cls.from_exemplars(
+            exemplars(outputs, point, n),
+            images,
+            exit_names=exit_names,
+            class_names=class_names,
+            chosen=measured(outputs, point),
+            chosen_by=chosen_by,
         )
 
     @classmethod
@@ -93,10 +171,11 @@ class ExemplarDisplay:
         *,
         n: int = 6,
         budget: float | None = None,
+        max_drop: float | None = None,
         images: ArrayLike | None = None,
         class_names: Sequence[Any] | None = None,
     ) -> ExemplarDisplay:
-        """From a fitted estimator at a budget, on (X, y).
+        """From a fitted estimator at the point that ``predict`` would use, on (X, y).
 
         Parameters
         ----------
@@ -104,16 +183,26 @@ class ExemplarDisplay:
         X, y : as for its ``record``
             X is what is shown as well, unless ``images`` are given.
         n : int, default=6
-        budget : float, optional
+            Samples in each strip at most.
+        budget, max_drop : float, optional
+            As for its ``predict``.
         images : array or tensor, optional
             What to show instead of X, as in :meth:`from_exemplars`, in the order of X (which may not shuffle).
         class_names : sequence of C str, optional
+            The estimator's classes unless given.
         """
         images = X if images is None else images
         _checked_shape(images)
-        names = estimator.classes_ if class_names is None else class_names
-        found = estimator.exemplars(X, y, budget=budget, n=n)
-        return cls.from_exemplars(found, images, exit_names=estimator.exit_names, class_names=names)
+        point, chosen_by = operating_point(estimator, budget, max_drop)
+        return cls.from_outputs(
+            thresholded(estimator, X, y, ordered=True),
+            point,
+            images,
+            n=n,
+            chosen_by=chosen_by,
+            exit_names=estimator.exit_names,
+            class_names=estimator.classes_ if class_names is None else class_names,
+        )
 
     def plot(self, ax: Any = None, **kwargs: Any) -> ExemplarDisplay:
         """Draw on ``ax`` (a new figure unless given); ``kwargs`` go to every ``Axes.imshow``. Returns self."""
@@ -122,7 +211,8 @@ class ExemplarDisplay:
         height = next((strip.shape[1] / strip.shape[2] for strip in strips if len(strip)), 1.0)
         heights = [height + _CAPTION if len(strip) else _EMPTY for strip in strips]
         tops = np.cumsum([0.0, *heights])
-        ax = axes(ax, figsize=(1.3 + 1.05 * columns, 0.3 + 1.05 * tops[-1]), layout="constrained")
+        size = (max(4.4, 1.3 + 1.05 * columns), 0.6 + 1.05 * tops[-1])
+        ax = axes(ax, figsize=size, layout="constrained")
         names = exit_labels(self.exit_names, len(self.images) + 1)
         self.thumbnails_: list[tuple[list[Any], list[Any]]] = [([], []) for _ in self.images]
         for row, (strip, top) in enumerate(zip(strips, tops[:-1], strict=True)):
@@ -135,10 +225,11 @@ class ExemplarDisplay:
                 style = {"cmap": "gray", "vmin": 0.0, "vmax": 1.0} | kwargs
                 where = (i + 0.04, i + 0.96, top + 0.96 * height, top + 0.04 * height)
                 self.thumbnails_[k][side].append(ax.imshow(image, extent=where, **style))
-                caption = f"{self.scores[k][side][i]:.3f}\n{self.labels[k][side][i]}"
-                ax.text(i + 0.5, top + height, caption, ha="center", va="top", fontsize=7, linespacing=1.1)
+                below = f"{self.scores[k][side][i]:.3f}\n{self.labels[k][side][i]}"
+                ax.text(i + 0.5, top + height, below, ha="center", va="top", fontsize=7, linespacing=1.1)
         ax.set(xlim=(0, columns), ylim=(tops[-1], 0), aspect="equal")
         ax.set_axis_off()
+        ax.set_title(caption(self.chosen, self.chosen_by), fontsize=11)
         self.ax_, self.figure_ = ax, ax.figure
         return self
 
@@ -156,8 +247,8 @@ def _checked_shape(images: Any) -> tuple[int, ...]:
 
 def _pictures(images: Any, samples: NDArray[np.intp]) -> NDArray[Any]:
     """Some of the images as arrays (m, H, W) or (m, H, W, 3) in [0, 1]."""
-    chosen = images[samples]
-    array = np.asarray(chosen.detach().cpu() if hasattr(chosen, "detach") else chosen)
+    some = images[samples]
+    array = np.asarray(some.detach().cpu() if hasattr(some, "detach") else some)
     if array.ndim == 4 and array.shape[1] in (1, 3):
         array = np.moveaxis(array, 1, -1)
     if array.ndim == 4 and array.shape[3] == 1:
@@ -168,7 +259,7 @@ def _pictures(images: Any, samples: NDArray[np.intp]) -> NDArray[Any]:
 
 
 def _stretched(image: NDArray[np.float64]) -> NDArray[np.float64]:
-    low, high = image.min(), image.max()
+    low, high = float(image.min()), float(image.max())
     if low >= 0.0 and high <= 1.0:
         return image
     return (image - low) / (high - low if high > low else 1.0)

@@ -8,18 +8,30 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adaptexit.displays.shared import axes, class_labels, exit_labels
+from adaptexit.displays.shared import (
+    Outputs,
+    Point,
+    axes,
+    caption,
+    check_pair,
+    class_labels,
+    exit_labels,
+    measured,
+    operating_point,
+    thresholded,
+)
 
 LISTED = 10
 """Classes that the legend lists at most: the first and the last half of that many."""
 
 _WIDTH = 0.26
+_LETTERS_AN_INCH = 12
 
 
 class ExitFlowDisplay:
     """The population as it passes the exits, one ribbon a class (CalexNet's Fig. 4).
 
-    Make one with :meth:`from_estimator`, or from :func:`adaptexit.core.metrics.flow`.
+    Make one with :meth:`from_estimator`, :meth:`from_outputs`, or from :func:`adaptexit.core.metrics.flow`.
 
     Parameters
     ----------
@@ -28,6 +40,10 @@ class ExitFlowDisplay:
     exit_names : sequence of K str, optional
     class_names : sequence of C str, optional
         The class indices unless given.
+    chosen : (cost, accuracy), optional
+        Of the operating point on these samples.
+    chosen_by : str, optional
+        What chose it, such as "budget 0.40".
 
     Attributes
     ----------
@@ -48,10 +64,54 @@ class ExitFlowDisplay:
         counts: ArrayLike,
         exit_names: Sequence[str] | None = None,
         class_names: Sequence[Any] | None = None,
+        chosen: tuple[float, float] | None = None,
+        chosen_by: str | None = None,
     ) -> None:
         self.counts = np.asarray(counts)
         self.exit_names = exit_names
         self.class_names = class_names
+        self.chosen = chosen
+        self.chosen_by = chosen_by
+
+    @classmethod
+    def from_outputs(
+        cls,
+        outputs: Outputs,
+        point: Point,
+        *,
+        chosen_by: str | None = None,
+        exit_names: Sequence[str] | None = None,
+        class_names: Sequence[Any] | None = None,
+    ) -> ExitFlowDisplay:
+        """From recorded outputs at an operating point.
+
+        Parameters
+        ----------
+        outputs : ExitOutputs
+            Of K exits and C classes, with labels and the scores that the point thresholds:
+            ``calibrator.rescored(outputs)``.
+        point : OperatingPoint
+        chosen_by : str, optional
+            What chose the point, such as "budget 0.40".
+        exit_names : sequence of K str, optional
+        class_names : sequence of C str, optional
+            The class indices unless given.
+
+        Raises
+        ------
+        ValueError
+            For outputs without labels, or a point of other exits or classes.
+        """
+        from adaptexit.core.metrics import flow
+
+        check_pair(outputs, point)
+        return cls(
+            counts=flow(outputs, point),
+            exit_names=exit_names,
+            class_names=class_names,
+            chosen=measured(outputs, point),
+            chosen_by=chosen_by,
+        )
 
     @classmethod
     def from_estimator(
@@ -61,12 +121,28 @@ class ExitFlowDisplay:
         y: Any = None,
         *,
         budget: float | None = None,
+        max_drop: float | None = None,
         class_names: Sequence[Any] | None = None,
     ) -> ExitFlowDisplay:
-        """From a fitted estimator at a budget, on its calibration data or on (X, y)."""
-        names = estimator.classes_ if class_names is None else class_names
-        counts = estimator.exit_flow(X, y, budget=budget)
-        return cls(counts=counts, exit_names=estimator.exit_names, class_names=names)
+        """From a fitted estimator at the point that ``predict`` would use, on its calibration data or on (X, y).
+
+        Parameters
+        ----------
+        estimator : fitted estimator
+        X, y : as for its ``record``
+        budget, max_drop : float, optional
+            As for its ``predict``.
+        class_names : sequence of C str, optional
+            The estimator's classes unless given.
+        """
+        point, chosen_by = operating_point(estimator, budget, max_drop)
+        return cls.from_outputs(
+            thresholded(estimator, X, y),
+            point,
+            chosen_by=chosen_by,
+            exit_names=estimator.exit_names,
+            class_names=estimator.classes_ if class_names is None else class_names,
+        )
 
     def plot(self, ax: Any = None, *, name: str | None = None, **kwargs: Any) -> ExitFlowDisplay:
         """Draw on ``ax`` (a new figure unless given).
@@ -75,7 +151,7 @@ class ExitFlowDisplay:
         ----------
         ax : matplotlib Axes, optional
         name : str, optional
-            Title.
+            First line of the title, which says the operating point.
         **kwargs
             Of the ribbons, for ``Axes.fill_between``.
 
@@ -105,8 +181,9 @@ class ExitFlowDisplay:
 
     def _order(self) -> NDArray[np.intp]:
         present = np.flatnonzero(self.counts[0])
-        left = self.counts[:, present] / self.counts[0, present]
-        return np.asarray(present[np.lexsort((present, *left[:0:-1]))])
+        surviving = self.counts[:, present] / self.counts[0, present]
+        # lexsort reads its last key first: the share behind the first exit decides, the class index settles ties
+        return np.asarray(present[np.lexsort((present, *surviving[:0:-1]))])
 
     def _describe(self, ax: Any, name: str | None) -> None:
         names = exit_labels(self.exit_names, len(self.counts))
@@ -114,21 +191,26 @@ class ExitFlowDisplay:
         for k, total in enumerate(totals):
             share = f"{total:,}" if k == 0 else f"{total:,}\n{total / totals[0]:.0%}"
             ax.annotate(share, (k, total), (0, 3), textcoords="offset points", ha="center", va="bottom", fontsize=9)
-        ax.set_xticks(range(len(totals)), ["everybody", *(f"after {exit_name}" for exit_name in names[:-1])])
+        ticks = ["everybody", *(f"after {exit_name}" for exit_name in names[:-1])]
+        inches = ax.get_window_extent().width / ax.figure.dpi
+        overlapping = len(ticks) * max(map(len, ticks)) > _LETTERS_AN_INCH * inches
+        ax.set_xticks(range(len(ticks)), ticks, **({"rotation": 30, "ha": "right"} if overlapping else {}))
         ax.tick_params(axis="x", length=0)
         ax.yaxis.set_major_formatter("{x:,.0f}")
-        ax.set(ylabel="samples left", ylim=(0, totals[0] * 1.12), title=name or "")
+        ax.set(ylabel="samples left", ylim=(0, totals[0] * 1.12))
+        ax.set_title(caption(self.chosen, self.chosen_by, name), fontsize=11)
         ax.spines[["top", "right", "bottom"]].set_visible(False)
         handles: list[Any] = list(self.columns_)
-        called = class_labels(self.class_names, self.counts.shape[1])
-        labels = [str(called[c]) for c in self.order_]
+        names_of_all = class_labels(self.class_names, self.counts.shape[1])
+        labels = [str(names_of_all[c]) for c in self.order_]
         if len(handles) > LISTED:
             half = LISTED // 2
             gap = _nothing()
             handles, labels = [*handles[:half], gap, *handles[-half:]], [*labels[:half], "…", *labels[-half:]]
         ax.legend(
-            handles, labels, title="class", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize="small"
-        )
+            handles, labels, title="classes,\nas stacked", loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False,
+            fontsize="small",
+        )  # fmt: skip
 
 
 def _colors(n: int) -> Any:

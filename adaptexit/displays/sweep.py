@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from adaptexit.displays.shared import axes, exit_labels
+from adaptexit.displays.shared import axes, exit_labels, line_style
 
 Frontier = Any  # adaptexit.core.frontier.ParetoFrontier, which this module does not import
 
@@ -72,8 +72,8 @@ class SweepDisplay:
         """
         points = sorted((p for p in frontier.points if knob in p.params), key=lambda point: point.params[knob])
         if not points:
-            known = sorted({name for p in frontier.points for name in p.params})
-            raise ValueError(f"knob must be among the params of the frontier's points, {known}; got {knob!r}.")
+            knobs = sorted({name for p in frontier.points for name in p.params})
+            raise ValueError(f"knob must be among the params of the frontier's points, {knobs}; got {knob!r}.")
         return cls(
             values=[p.params[knob] for p in points],
             accuracy=[p.accuracy for p in points],
@@ -86,15 +86,17 @@ class SweepDisplay:
     def plot(self, ax: Any = None, **kwargs: Any) -> SweepDisplay:
         """Draw on ``ax`` (a new figure unless given); ``kwargs`` go to both lines' ``Axes.plot``. Returns self."""
         ax = axes(ax, figsize=(7.2, 4.8), layout="constrained")
-        n_exits = self.exit_rates.shape[1]
-        shades = [str(shade) for shade in np.linspace(0.93, 0.72, n_exits)]
-        self.areas_ = ax.stackplot(self.values, self.exit_rates.T, colors=shades, labels=self.exit_names)
-        style = {"marker": ".", "linewidth": 2.0}
-        (self.accuracy_,) = ax.plot(
-            self.values, self.accuracy, **(style | {"color": "C0", "label": "accuracy"} | kwargs)
-        )
-        (self.cost_,) = ax.plot(
-            self.values, self.cost, **(style | {"color": "C3", "label": "mean relative cost"} | kwargs)
+        shades = [str(shade) for shade in np.linspace(0.95, 0.65, self.exit_rates.shape[1])]
+        areas = {"colors": shades, "edgecolor": "white", "linewidth": 0.8}
+        self.areas_ = ax.stackplot(self.values, self.exit_rates.T, labels=self.exit_names, **areas)
+        self.accuracy_, self.cost_ = (
+            ax.plot(self.values, values, **(line_style(i) | {"linewidth": 2.0, "clip_on": False} | style | kwargs))[0]
+            for i, (values, style) in enumerate(
+                (
+                    (self.accuracy, {"color": "C0", "label": "accuracy"}),
+                    (self.cost, {"color": "C3", "label": "mean relative cost"}),
+                )
+            )
         )
         positive = self.values[self.values > 0]
         if len(positive) and self.values.max() >= _LOGARITHMIC * positive.min():

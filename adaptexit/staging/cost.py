@@ -12,7 +12,8 @@ from numpy.typing import NDArray
 from torch.backends import mha
 from torch.utils.flop_counter import FlopCounterMode
 
-from adaptexit.staging.rows import Rows, n_rows
+from adaptexit.staging.nested import Rows, n_rows
+from adaptexit.utils.frames import as_frame
 
 if TYPE_CHECKING:
     import pandas
@@ -37,10 +38,8 @@ class StageLatencies:
 
     def to_frame(self) -> pandas.DataFrame:
         """A row for every exit and batch size: exit, batch_size, stage_s, exit_s."""
-        import pandas
-
         k, b = np.indices(self.stage_s.shape).reshape(2, -1)
-        return pandas.DataFrame(
+        return as_frame(
             {
                 "exit": [self.exit_names[i] for i in k],
                 "batch_size": self.batch_sizes[b],
@@ -56,7 +55,7 @@ def count_macs(function: Callable[[Rows], Any], rows: Rows) -> float:
     Counted outside inference mode and with the fused attention path off: inside that path nothing would be counted.
     Element-wise work, pooling and normalisation are not MACs.
     """
-    fused = mha.get_fastpath_enabled()
+    fastpath = mha.get_fastpath_enabled()
     mha.set_fastpath_enabled(False)
     try:
         try:
@@ -64,7 +63,7 @@ def count_macs(function: Callable[[Rows], Any], rows: Rows) -> float:
         except AssertionError:  # the counter follows modules by gradients where one is given a view of a parameter
             flops = _counted_flops(function, rows, gradients=True)
     finally:
-        mha.set_fastpath_enabled(fused)
+        mha.set_fastpath_enabled(fastpath)
     return flops / 2 / n_rows(rows)
 
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, overload
+from typing import Any
 
 import numpy as np
 import timm
@@ -18,102 +17,13 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from adaptexit.staging.modes import evaluating
-from adaptexit.staging.rows import Rows, tensors_in
-from adaptexit.staging.scan import Call, Scan, ancestors, latencies
-
-if TYPE_CHECKING:
-    import pandas
+from adaptexit.staging.contexts import evaluating
+from adaptexit.staging.cut_table import CutPoint, CutTable
+from adaptexit.staging.nested import Rows, tensors_in
+from adaptexit.staging.profiling import Call, Scan, ancestors, latencies
 
 FIRST_SHARE, LAST_SHARE = 0.05, 0.97
 """Automatic cuts lie between these shares of the whole model's MACs."""
-
-
-@dataclass(frozen=True)
-class CutPoint:
-    """One place where a model can be cut.
-
-    Attributes
-    ----------
-    name : str
-        Dotted name of the module; the cut is right after it returns.
-    shape : tuple of int, or nested
-        Shape of its output without the sample axis. Lists, tuples and dicts of tensors are nested alike; whatever is
-        no tensor stands there as the name of its type.
-    macs : float
-        MACs a sample from the input to here.
-    relative_macs : float
-        The same as a share of the whole model's.
-    latency_s : float
-        Seconds a sample from the input to here, at the batch size of the example.
-    is_tensor : bool
-        Whether the output holds one tensor, alone or beside numbers: what a head can read.
-    is_narrow : bool
-        Whether nothing else computed so far, nor the input, is needed afterwards.
-    """
-
-    name: str
-    shape: Any
-    macs: float
-    relative_macs: float
-    latency_s: float
-    is_tensor: bool
-    is_narrow: bool
-
-
-@dataclass(frozen=True, repr=False)
-class CutTable(Sequence[CutPoint]):
-    """Cut points in execution order, printed as a table.
-
-    Attributes
-    ----------
-    points : tuple of CutPoint
-    macs, latency_s : float
-        MACs and seconds a sample of the whole model.
-    """
-
-    points: tuple[CutPoint, ...]
-    macs: float
-    latency_s: float
-
-    @property
-    def names(self) -> list[str]:
-        """Name of every cut point."""
-        return [point.name for point in self.points]
-
-    def to_frame(self) -> pandas.DataFrame:
-        """A pandas table, one row a cut point, columns as the attributes of :class:`CutPoint` (needs pandas)."""
-        try:
-            import pandas
-        except ImportError as error:
-            raise ImportError("to_frame needs pandas: pip install pandas (the extra 'plot' brings it).") from error
-        return pandas.DataFrame([asdict(point) for point in self.points], columns=list(CutPoint.__dataclass_fields__))
-
-    @overload
-    def __getitem__(self, index: int) -> CutPoint: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[CutPoint]: ...
-    def __getitem__(self, index: int | slice) -> CutPoint | Sequence[CutPoint]:
-        return self.points[index]
-
-    def __len__(self) -> int:
-        return len(self.points)
-
-    def __repr__(self) -> str:
-        yes = ("no", "yes")
-        header = ("cut", "output", "M MACs", "share", "ms", "tensor", "narrow")
-        rows = [
-            (p.name, str(p.shape), *_costs(p.macs, p.relative_macs, p.latency_s), yes[p.is_tensor], yes[p.is_narrow])
-            for p in self.points
-        ]
-        rows.append(("whole model", "", *_costs(self.macs, 1.0, self.latency_s), "", ""))
-        widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-        return "\n".join(
-            "  ".join(
-                cell.ljust(w) if column < 2 else cell.rjust(w) for column, (cell, w) in enumerate(zipped)
-            ).rstrip()
-            for zipped in (list(zip(row, widths, strict=True)) for row in (header, *rows))
-        )
 
 
 def list_cuts(
@@ -269,16 +179,16 @@ def check_names(model: nn.Module, names: Iterable[str], argument: str = "cuts") 
         raise TypeError(f"{argument} must be module names (str); got {odd[0]!r} of type {type(odd[0]).__name__}.")
     modules = dict(module.named_modules(remove_duplicate=False))
     if wrong := [name for name in names if not name or name not in modules]:
-        said = "; ".join(f"{name!r} ({_nearest(module, name)})" for name in wrong)
-        raise ValueError(f"{argument} must be names of modules of {type(module).__name__}; it has no {said}.")
-    first = {id(part): name for name, part in module.named_modules()}
-    found = [first[id(modules[name])] for name in names]
-    for i, name in enumerate(found):
-        if name in found[:i]:
-            other = names[found.index(name)]
+        hints = "; ".join(f"{name!r} ({_nearest(module, name)})" for name in wrong)
+        raise ValueError(f"{argument} must be names of modules of {type(module).__name__}; it has no {hints}.")
+    first_names = {id(part): name for name, part in module.named_modules()}
+    canonical = [first_names[id(modules[name])] for name in names]
+    for i, name in enumerate(canonical):
+        if name in canonical[:i]:
+            other = names[canonical.index(name)]
             also = "twice" if other == names[i] else f"also as {other!r}"
             raise ValueError(f"{argument} must be different modules; got {names[i]!r} {also}. Leave one out.")
-    return found
+    return canonical
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
@@ -292,8 +202,8 @@ def unwrapped(module: nn.Module) -> nn.Module:
     while True:
         if isinstance(module, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             module = module.module
-        elif isinstance(compiled := getattr(module, "_orig_mod", None), nn.Module):
-            module = compiled
+        elif isinstance(original := getattr(module, "_orig_mod", None), nn.Module):  # torch.compile's
+            module = original
         else:
             break
     if isinstance(module, torch.jit.ScriptModule):
@@ -311,10 +221,6 @@ def _point(scan: Scan, call: Call, latency_s: float = float("nan")) -> CutPoint:
     return CutPoint(call.name, call.shape, call.macs, relative, latency_s, call.is_tensor, scan.is_narrow(call))
 
 
-def _costs(macs: float, relative: float, latency_s: float) -> tuple[str, str, str]:
-    return f"{macs / 1e6:.4g}", f"{relative:.1%}", f"{latency_s * 1e3:.3g}"
-
-
 def _even(points: Sequence[CutPoint], n: int, handicaps: Sequence[float] | None = None) -> list[str]:
     """Names of up to n points nearest to even shares; a handicap is a distance that a point has to make up for.
 
@@ -329,21 +235,22 @@ def _even(points: Sequence[CutPoint], n: int, handicaps: Sequence[float] | None 
 
     @cache
     def best(target: int, start: int) -> tuple[float, tuple[int, ...]]:
+        """The least distance of the targets from this one on to points from ``start`` on, and these points."""
         if target > n:
             return 0.0, ()
-        distance, chosen = best(target + 1, start)
-        options = [(distance + 2 * spacing, chosen)]
+        distance, later = best(target + 1, start)
+        options = [(distance + 2 * spacing, later)]
         for i in range(start, len(points)):
             after = next((j for j in range(i + 1, len(points)) if shares[j] >= shares[i] + spacing / 3), len(points))
-            distance, chosen = best(target + 1, after)
-            options.append((distance + abs(shares[i] - target * spacing) + behind[i], (i, *chosen)))
+            distance, later = best(target + 1, after)
+            options.append((distance + abs(shares[i] - target * spacing) + behind[i], (i, *later)))
         return min(options)
 
-    chosen = best(1, 0)[1]
-    if not chosen:
+    choice = best(1, 0)[1]
+    if not choice:  # all lie so far from every target that leaving each without a point costs less
         targets = spacing * np.arange(1, n + 1)
-        chosen = (min(range(len(points)), key=lambda i: np.abs(targets - shares[i]).min() + behind[i]),)
-    return [points[i].name for i in chosen]
+        choice = (min(range(len(points)), key=lambda i: np.abs(targets - shares[i]).min() + behind[i]),)
+    return [points[i].name for i in choice]
 
 
 def _nearest(module: nn.Module, wrong: str) -> str:
@@ -375,9 +282,10 @@ def _prepared(model: str | nn.Module, example: Rows | None) -> tuple[nn.Module, 
         return module, _default_example(module)
     first = next(tensors_in(example), None)
     if first is None or not first.ndim or not len(first):
-        got = type(example).__name__ if first is None else f"a tensor of shape {tuple(first.shape)}"
+        kind = type(example).__name__ if first is None else f"a tensor of shape {tuple(first.shape)}"
         raise ValueError(
-            f"example must be a batch of inputs, a tensor (N, ...) of at least one sample or several nested; got {got}."
+            "example must be a batch of inputs, a tensor (N, ...) of at least one sample or several nested; got "
+            f"{kind}."
         )
     return module, example
 

@@ -1,43 +1,28 @@
 """Cut a model after named modules: stages that a sample can stop between, and the same answers.
 
-The traced graph is cut behind the named modules; each piece becomes a function of the model and of the values that are
-still needed. Weights stay where they are, in the user's module, whose hooks on submodules keep firing. No split is
-handed out before it was compared with the model itself.
+Each stage is a function of the model and of the values that are still needed (:mod:`adaptexit.staging.pieces` makes
+them). Weights stay where they are, in the user's module, whose hooks on submodules keep firing. No split is handed out
+before it was compared with the model itself.
 """
 
 from __future__ import annotations
 
 import copy
-import linecache
-import warnings
-import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
-from itertools import count, pairwise
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 
+from adaptexit.exceptions import DifferenceError, SplitError, UnsupportedValueError
+from adaptexit.staging.carried import Carried, Layout, Live, layout_of
+from adaptexit.staging.contexts import evaluating, exact_arithmetic
 from adaptexit.staging.cuts import check_names, unwrapped
-from adaptexit.staging.live import Carried, Layout, Live, UnsupportedValueError, copied, layout_of
-from adaptexit.staging.modes import evaluating, exact_arithmetic
-from adaptexit.staging.tracing import CutCall, SplitError, Traced, trace
-from adaptexit.staging.verify import DifferenceError, difference_from_model, distinct, shuffled
-
-_SERIAL = count()
+from adaptexit.staging.pieces import CarriedValue, Chain, StageFunction, TracedModel
+from adaptexit.staging.verify import difference_from_model, distinct, shuffled
 
 _ILL_CONDITIONED = 1e-2
 """Differences up to this may be rounding in single precision; double precision tells."""
-
-Stage = Callable[..., tuple[Any, tuple[Any, ...]]]
-CarriedValue = tuple[str, Any, Any]
-"""Name of a value that is needed after a cut, and what it is for 2 and for 3 samples."""
-
-
-class SplitWarning(UserWarning):
-    """Something of the model is not carried over into its stages."""
 
 
 def split(module: nn.Module, cuts: Sequence[str], example: Tensor) -> Split:
@@ -68,7 +53,7 @@ def split(module: nn.Module, cuts: Sequence[str], example: Tensor) -> Split:
     module = unwrapped(module)
     names = check_names(module, cuts)
     inputs = distinct(example)
-    return _made(_Traceable(module, tuple(names)), inputs)
+    return _verified_split(TracedModel(module, tuple(names)), inputs)
 
 
 def from_stages(stages: Sequence[nn.Module], example: Tensor) -> Split:
@@ -83,10 +68,10 @@ def from_stages(stages: Sequence[nn.Module], example: Tensor) -> Split:
     """
     if len(stages) < 2 or not all(isinstance(stage, nn.Module) for stage in stages):
         raise ValueError(f"stages must be at least two modules; got {[type(stage).__name__ for stage in stages]}.")
-    return _made(_Chain(stages), distinct(example))
+    return _verified_split(Chain(stages), distinct(example))
 
 
-def _made(source: _Traceable | _Chain, inputs: Tensor) -> Split:
+def _verified_split(source: TracedModel | Chain, inputs: Tensor) -> Split:
     with exact_arithmetic(), evaluating([source.module]), torch.no_grad():
         return Split(source, inputs)
 
@@ -98,6 +83,8 @@ class Split:
     ----------
     module : the model, shared
     cuts : tuple of K-1 names, in execution order
+    stages : nn.ModuleList of K Stages
+        What :meth:`run` runs, on plain values.
     example : tensor
         Inputs for making the stages anew after unpickling: the values that the split was verified on, shuffled.
     difference : largest difference from the model's answers that verification saw, relative to the largest answer
@@ -111,13 +98,14 @@ class Split:
     no other thread may call modules, as torch.fx redirects all calls.
     """
 
-    def __init__(self, source: _Traceable | _Chain, inputs: Tensor) -> None:
+    def __init__(self, source: TracedModel | Chain, inputs: Tensor) -> None:
         """Use :func:`split` or :func:`from_stages`."""
         self._source = source
+        self.stages = nn.ModuleList(Stage(self, k) for k in range(len(source.cuts) + 1))
         self._parts: list[nn.Module] | None = None
         self.cuts = source.cuts
         pieces = source.compiled((inputs[:2], inputs[2:5]))
-        self._functions: list[Stage] | None = pieces.functions
+        self._functions: list[StageFunction] | None = pieces.functions
         self._layouts = [_layouts(cut, values) for cut, values in zip(self.cuts, pieces.carried, strict=True)]
         self.difference = self._verified([_layout_or_none(*pair) for pair in pieces.features], inputs)
         self.example = shuffled(inputs)
@@ -155,14 +143,17 @@ class Split:
         return len(self.cuts) + 1
 
     @property
-    def stages(self) -> list[Callable[[Any], Carried]]:
-        """K callables: the first takes inputs, the others what the one before returned."""
-        return [partial(self.run, k) for k in range(self.n_stages)]
-
-    @property
     def live(self) -> list[tuple[Layout, ...]]:
         """How the values that are carried over each cut hang on the number of samples."""
         return list(self._layouts)
+
+    def function(self, k: int) -> StageFunction:
+        """Stage k as a plain function of the model and of what is carried in; made anew after unpickling."""
+        return (self._functions or self._made_anew())[k]
+
+    def _made_anew(self) -> list[StageFunction]:
+        self._functions = self._rebuilt()
+        return self._functions
 
     def run(self, k: int, carried: Any, *, checked: bool = True) -> Carried:
         """Run stage k on inputs (k = 0) or on what stage k-1 returned.
@@ -170,17 +161,15 @@ class Split:
         That no part of the module is in training mode is looked for before the first stage, unless the caller sees to
         it (``checked=False``).
         """
-        if self._functions is None:
-            self._functions = self._rebuilt()
-        module = self._source.module
+        functions = self._functions or self._made_anew()
         if k == 0:
             if checked:
                 self._check_mode()
             n, state = len(carried), None
-            feature, live = self._functions[0](module, carried)
+            feature, live = functions[0](self._source.module, carried)
         else:
             n, state = carried.live.n, carried.state
-            feature, live = self._functions[k](module, *carried.live.values)
+            feature, live = functions[k](self._source.module, *carried.live.values)
         return Carried(Live(live, self._layouts[k] if k < len(self._layouts) else (), n), feature, state)
 
     def visit(self, x: Tensor, look: Callable[[int, Any], None]) -> Any:
@@ -208,176 +197,52 @@ class Split:
                 "other, so that none can leave. Call module.eval() first."
             )
 
-    def _rebuilt(self) -> list[Stage]:
+    def _rebuilt(self) -> list[StageFunction]:
         """The functions made anew, for the device and precision that the module has by now."""
         like = next((p for p in self.module.parameters() if p.is_floating_point()), None)
-        made = self.example if like is None else self.example.to(like.device)
-        if like is not None and made.is_floating_point():
-            made = made.to(like.dtype)
+        example = self.example if like is None else self.example.to(like.device)
+        if like is not None and example.is_floating_point():
+            example = example.to(like.dtype)
         with evaluating([self.module]):
-            return self._source.compiled((made[:2], made[2:5])).functions
+            return self._source.compiled((example[:2], example[2:5])).functions
 
     def __getstate__(self) -> dict[str, Any]:
+        # Functions that were compiled from text cannot be pickled; the list of parts would go stale.
         return self.__dict__ | {"_functions": None, "_parts": None}
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Split:
-        made = object.__new__(type(self))
-        memo[id(self)] = made
-        made.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
-        made._parts = None
-        return made
+        # Unlike a pickled one it keeps its functions: they are given the model, and hold nothing of it.
+        twin = object.__new__(type(self))
+        memo[id(self)] = twin
+        twin.__dict__.update({name: copy.deepcopy(value, memo) for name, value in self.__dict__.items()})
+        twin._parts = None
+        return twin
 
     def __repr__(self) -> str:
         return f"Split({type(self.module).__name__}, cuts={list(self.cuts)})"
 
 
-# -- where stages come from --------------------------------------------------------------------------------------------
+class Stage(nn.Module):
+    """Stage k of a split as a module: from the values that are carried in to the cut's output and those carried on.
 
+    The user's model is part of it, so that it can be exported, compiled and moved like any module; the model itself
+    does not know of its stages.
+    """
 
-@dataclass
-class _Pieces:
-    """Stages as functions; what is carried over every cut; what every stage answers, for 2 and for 3 samples."""
+    def __init__(self, parts: Split, k: int) -> None:
+        super().__init__()
+        self.model = parts.module
+        self.training = False  # its own flag: the model's modes are the user's
+        self.k = k
+        self._split = parts
 
-    functions: list[Stage]
-    carried: list[list[CarriedValue]]
-    features: list[tuple[Any, Any]]
+    def forward(self, *values: Any) -> tuple[Any, tuple[Any, ...]]:
+        """Inputs (k = 0), or the values that stage k - 1 carried on -> (output at the cut, values carried on)."""
+        return self._split.function(self.k)(self.model, *values)
 
-
-class _Chain:
-    """Stages that were given."""
-
-    def __init__(self, stages: Sequence[nn.Module]) -> None:
-        self.module = nn.Sequential(*stages)
-        self.module.training = any(stage.training for stage in stages)
-        self.cuts = tuple(str(k) for k in range(len(stages) - 1))
-
-    def compiled(self, batches: tuple[Tensor, Tensor]) -> _Pieces:
-        values: list[Any] = list(batches)
-        features = []
-        for stage in self.module:
-            values = [stage(copied(value)) for value in values]
-            features.append((values[0], values[1]))
-
-        def function(k: int) -> Stage:
-            def run(module: Any, carried: Any) -> tuple[Any, tuple[Any, ...]]:
-                output = module[k](carried)
-                return output, (output,) if k < len(self.cuts) else ()
-
-            return run
-
-        carried = [[("output", *pair)] for pair in features[:-1]]
-        return _Pieces([function(k) for k in range(len(features))], carried, features)
-
-
-class _Traceable:
-    """Stages cut out of a module's traced forward."""
-
-    def __init__(self, module: nn.Module, cuts: tuple[str, ...]) -> None:
-        self.module, self.cuts = module, cuts
-
-    def compiled(self, batches: tuple[Tensor, Tensor]) -> _Pieces:
-        self._warn_of_hooks()
-        traced = trace(self.module, self.cuts, batches)
-        calls = [_only_call(self.module, cut, traced) for cut in self.cuts]
-        nodes = list(traced.graph.nodes)
-        place = {node: i for i, node in enumerate(nodes)}
-        ends = [place[call.last] for call in calls]
-        _check_order(self.cuts, ends)
-        if not any(_computes(node) for node in nodes[ends[-1] + 1 :]):
-            raise SplitError(
-                f"nothing is left to compute after {self.cuts[-1]!r}: an exit there would be the model itself. "
-                "Leave it out."
-            )
-        last_use = {node: max(map(place.get, node.users), default=-1) for node in nodes}  # type: ignore[type-var]
-        functions: list[Stage] = []
-        pairs: list[list[CarriedValue]] = []
-        before: list[fx.Node] = []
-        for start, end, call in zip(
-            [0, *(end + 1 for end in ends)], [*ends, len(nodes) - 1], [*calls, None], strict=True
-        ):
-            live = [n for n in nodes[: end + 1] if (last_use[n] or -1) > end and not _attribute(n)] if call else []
-            functions.append(_function(nodes[start : end + 1], before, live, call))
-            if call:
-                pairs.append([(node.name, *traced.values[node]) for node in live])
-            before = live
-        outputs = [*(call.output for call in calls), nodes[-1].args[0]]
-        return _Pieces(functions, pairs, [traced.pair_of(output) for output in outputs])
-
-    def _warn_of_hooks(self) -> None:
-        ancestors = {""} | {cut[:i] for cut in self.cuts for i, letter in enumerate(cut) if letter == "."}
-        for name in sorted(ancestors):
-            part = self.module.get_submodule(name)
-            if part._forward_hooks or part._forward_pre_hooks:
-                warnings.warn(
-                    f"hooks on {name or 'the model itself'!r} do not fire in the stages, since a cut lies inside it. "
-                    "Put them on modules that are called in one piece.",
-                    SplitWarning,
-                    stacklevel=6,
-                )
-
-
-def _only_call(module: nn.Module, cut: str, traced: Traced) -> CutCall:
-    calls = traced.cut_calls[cut]
-    if len(calls) == 1:
-        return calls[0]
-    if calls:
-        raise SplitError(
-            f"{cut!r} is called {len(calls)} times in a forward, and an exit needs one place. Cut at a module that is "
-            "called once."
-        )
-    inside = [name for name in traced.called if name.startswith(f"{cut}.")]
-    kind = type(module.get_submodule(cut)).__name__
-    hint = (
-        f" Cut at its last called child, {inside[-1]!r}."
-        if inside
-        else " Choose another: list_cuts shows what there is."
-    )
-    raise SplitError(f"{cut!r} (a {kind}) is never called in the evaluation forward.{hint}")
-
-
-def _check_order(cuts: Sequence[str], ends: Sequence[int]) -> None:
-    order = sorted(range(len(cuts)), key=lambda i: ends[i])
-    if order != list(range(len(cuts))):
-        raise ValueError(
-            f"cuts must come in the order in which the model runs them: {[cuts[i] for i in order]}; got {list(cuts)}."
-        )
-    for i, (one, other) in enumerate(pairwise(ends)):
-        if one == other:
-            raise ValueError(f"cuts must lie apart; {cuts[i]!r} and {cuts[i + 1]!r} are the same point. Keep one.")
-
-
-def _attribute(node: fx.Node) -> bool:
-    """Whether a node is read from the model (or was made while tracing), and so can be read again in any stage."""
-    return node.op == "get_attr" or getattr(node.target, "__name__", None) == "constant"
-
-
-def _computes(node: fx.Node) -> bool:
-    return node.op in ("call_module", "call_method", "call_function") and not _attribute(node)
-
-
-def _function(nodes: list[fx.Node], before: list[fx.Node], live: list[fx.Node], call: CutCall | None) -> Stage:
-    """A piece of the graph as a function of the model and of the values carried in."""
-    graph = fx.Graph()
-    copied: dict[fx.Node, fx.Node] = {node: graph.placeholder(node.name) for node in before}
-
-    def local(node: fx.Node) -> fx.Node:
-        if node not in copied:
-            copied[node] = graph.node_copy(node, local)  # an attribute that was first read in an earlier stage
-        return copied[node]
-
-    for node in nodes:
-        if node.op != "output":
-            copied[node] = graph.node_copy(node, local)
-    output = call.output if call else nodes[-1].args[0]
-    graph.output(fx.node.map_arg((output, tuple(live)), local))
-    code = graph.python_code("self")
-    source, filename = code.src, f"<adaptexit stage {next(_SERIAL)}>"
-    linecache.cache[filename] = (len(source), None, source.splitlines(keepends=True), filename)  # for tracebacks
-    namespace = dict(code.globals)
-    exec(compile(source, filename, "exec"), namespace)
-    function: Stage = namespace["forward"]
-    weakref.finalize(function, linecache.cache.pop, filename, None)
-    return function
+    def __repr__(self) -> str:
+        end = self._split.cuts[self.k] if self.k < len(self._split.cuts) else "the end"
+        return f"Stage({self.k}, up to {end} of {type(self.model).__name__})"
 
 
 def _layout_or_none(two: Any, three: Any) -> Layout | None:

@@ -10,14 +10,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from adaptexit.staging.live import Carried, Layout, Live, copied
-from adaptexit.staging.rows import tensors_in
-from adaptexit.staging.tracing import SplitError
+from adaptexit.exceptions import DifferenceError, SplitError
+from adaptexit.staging.carried import Carried, Layout, Live, copied
+from adaptexit.staging.nested import tensors_in
 
 N_VERIFIED = 6
 """Distinct samples on which a split is compared with its model."""
 
-_CHOSEN = (np.array([5, 1, 3]), np.array([4, 0, 2]))
+_STAYING = (np.array([5, 1, 3]), np.array([4, 0, 2]))
 """Samples that go on after a cut: no prefix, out of order, and every sample without some others."""
 
 _TOLERANCES = {torch.float16: 3e-2, torch.bfloat16: 3e-2, torch.float32: 1e-4}
@@ -25,55 +25,43 @@ _DOUBLE = 1e-8
 """Largest difference relative to the largest value, by precision."""
 
 
-class DifferenceError(SplitError):
-    """The stages answer differently from the model.
-
-    Attributes
-    ----------
-    difference : relative to the largest value; inf where shapes differ
-    """
-
-    def __init__(self, message: str, difference: float = float("inf")) -> None:
-        super().__init__(message)
-        self.difference = difference
-
-
 def distinct(example: Any) -> Tensor:
     """Exactly :data:`N_VERIFIED` distinct inputs: the example's first ones, and noisy ones where it has too few."""
     if not isinstance(example, Tensor) or example.ndim < 1 or not len(example):
-        came = f"shape {tuple(example.shape)}" if isinstance(example, Tensor) else f"a {type(example).__name__}"
-        raise ValueError(f"example must be a tensor of at least one input, (B, ...); got {came}.")
+        kind = f"shape {tuple(example.shape)}" if isinstance(example, Tensor) else f"a {type(example).__name__}"
+        raise ValueError(f"example must be a tensor of at least one input, (B, ...); got {kind}.")
     example = example.detach()
-    kept: list[Tensor] = []
-    _add_new(kept, example)
+    inputs: list[Tensor] = []
+    _add_new(inputs, example)
     generator = torch.Generator().manual_seed(0)
     for _ in range(100):
-        if len(kept) == N_VERIFIED:
+        if len(inputs) == N_VERIFIED:
             break
-        _add_new(kept, _noisy(example[: N_VERIFIED - len(kept)], example, generator))
+        _add_new(inputs, _noisy(example[: N_VERIFIED - len(inputs)], example, generator))
     else:
         raise ValueError(
             f"example must have {N_VERIFIED} different inputs, or values to make them from; got shape "
             f"{tuple(example.shape)} with values from {example.min()} to {example.max()}. Give {N_VERIFIED} inputs."
         )
-    found = torch.stack(kept)
-    if example.ndim == 4 and example.is_contiguous(memory_format=torch.channels_last):
-        return found.contiguous(memory_format=torch.channels_last)
-    return found
+    return _as_channels_last_as(torch.stack(inputs), example)
 
 
-def _add_new(kept: list[Tensor], rows: Tensor) -> None:
+def _as_channels_last_as(inputs: Tensor, example: Tensor) -> Tensor:
+    """The same inputs in the example's memory format, which models may be made for."""
+    channels_last = example.ndim == 4 and example.is_contiguous(memory_format=torch.channels_last)
+    return inputs.contiguous(memory_format=torch.channels_last) if channels_last else inputs
+
+
+def _add_new(inputs: list[Tensor], rows: Tensor) -> None:
     for row in rows:
-        if len(kept) < N_VERIFIED and not any(torch.equal(row, other) for other in kept):
-            kept.append(row)
+        if len(inputs) < N_VERIFIED and not any(torch.equal(row, other) for other in inputs):
+            inputs.append(row)
 
 
 def shuffled(example: Tensor) -> Tensor:
     """Inputs of the same values in random places, so that what is kept of real data shows none of them."""
     order = torch.randperm(example.numel(), generator=torch.Generator().manual_seed(0)).to(example.device)
-    mixed = example.contiguous().reshape(-1)[order].reshape(example.shape)
-    channels_last = example.ndim == 4 and example.is_contiguous(memory_format=torch.channels_last)
-    return mixed.contiguous(memory_format=torch.channels_last) if channels_last else mixed
+    return _as_channels_last_as(example.contiguous().reshape(-1)[order].reshape(example.shape), example)
 
 
 def _noisy(rows: Tensor, example: Tensor, generator: torch.Generator) -> Tensor:
@@ -118,25 +106,27 @@ def difference_from_model(
     reference = copied(module(inputs.clone()))
     if not all(torch.isfinite(t).all() for t in tensors_in(reference) if t.is_floating_point()):
         raise SplitError("the model's answers to the example are NaN or infinite, so its stages cannot be verified.")
-    seen: list[Any] = []
-    _stages(run, inputs.clone(), last, lambda k, feature: seen.append(copied(feature)))
-    worst = _difference(seen[last], reference, "all stages in a row")
+    features: list[Any] = []
+    _stages(run, inputs.clone(), last, lambda k, feature: features.append(copied(feature)))
+    worst = _difference(features[last], reference, "all stages in a row")
     for k, cut in enumerate(cuts):
-        for chosen in _CHOSEN:
+        for samples in _STAYING:
             carried = _stages(run, inputs.clone(), k)
-            carried = carried.taken(chosen[:2]).joined([carried.taken(chosen[2:])])
-            where = f"{len(chosen)} of {len(inputs)} samples going on after {cut!r}"
+            carried = carried.taken(samples[:2]).joined([carried.taken(samples[2:])])
+            where = f"{len(samples)} of {len(inputs)} samples going on after {cut!r}"
             for after in range(k + 1, last + 1):
                 carried = run(after, carried)
-                worst = max(worst, _difference(carried.feature, _rows(seen[after], layouts[after], chosen), where))
+                expected = _rows(features[after], layouts[after], samples)
+                worst = max(worst, _difference(carried.feature, expected, where))
+    # One sample alone may take other kernels than many: the model does so too, and both must agree.
     alone = _stages(run, inputs[:1].clone(), last)
     worst = max(worst, _difference(alone.feature, module(inputs[:1].clone()), "one sample alone"))
     return max(worst, _difference(alone.feature, _rows(reference, layouts[last], np.array([0])), "one sample alone"))
 
 
-def _rows(value: Any, layout: Layout | None, chosen: NDArray[Any]) -> Any:
+def _rows(value: Any, layout: Layout | None, samples: NDArray[Any]) -> Any:
     """What stages should answer for some of the samples; None where that cannot be told from the answer for all."""
-    return None if layout is None else Live((value,), (layout,), N_VERIFIED).taken(chosen).values[0]
+    return None if layout is None else Live((value,), (layout,), N_VERIFIED).taken(samples).values[0]
 
 
 def _stages(

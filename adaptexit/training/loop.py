@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
-from adaptexit.core.checks import check_whole, checked_number
-
 MINIBATCHES = 500
 """That "auto" epochs make at least."""
 
@@ -74,21 +72,21 @@ def minimise(
         Once a loss is NaN or infinite: names the epoch and the term.
     """
     everything = (parameter for module in modules for parameter in module.parameters())
-    trained = list(dict.fromkeys(everything if parameters is None else parameters))
-    if not trained:
+    learners = list(dict.fromkeys(everything if parameters is None else parameters))
+    if not learners:
         raise ValueError(f"{description} needs parameters to train; got none. Give modules that have some.")
     seed = int(check_random_state(random_state).randint(np.iinfo(np.int32).max))
     order = torch.Generator().manual_seed(seed)
     probabilities = None if sample_weight is None else _checked_weights(sample_weight, n_samples)
-    optimizer = torch.optim.AdamW(trained, lr, weight_decay=weight_decay)
+    optimizer = torch.optim.AdamW(learners, lr, weight_decay=weight_decay)
     schedule = CosineAnnealingLR(optimizer, epochs * len(_batches(torch.arange(n_samples), batch_size)))
     history = []
-    with _only(trained, modules), _mode(modules, training), _seeded(seed, trained), torch.enable_grad():
+    with _only(learners, modules), _mode(modules, training), _seeded(seed, learners), torch.enable_grad():
         for epoch in tqdm(range(epochs), desc=description, disable=verbose < 1):
             total = torch.zeros(())
             for rows in _batches(_order(n_samples, probabilities, order), batch_size):
                 terms = loss(rows).reshape(-1)
-                terms.sum().backward(inputs=trained)
+                terms.sum().backward(inputs=learners)
                 optimizer.step()
                 optimizer.zero_grad()
                 schedule.step()
@@ -97,18 +95,6 @@ def minimise(
             if not np.isfinite(history[-1]).all():
                 _raise_diverged(description, epoch, epochs, history[-1], lr)
     return history
-
-
-def checked_settings(epochs: Any, lr: Any, weight_decay: Any, batch_size: Any) -> dict[str, Any]:
-    """Refuse settings that cannot be; those that :func:`minimise` takes, without ``epochs``, which may be "auto"."""
-    if not (isinstance(epochs, str) and epochs == "auto"):
-        check_whole("epochs", epochs, 1, " or 'auto'")
-    check_whole("batch_size", batch_size, 2)
-    return {
-        "lr": checked_number("lr", lr, "a finite number above 0", np.nextafter(0, 1)),
-        "weight_decay": checked_number("weight_decay", weight_decay, "a finite number, 0 or above", 0.0),
-        "batch_size": batch_size,
-    }
 
 
 def n_epochs(asked: int | str, n_samples: int, batch_size: int, usual: int, minibatches: int = MINIBATCHES) -> int:
@@ -155,18 +141,18 @@ def _raise_diverged(description: str, epoch: int, epochs: int, terms: list[float
 
 
 @contextmanager
-def _only(trained: Sequence[nn.Parameter], modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Gradients for ``trained`` and no other parameter; none is left behind."""
-    chosen = {id(parameter) for parameter in trained}
-    before = {p: p.requires_grad for p in [*trained, *(p for module in modules for p in module.parameters())]}
+def _only(learners: Sequence[nn.Parameter], modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Gradients for ``learners`` and no other parameter; none is left behind."""
+    identities = {id(parameter) for parameter in learners}
+    before = {p: p.requires_grad for p in [*learners, *(p for module in modules for p in module.parameters())]}
     for parameter in before:
-        parameter.requires_grad_(id(parameter) in chosen)
+        parameter.requires_grad_(id(parameter) in identities)
     try:
         yield
     finally:
-        for parameter, required in before.items():
-            parameter.requires_grad_(required)
-        for parameter in trained:
+        for parameter, requires_grad in before.items():
+            parameter.requires_grad_(requires_grad)
+        for parameter in learners:
             parameter.grad = None
 
 
@@ -182,9 +168,9 @@ def _mode(modules: Sequence[nn.Module], training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int, trained: Sequence[nn.Parameter]) -> Iterator[None]:
+def _seeded(seed: int, learners: Sequence[nn.Parameter]) -> Iterator[None]:
     """Dropout and the like from ``seed``; the random states of the CPU and of the GPUs in use are given back."""
-    gpus = sorted({p.device.index for p in trained if p.device.type == "cuda"})
+    gpus = sorted({p.device.index for p in learners if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=gpus):
         # torch.manual_seed would seed every GPU, also those whose state is not given back.
         torch.default_generator.manual_seed(seed)

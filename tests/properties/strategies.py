@@ -5,6 +5,7 @@ import dataclasses
 import numpy as np
 from hypothesis import strategies as st
 
+from adaptexit.core.frontier import OperatingPoint, ParetoFrontier
 from adaptexit.core.outputs import ExitOutputs
 
 FULL = 64
@@ -142,5 +143,20 @@ def large_outputs(draw, max_exits=3, max_samples=600):
 
 def margins(max_size=4):
     """Rising margins of class precision, those with exact ties of precision and target among them."""
-    known = st.sampled_from([0.0, 0.01, 0.05, 0.1, 0.2, 0.25, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5])
-    return st.lists(known | st.floats(0, 1), min_size=1, max_size=max_size, unique=True).map(sorted)
+    round_ones = st.sampled_from([0.0, 0.01, 0.05, 0.1, 0.2, 0.25, 0.4, 0.5, 0.6, 0.8, 1.0, 1.5])
+    return st.lists(round_ones | st.floats(0, 1), min_size=1, max_size=max_size, unique=True).map(sorted)
+
+
+@st.composite
+def batched(draw, n):
+    """The indices of n samples in any order, cut into batches."""
+    order = np.array(draw(st.permutations(range(n))), dtype=np.intp)
+    cuts = draw(st.lists(st.integers(0, n), max_size=3))
+    return np.split(order, sorted(cuts))
+
+
+def frontier_through(reduction, accuracy, full):
+    """A frontier of points at given cost reductions, in the order given."""
+    rates, thresholds = np.array([1.0, 0.0]), np.array([np.inf, -np.inf])
+    points = [OperatingPoint(a, 1 - r, rates, thresholds, thresholds) for r, a in zip(reduction, accuracy, strict=True)]
+    return ParetoFrontier(points, full, np.array([0.5, full]), np.array([0.1, 1.0]), 100)

@@ -42,10 +42,10 @@ def test_no_thresholds_beat_the_oracle(data):
 def test_no_choice_of_exits_beats_the_oracle(data):
     outputs = data.draw(exit_outputs())
     samples = np.arange(outputs.n_samples)
-    chosen = data.draw(st.sampled_from([0.0, 0.1, 1.0]).flatmap(lambda share: other_choice(outputs, share)))
+    choice = data.draw(st.sampled_from([0.0, 0.1, 1.0]).flatmap(lambda share: other_choice(outputs, share)))
     costs, quality = outputs.alone_costs(), outputs.graded.astype(float)
     best = oracle(outputs)
-    accuracy, cost = quality[chosen, samples].mean(), costs[chosen].mean() / outputs.full_cost
+    accuracy, cost = quality[choice, samples].mean(), costs[choice].mean() / outputs.full_cost
     assert accuracy <= best.accuracy + 1e-12
     if accuracy >= best.accuracy - 1e-9:
         assert best.cost <= cost + 1e-12
@@ -83,8 +83,8 @@ def test_another_exit_never_makes_the_oracle_less_accurate(data):
 @given(st.data())
 def test_the_oracle_keeps_the_order_of_qualities_only(data):
     outputs = data.draw(exit_outputs(graded=True))
-    mapped = data.draw(increasing_maps())(outputs.quality)
-    assert oracle_exits(dataclasses.replace(outputs, quality=mapped)).tolist() == oracle_exits(outputs).tolist()
+    quality = data.draw(increasing_maps())(outputs.quality)
+    assert oracle_exits(dataclasses.replace(outputs, quality=quality)).tolist() == oracle_exits(outputs).tolist()
 
 
 # -- exits alone and at random ----------------------------------------------------------------------------------------
@@ -108,10 +108,10 @@ def test_the_last_exit_alone_is_the_full_model(outputs):
 
 @given(exit_outputs())
 def test_random_routing_is_the_mean_of_the_exits_alone(outputs):
-    drawn, alone = random_routing(outputs), fixed_exits(outputs)
+    at_random, alone = random_routing(outputs), fixed_exits(outputs)
     for name in ("accuracy", "cost", "exit_rates"):
         mean = np.mean([getattr(point, name) for point in alone], axis=0)
-        np.testing.assert_allclose(getattr(drawn, name), mean, atol=1e-12)
+        np.testing.assert_allclose(getattr(at_random, name), mean, atol=1e-12)
 
 
 # -- patience ---------------------------------------------------------------------------------------------------------
@@ -120,8 +120,8 @@ def test_random_routing_is_the_mean_of_the_exits_alone(outputs):
 @given(st.data())
 def test_more_patience_leaves_no_sample_earlier_and_costs_no_less(data):
     outputs = data.draw(exit_outputs(min_exits=2, graded=False))
-    asked = data.draw(st.integers(1, outputs.n_exits))
-    assert (patience_exits(outputs, asked) <= patience_exits(outputs, asked + 1)).all()
+    count = data.draw(st.integers(1, outputs.n_exits))
+    assert (patience_exits(outputs, count) <= patience_exits(outputs, count + 1)).all()
     costs = [point.cost for point in patience(outputs)]
     assert costs == pytest.approx(sorted(costs), abs=1e-12)
 
@@ -129,8 +129,8 @@ def test_more_patience_leaves_no_sample_earlier_and_costs_no_less(data):
 @given(exit_outputs(min_exits=2, graded=False))
 def test_the_largest_patience_is_the_full_model_that_pays_for_every_exit(outputs):
     largest = patience(outputs)[-1]
-    paid = (outputs.stage_costs.sum() + outputs.exit_costs.sum()) / outputs.full_cost
-    assert (largest.accuracy, largest.cost) == pytest.approx((outputs.full_accuracy, paid), abs=1e-12)
+    cost = (outputs.stage_costs.sum() + outputs.exit_costs.sum()) / outputs.full_cost
+    assert (largest.accuracy, largest.cost) == pytest.approx((outputs.full_accuracy, cost), abs=1e-12)
 
 
 @given(exit_outputs(graded=False, max_exits=7))
@@ -143,13 +143,13 @@ def test_nobody_leaves_before_patience_can_be_over(outputs):
 @given(st.data())
 def test_patience_looks_at_nothing_but_whether_answers_are_the_same(data):
     outputs = data.draw(exit_outputs(min_exits=2, graded=False))
-    asked = data.draw(st.integers(1, outputs.n_exits))
+    count = data.draw(st.integers(1, outputs.n_exits))
     renamed = data.draw(permutations_of(outputs.n_classes))[outputs.predictions]
     other = dataclasses.replace(
         outputs, predictions=renamed, scores=-outputs.scores, labels=np.zeros_like(outputs.labels),
         chained=not outputs.chained,
     )  # fmt: skip
-    assert patience_exits(other, asked).tolist() == patience_exits(outputs, asked).tolist()
+    assert patience_exits(other, count).tolist() == patience_exits(outputs, count).tolist()
     costs = [[point.cost for point in patience(o)] for o in (outputs, other)]
     assert costs[0] == costs[1]
 

@@ -11,9 +11,16 @@ from adaptexit.core.frontier import evaluate
 from adaptexit.core.margins import Rule, margin_thresholds
 from adaptexit.core.routing import exit_index
 from tests import reference
-from tests.properties.strategies import class_outputs, generators, increasing_maps, large_outputs, permutations_of
+from tests.properties.strategies import (
+    batched,
+    class_outputs,
+    generators,
+    increasing_maps,
+    large_outputs,
+    permutations_of,
+)
 from tests.properties.strategies import margins as margin_lists
-from tests.properties.test_calibrator_laws import batched, online_exits
+from tests.properties.test_calibrator_laws import online_exits
 
 pytestmark = pytest.mark.filterwarnings("ignore::adaptexit.CalibrationWarning")
 
@@ -33,9 +40,9 @@ def exits_of(outputs, cutoffs):
 
 def cells_of(outputs, thresholds, k, cascade_aware):
     """Class, threshold and the samples (a mask) that are counted, for every cell of exit k."""
-    reached = np.array(reference.route(outputs, thresholds)) >= k if cascade_aware else True
+    arriving = np.array(reference.route(outputs, thresholds)) >= k if cascade_aware else True
     for c in range(outputs.n_classes):
-        yield c, thresholds[k, c], (outputs.predictions[k] == c) & reached
+        yield c, thresholds[k, c], (outputs.predictions[k] == c) & arriving
 
 
 # -- the definition ---------------------------------------------------------------------------------------------------
@@ -43,28 +50,30 @@ def cells_of(outputs, thresholds, k, cascade_aware):
 
 @given(class_outputs(), margin_lists(), modes, supports)
 def test_thresholds_equal_the_naive_rule(outputs, margins, cascade_aware, support):
-    found, _ = margin_thresholds(outputs, margins, cascade_aware=cascade_aware, rule=Rule(support))
+    thresholds, _ = margin_thresholds(outputs, margins, cascade_aware=cascade_aware, rule=Rule(support))
     cell = partial(reference.smallest_feasible, min_support=support)
     expected = [reference.margin_thresholds(outputs, margin, cascade_aware, cell) for margin in margins]
-    assert found.tolist() == expected
+    assert thresholds.tolist() == expected
 
 
 @given(class_outputs(max_samples=60), st.lists(st.floats(0, 0.999), min_size=1, max_size=2), modes, supports, deltas)
 def test_wilson_thresholds_equal_the_naive_rule(outputs, margins, cascade_aware, support, delta):
-    found, _ = margin_thresholds(outputs, margins, cascade_aware=cascade_aware, rule=Rule(support, "wilson", delta))
+    thresholds, _ = margin_thresholds(
+        outputs, margins, cascade_aware=cascade_aware, rule=Rule(support, "wilson", delta)
+    )
     lower = partial(reference.wilson_lower, delta=delta)
     cell = partial(reference.smallest_feasible, min_support=support, estimate=lower)
     expected = [reference.margin_thresholds(outputs, margin, cascade_aware, cell) for margin in margins]
-    assert found.tolist() == expected
+    assert thresholds.tolist() == expected
 
 
 @given(large_outputs(), margin_lists(2), modes, st.sampled_from([1, 30, 60]), deltas)
 def test_thresholds_by_tests_equal_the_naive_sequence(outputs, margins, cascade_aware, support, delta):
     rule = Rule(support, "fixed_sequence", delta)
-    found, _ = margin_thresholds(outputs, margins, cascade_aware=cascade_aware, rule=rule)
+    thresholds, _ = margin_thresholds(outputs, margins, cascade_aware=cascade_aware, rule=rule)
     cell = partial(reference.fixed_sequence, min_support=support, delta=delta)
     expected = [reference.margin_thresholds(outputs, margin, cascade_aware, cell) for margin in margins]
-    assert found.tolist() == expected
+    assert thresholds.tolist() == expected
 
 
 @given(class_outputs(2), margin_lists(), modes, rules)
@@ -106,7 +115,7 @@ def test_cutoffs_lie_half_way_to_the_next_score_of_the_cell(outputs, margins, ca
 
 
 @given(st.data(), class_outputs(), margin_lists(), modes)
-def test_online_accept_equals_offline_routing(data, outputs, margins, cascade_aware):
+def test_online_decisions_equal_offline_routing(data, outputs, margins, cascade_aware):
     calibrator = CPMCalibrator(margins[0], margins=margins, cascade_aware=cascade_aware).fit(outputs)
     batches = data.draw(batched(outputs.n_samples))
     for point in calibrator.frontier_.points:
@@ -117,8 +126,8 @@ def test_online_accept_equals_offline_routing(data, outputs, margins, cascade_aw
 @given(class_outputs(spacing=0.125), margin_lists(), modes, rules, generators)
 def test_rounding_of_the_scores_changes_no_exit(outputs, margins, cascade_aware, rule, rng):
     _, cutoffs = margin_thresholds(outputs, margins, cascade_aware=cascade_aware, rule=rule)
-    rounded = outputs.with_scores(outputs.scores + rng.uniform(-1e-7, 1e-7, outputs.scores.shape))
-    assert exits_of(rounded, cutoffs).tolist() == exits_of(outputs, cutoffs).tolist()
+    nearby = outputs.with_scores(outputs.scores + rng.uniform(-1e-7, 1e-7, outputs.scores.shape))
+    assert exits_of(nearby, cutoffs).tolist() == exits_of(outputs, cutoffs).tolist()
 
 
 # -- margins, supports and the cascade --------------------------------------------------------------------------------
@@ -188,9 +197,9 @@ def test_relabelling_the_classes_permutes_the_thresholds(example, margins, casca
 
 
 @given(any_data, margin_lists(), modes, increasing_maps())
-def test_an_increasing_map_of_the_scores_maps_the_thresholds(example, margins, cascade_aware, mapped):
+def test_an_increasing_map_of_the_scores_maps_the_thresholds(example, margins, cascade_aware, increasing):
     outputs, rule = example
-    scores = mapped(outputs.scores)
+    scores = increasing(outputs.scores)
     image = dict(zip(outputs.scores.ravel().tolist(), scores.ravel().tolist(), strict=True))
     before, after = (
         margin_thresholds(o, margins, cascade_aware=cascade_aware, rule=rule)

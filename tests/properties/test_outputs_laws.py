@@ -54,15 +54,15 @@ def test_saving_and_loading_gives_the_same_outputs(outputs, mmap):
 @given(whole_outputs(), st.data())
 def test_taking_samples_equals_indexing_every_array(outputs, data):
     samples = np.array(data.draw(st.lists(st.integers(0, outputs.n_samples - 1), min_size=1)))
-    taken = outputs.take(samples)
+    some = outputs.take(samples)
     for k in range(outputs.n_exits):
         for place, i in enumerate(samples):
-            assert taken.scores[k][place] == outputs.scores[k][i]
-            assert reference.quality_of(taken, k, place) == reference.quality_of(outputs, k, i)
+            assert some.scores[k][place] == outputs.scores[k][i]
+            assert reference.quality_of(some, k, place) == reference.quality_of(outputs, k, i)
             if outputs.logits is not None:
-                assert taken.logits[k][place].tolist() == outputs.logits[k][i].tolist()
+                assert some.logits[k][place].tolist() == outputs.logits[k][i].tolist()
             if outputs.features is not None:
-                assert taken.features[k][place].tolist() == outputs.features[k][i].tolist()
+                assert some.features[k][place].tolist() == outputs.features[k][i].tolist()
 
 
 @given(st.data())
@@ -72,8 +72,8 @@ def test_dropping_an_exit_equals_switching_it_off(data):
     thresholds = data.draw(thresholds_for(outputs))
     thresholds[k] = np.inf
     assume(k not in reference.exits_run(outputs, thresholds))  # a chained exit may be run for a deeper one
-    dropped = reference.outcome(outputs.drop_exit(k), np.delete(thresholds, k))
-    assert dropped == pytest.approx(reference.outcome(outputs, thresholds), abs=1e-9)
+    without = reference.outcome(outputs.drop_exit(k), np.delete(thresholds, k))
+    assert without == pytest.approx(reference.outcome(outputs, thresholds), abs=1e-9)
 
 
 @given(exit_outputs())

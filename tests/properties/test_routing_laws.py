@@ -74,11 +74,11 @@ def test_small_movements_of_the_scores_change_no_exit(data):
     seed = data.draw(st.integers(0, 2**32 - 1))
     noise = np.random.default_rng(seed).uniform(-1e-7, 1e-7, outputs.scores.shape)
     on_the_spot = np.where(thresholds[:, None] == outputs.scores, 1e-8, 0.0)
-    moved = outputs.with_scores(outputs.scores.astype(np.float64) + noise + on_the_spot)
+    nearby = outputs.with_scores(outputs.scores.astype(np.float64) + noise + on_the_spot)
     cutoffs = cutoffs_of(outputs, thresholds)
     beyond = outputs.scores.max(axis=1) <= thresholds
     assume(not (beyond & np.isfinite(thresholds)).any())  # nothing observed above: no midpoint to keep away from
-    assert exit_index(moved, cutoffs).tolist() == exit_index(outputs, cutoffs).tolist()
+    assert exit_index(nearby, cutoffs).tolist() == exit_index(outputs, cutoffs).tolist()
 
 
 @given(exit_outputs())
@@ -112,8 +112,8 @@ def test_an_exit_that_is_run_is_paid_by_all_who_reach_it(data):
     dearer[k] += outputs.full_cost
     before = evaluate(outputs, thresholds, thresholds)
     after = evaluate(outputs.with_costs(outputs.stage_costs, dearer), thresholds, thresholds)
-    reached = np.mean(np.array(reference.route(outputs, thresholds)) >= k)
-    assert after.cost == pytest.approx(before.cost + reached, abs=1e-9)
+    share = np.mean(np.array(reference.route(outputs, thresholds)) >= k)
+    assert after.cost == pytest.approx(before.cost + share, abs=1e-9)
 
 
 @given(st.data())

@@ -25,9 +25,9 @@ def test_job_ratio_does_not_depend_on_the_order_of_the_samples(pair, data):
 
 
 @given(saver_pairs(), increasing_maps())
-def test_job_ratio_does_not_change_under_an_increasing_map(pair, mapped):
+def test_job_ratio_does_not_change_under_an_increasing_map(pair, increasing):
     confidence, saver, base = pair
-    assert job_ratio(mapped(confidence), saver, base) == job_ratio(*pair)
+    assert job_ratio(increasing(confidence), saver, base) == job_ratio(*pair)
 
 
 @given(saver_pairs(), st.integers(2, 4))
@@ -83,9 +83,9 @@ def test_every_entry_of_the_curve_equals_its_definition(pair):
 @given(saver_pairs(), costs, costs, st.lists(st.floats(0, 1), min_size=1, max_size=4))
 def test_required_cost_equals_trying_every_confidence(pair, saver_cost, base_cost, drops):
     drops = [*drops, 0.0, 1 / len(pair[0])]
-    found = required_cost(*pair, saver_cost, base_cost, drops)
+    required = required_cost(*pair, saver_cost, base_cost, drops)
     expected = [reference.required_cost(*pair, saver_cost, base_cost, drop) for drop in drops]
-    assert found == pytest.approx(expected)
+    assert required == pytest.approx(expected)
 
 
 @given(saver_pairs(), costs, costs, st.lists(st.floats(0, 1), min_size=2, max_size=6))

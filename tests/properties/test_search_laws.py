@@ -10,11 +10,18 @@ from hypothesis import strategies as st
 
 from adaptexit.core.routing import exit_index
 from adaptexit.core.search import SEARCHES, search_thresholds, targets_for
-from adaptexit.core.search.methods import coord, exact, geometric, geometric_path, shared_path
+from adaptexit.core.search.methods import coord, exact, geometric, geometric_path, quota_policies, shared_path
 from adaptexit.core.search.problem import Problem
-from adaptexit.core.search.targets import Target, Weighted, WithinBudget, WithinDrop
+from adaptexit.core.search.targets import Targets, Weighted, WithinBudget, WithinDrop
 from tests import reference
-from tests.properties.strategies import exit_outputs, increasing_maps, permutations_of, policies_for
+from tests.properties.strategies import (
+    exit_outputs,
+    generators,
+    increasing_maps,
+    permutations_of,
+    policies_for,
+    sizes,
+)
 
 weights = st.floats(1e-3, 30)
 budgets = st.floats(0, 1.2)
@@ -31,6 +38,12 @@ def at_least(value, target):
 def of(objective, pair):
     quality, cost = pair
     return float(objective(np.array([quality]), np.array([cost]))[0])
+
+
+def value_of(problem, policy):
+    """Summed quality and summed relative cost of one policy."""
+    quality, cost = problem.values(policy[None])
+    return quality[0], cost[0]
 
 
 def every_policy(problem):
@@ -55,17 +68,47 @@ def test_value_of_a_policy_equals_its_thresholds_walked(data):
     outputs = data.draw(exit_outputs(min_exits=2))
     problem = Problem.from_outputs(outputs)
     policy = data.draw(policies_for(problem))
-    quality, cost = problem.value(policy)
+    quality, cost = value_of(problem, policy)
     thresholds, _ = problem.thresholds(policy)
     n = outputs.n_samples
     assert (quality / n, cost / n) == pytest.approx(reference.outcome(outputs, thresholds), abs=1e-9)
+
+
+@pytest.mark.parametrize("cells", [1, 2**16])
+@given(data=st.data())
+def test_policies_together_are_worth_what_each_is_worth_alone(cells, data):
+    problem = Problem.from_outputs(data.draw(exit_outputs(min_exits=2)))
+    policies = np.stack([data.draw(policies_for(problem)) for _ in range(data.draw(sizes(1, 5)))])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adaptexit.core.search.problem._BLOCK", cells)
+        together = problem.outcomes(policies)
+    for sums, alone in zip(
+        together, zip(*(problem.outcomes(policy[None]) for policy in policies), strict=True), strict=True
+    ):
+        assert sums.tolist() == np.concatenate(alone).tolist()
+    for limits, one in zip(
+        problem.thresholds(policies), zip(*map(problem.thresholds, policies), strict=True), strict=True
+    ):
+        assert limits.tolist() == np.stack(one).tolist()
+    assert problem.snap(policies).tolist() == policies.tolist()
+
+
+@pytest.mark.parametrize("cells", [1, 2**16])
+@given(data=st.data())
+def test_quotas_together_give_the_policies_that_each_gives_alone(cells, data):
+    problem = Problem.from_outputs(data.draw(exit_outputs(min_exits=2)))
+    quotas = data.draw(generators).integers(problem.n_samples + 1, size=(data.draw(sizes(1, 5)), problem.n_early))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("adaptexit.core.search.problem._BLOCK", cells)
+        policies = quota_policies(problem, quotas)
+    assert policies.tolist() == [quota_policies(problem, row[None])[0].tolist() for row in quotas]
 
 
 @given(st.data())
 def test_committing_to_the_exits_that_are_on_changes_no_value(data):
     problem = Problem.from_outputs(data.draw(exit_outputs(min_exits=2)))
     policy = data.draw(policies_for(problem))
-    assert problem.committed(policy > 0).value(policy) == pytest.approx(problem.value(policy), abs=1e-9)
+    assert value_of(problem.committed(policy > 0), policy) == pytest.approx(value_of(problem, policy), abs=1e-9)
 
 
 @given(st.data())
@@ -73,23 +116,23 @@ def test_committing_to_more_exits_is_never_cheaper(data):
     problem = Problem.from_outputs(data.draw(exit_outputs(min_exits=2)))
     policy = data.draw(policies_for(problem))
     more = (policy > 0) | np.array(data.draw(st.lists(st.booleans(), min_size=len(policy), max_size=len(policy))))
-    assert problem.committed(more).value(policy)[1] >= problem.value(policy)[1] - 1e-9
+    assert value_of(problem.committed(more), policy)[1] >= value_of(problem, policy)[1] - 1e-9
 
 
 @given(st.data(), weights)
 def test_a_price_on_cost_makes_quality_less_weighted_cost(data, weight):
     problem = Problem.from_outputs(data.draw(exit_outputs(min_exits=2, free=True)))
     policy = data.draw(policies_for(problem))
-    quality, cost = problem.priced(weight).value(policy)
-    assert quality == pytest.approx(of(Weighted(weight), problem.value(policy)), abs=1e-6 * problem.n_samples)
+    quality, cost = value_of(problem.priced(weight), policy)
+    assert quality == pytest.approx(of(Weighted(weight), value_of(problem, policy)), abs=1e-6 * problem.n_samples)
     assert cost == 0
 
 
 @given(st.data())
 def test_snapping_finds_the_nearest_tie_end(data):
     problem = Problem.from_outputs(data.draw(exit_outputs(min_exits=2)))
-    wanted = np.array([data.draw(st.floats(0, problem.n_samples)) for _ in range(problem.n_early)])
-    for position, end, ends in zip(wanted, problem.snap(wanted), problem.ends, strict=True):
+    positions = np.array([data.draw(st.floats(0, problem.n_samples)) for _ in range(problem.n_early)])
+    for position, end, ends in zip(positions, problem.snap(positions), problem.ends, strict=True):
         distance = 0 if position == 0 else min(abs(ends - position))
         assert abs(end - position) == pytest.approx(distance)
         assert (end == 0) == (position == 0)
@@ -100,9 +143,9 @@ def test_snapping_finds_the_nearest_tie_end(data):
 
 def check_sweep(problem, policy, objective):
     swept, totals = problem.sweep(policy, objective)
-    assert at_least(of(objective, problem.value(swept)), of(objective, problem.value(policy)))
-    quality, counts, paths = problem.outcome(swept)
-    assert totals == pytest.approx((quality, counts @ paths), rel=1e-9)
+    assert at_least(of(objective, value_of(problem, swept)), of(objective, value_of(problem, policy)))
+    quality, _, cost = problem.outcomes(swept[None])
+    assert totals == (quality[0], cost[0])
     assert all_tie_ends(problem, [swept])
 
 
@@ -129,10 +172,10 @@ def test_a_sweep_never_lowers_what_a_drop_asks_for(data, drop):
 def test_sums_handed_from_sweep_to_sweep_stay_those_of_the_policy(data, weight):
     problem = Problem.from_outputs(data.draw(exit_outputs(min_exits=2)))
     once, totals = problem.sweep(data.draw(policies_for(problem)), Weighted(weight))
-    handed, handed_totals = problem.sweep(once, Weighted(weight), totals)
-    counted, counted_totals = problem.sweep(once, Weighted(weight))
-    assert handed.tolist() == counted.tolist()
-    assert handed_totals == pytest.approx(counted_totals, rel=1e-9)
+    with_totals, totals_with = problem.sweep(once, Weighted(weight), totals)
+    anew, totals_anew = problem.sweep(once, Weighted(weight))
+    assert with_totals.tolist() == anew.tolist()
+    assert totals_with == pytest.approx(totals_anew, rel=1e-9)
 
 
 @given(st.data(), weights)
@@ -151,20 +194,20 @@ def test_a_sweep_sets_the_last_early_exit_to_its_best(data, weight):
     for end in [0, *problem.ends[-1]]:
         other = policy.copy()
         other[-1] = end
-        found = np.append(policy[:-1], swept[-1])
-        assert at_least(of(Weighted(weight), problem.value(found)), of(Weighted(weight), problem.value(other)))
+        best = np.append(policy[:-1], swept[-1])
+        assert at_least(of(Weighted(weight), value_of(problem, best)), of(Weighted(weight), value_of(problem, other)))
 
 
 @given(st.data(), weights)
 def test_no_single_exit_can_improve_a_settled_policy(data, weight):
     problem = Problem.from_outputs(data.draw(exit_outputs(min_exits=2, max_samples=7)))
-    settled, value = problem.settle(data.draw(policies_for(problem)), Weighted(weight))
-    assert value == pytest.approx(of(Weighted(weight), problem.value(settled)), abs=1e-8)
+    fixed_point, value = problem.settle(data.draw(policies_for(problem)), Weighted(weight))
+    assert value == pytest.approx(of(Weighted(weight), value_of(problem, fixed_point)), abs=1e-8)
     for k, ends in enumerate(problem.ends):
         for end in [0, *ends]:
-            other = settled.copy()
+            other = fixed_point.copy()
             other[k] = end
-            assert at_least(value, of(Weighted(weight), problem.value(other)))
+            assert at_least(value, of(Weighted(weight), value_of(problem, other)))
 
 
 # -- optima ------------------------------------------------------------------------------------------------------------
@@ -173,9 +216,9 @@ def test_no_single_exit_can_improve_a_settled_policy(data, weight):
 @given(small, st.lists(budgets, max_size=4))
 def test_exact_search_is_the_best_of_all_thresholds_for_every_budget(outputs, more):
     outcomes = reference.every_outcome(outputs)
-    tried = tried_budgets(outcomes, more)
-    frontier, _ = search_thresholds(outputs, "exact", n_points=3, budgets=tried)
-    for budget in tried:
+    some_budgets = tried_budgets(outcomes, more)
+    frontier, _ = search_thresholds(outputs, "exact", n_points=3, budgets=some_budgets)
+    for budget in some_budgets:
         best = reference.best_accuracy(outcomes, budget)
         if best is None:
             with pytest.raises(ValueError, match="cheapest operating point"):
@@ -187,9 +230,9 @@ def test_exact_search_is_the_best_of_all_thresholds_for_every_budget(outputs, mo
 @given(small, st.lists(drops, max_size=4))
 def test_exact_search_is_the_cheapest_of_all_thresholds_for_every_drop(outputs, more):
     outcomes = reference.every_outcome(outputs)
-    tried = [*(j / outputs.n_samples for j in range(outputs.n_samples)), *more]
-    frontier, _ = search_thresholds(outputs, "exact", n_points=3, drops=tried)
-    for drop in tried:
+    some_drops = [*(j / outputs.n_samples for j in range(outputs.n_samples)), *more]
+    frontier, _ = search_thresholds(outputs, "exact", n_points=3, drops=some_drops)
+    for drop in some_drops:
         least = reference.least_cost(outcomes, outputs.full_accuracy - drop)
         assert frontier.at(max_drop=drop).cost == pytest.approx(least, abs=1e-9)
 
@@ -211,32 +254,32 @@ def test_with_two_exits_settling_finds_the_optimum_of_a_cost_weight(outputs, wei
 @given(two_exits, st.lists(budgets, max_size=4))
 def test_with_two_exits_coord_finds_the_optimum_of_every_budget(outputs, more):
     outcomes = reference.every_outcome(outputs)
-    tried = [b for b in tried_budgets(outcomes, more) if reference.best_accuracy(outcomes, b) is not None]
+    some_budgets = [b for b in tried_budgets(outcomes, more) if reference.best_accuracy(outcomes, b) is not None]
     problem = Problem.from_outputs(outputs)
-    quality, cost = problem.values(coord(problem, [Target(budget=b) for b in tried]))
-    assert (cost / outputs.n_samples <= np.array(tried) + 1e-8).all()
-    best = [reference.best_accuracy(outcomes, budget) for budget in tried]
+    quality, cost = problem.values(coord(problem, Targets.of(budgets=some_budgets)))
+    assert (cost / outputs.n_samples <= np.array(some_budgets) + 1e-8).all()
+    best = [reference.best_accuracy(outcomes, budget) for budget in some_budgets]
     assert quality / outputs.n_samples == pytest.approx(best, abs=1e-8)
 
 
 @given(two_exits, st.lists(drops, min_size=1, max_size=4))
-def test_with_two_exits_coord_finds_the_optimum_of_every_drop(outputs, tried):
+def test_with_two_exits_coord_finds_the_optimum_of_every_drop(outputs, some_drops):
     outcomes = reference.every_outcome(outputs)
     problem = Problem.from_outputs(outputs)
-    quality, cost = problem.values(coord(problem, [Target(max_drop=d) for d in tried]))
-    floors = outputs.full_accuracy - np.array(tried)
+    quality, cost = problem.values(coord(problem, Targets.of(drops=some_drops)))
+    floors = outputs.full_accuracy - np.array(some_drops)
     assert (quality / outputs.n_samples >= floors - 1e-8).all()
     least = [reference.least_cost(outcomes, floor) for floor in floors]
     assert cost / outputs.n_samples == pytest.approx(least, abs=1e-7)
 
 
 @given(exit_outputs(min_exits=2, max_exits=4, max_samples=6), st.lists(budgets, min_size=1, max_size=3))
-def test_coord_keeps_every_budget_that_can_be_kept(outputs, tried):
+def test_coord_keeps_every_budget_that_can_be_kept(outputs, some_budgets):
     problem = Problem.from_outputs(outputs)
     cheapest = outputs.alone_costs().min() / outputs.full_cost
-    targets = [Target(budget=max(b, cheapest)) for b in tried]
+    targets = Targets.of(budgets=[max(b, cheapest) for b in some_budgets])
     _, cost = problem.values(coord(problem, targets))
-    assert (cost / outputs.n_samples <= np.array([t.budget for t in targets]) + 1e-8).all()
+    assert (cost / outputs.n_samples <= targets.budgets + 1e-8).all()
 
 
 @given(small, weights, st.floats(1.01, 10))
@@ -250,9 +293,8 @@ def test_cost_of_the_global_optimum_does_not_rise_with_its_weight(outputs, weigh
 @given(two_exits, weights, st.floats(1.01, 10))
 def test_with_two_exits_settled_cost_does_not_rise_with_the_weight(outputs, weight, factor):
     problem = Problem.from_outputs(outputs)
-    low, high = (
-        problem.value(problem.settle(np.zeros(1, dtype=np.int64), Weighted(w))[0])[1] for w in (weight, weight * factor)
-    )
+    nothing = np.zeros(1, dtype=np.int64)
+    low, high = (value_of(problem, problem.settle(nothing, Weighted(w))[0])[1] for w in (weight, weight * factor))
     assert high <= low + 1e-4
 
 
@@ -282,18 +324,18 @@ def test_every_search_proposes_tie_ends(search, data):
 def test_coord_serves_no_target_worse_than_the_geometric_rule(outputs, some_budgets, some_drops):
     problem = Problem.from_outputs(outputs)
     targets = targets_for(problem, 3, some_drops, some_budgets)
-    for target, one, other in zip(targets, coord(problem, targets), geometric(problem, targets), strict=True):
-        objective = target.objective(problem.n_samples, problem.full_quality)
-        assert at_least(of(objective, problem.value(one)), of(objective, problem.value(other)))
+    policies = coord(problem, targets), geometric(problem, targets)
+    for objective, one, other in zip(targets.objectives(problem), *policies, strict=True):
+        assert at_least(of(objective, value_of(problem, one)), of(objective, value_of(problem, other)))
 
 
 @given(exit_outputs(min_exits=2, graded=False))
 def test_shared_policies_hold_every_level_of_the_isotonic_estimates(outputs):
     problem = Problem.from_outputs(outputs)
     estimates = [reference.falling_fit(outputs, k) for k in range(outputs.n_exits - 1)]
-    found = shared_path(problem).tolist()
+    policies = shared_path(problem).tolist()
     for level in {value for fit in estimates for value in fit} | {-1}:
-        assert [sum(value > level for value in fit) for fit in estimates] in found
+        assert [sum(value > level for value in fit) for fit in estimates] in policies
 
 
 @given(exit_outputs(min_exits=2))
@@ -313,17 +355,17 @@ def test_shared_policies_put_one_level_on_estimates_that_fall_with_the_score(out
 def test_permuting_the_samples_changes_no_policy(search, data):
     outputs = data.draw(exact_sums)
     order = data.draw(permutations_of(outputs.n_samples))
-    problem, permuted = Problem.from_outputs(outputs), Problem.from_outputs(outputs.take(order))
+    problem, other = Problem.from_outputs(outputs), Problem.from_outputs(outputs.take(order))
     targets = targets_for(problem, 4, (), ())
-    assert SEARCHES[search](permuted, targets).tolist() == SEARCHES[search](problem, targets).tolist()
+    assert SEARCHES[search](other, targets).tolist() == SEARCHES[search](problem, targets).tolist()
 
 
 @given(exact_sums)
 def test_duplicating_the_samples_doubles_the_exact_policies(outputs):
     twice = outputs.take(np.repeat(np.arange(outputs.n_samples), 2))
-    problem, doubled = Problem.from_outputs(outputs), Problem.from_outputs(twice)
+    problem, double = Problem.from_outputs(outputs), Problem.from_outputs(twice)
     targets = targets_for(problem, 4, (), ())
-    assert exact(doubled, targets).tolist() == (2 * exact(problem, targets)).tolist()
+    assert exact(double, targets).tolist() == (2 * exact(problem, targets)).tolist()
 
 
 @given(exact_sums)
@@ -337,12 +379,12 @@ def test_duplicating_the_samples_doubles_the_shared_policies(outputs):
 @given(data=st.data())
 def test_an_increasing_map_of_the_scores_changes_no_exit(search, data):
     outputs = data.draw(exit_outputs(min_exits=1, max_exits=3))
-    mapped = outputs.with_scores(np.stack([data.draw(increasing_maps())(row) for row in outputs.scores]))
+    image = outputs.with_scores(np.stack([data.draw(increasing_maps())(row) for row in outputs.scores]))
     before, _ = search_thresholds(outputs, search, n_points=4)
-    after, _ = search_thresholds(mapped, search, n_points=4)
+    after, _ = search_thresholds(image, search, n_points=4)
     assert len(before.points) == len(after.points)
     for one, other in zip(before.points, after.points, strict=True):
-        assert exit_index(outputs, one.cutoffs).tolist() == exit_index(mapped, other.cutoffs).tolist()
+        assert exit_index(outputs, one.cutoffs).tolist() == exit_index(image, other.cutoffs).tolist()
 
 
 @given(st.data())

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from adaptexit.core.routing import exit_index
-from adaptexit.core.search.methods import quota_policy
+from adaptexit.core.search.methods import quota_policies
 from adaptexit.core.search.problem import Problem
 from adaptexit.core.search.shares import frontier_of_shares, matched_shares
 from tests.properties.strategies import exit_outputs, generators, sizes
@@ -25,45 +25,45 @@ def divergence(p, q):
 
 
 @given(shares_and_costs(), st.floats(0, 1))
-def test_matched_shares_cost_the_budget(drawn, place):
-    shares, costs = drawn
+def test_matched_shares_cost_the_budget(pair, place):
+    shares, costs = pair
     assume(np.ptp(costs) == 0 or np.ptp(costs) > 1e-3)
     budget = costs.min() + place * np.ptp(costs)
-    found = matched_shares(shares, costs, budget)
-    assert found.sum() == pytest.approx(1.0)
-    assert (found >= 0).all()
-    assert found @ costs == pytest.approx(budget, abs=1e-4 * max(np.ptp(costs), 1e-9))
+    fitting = matched_shares(shares, costs, budget)
+    assert fitting.sum() == pytest.approx(1.0)
+    assert (fitting >= 0).all()
+    assert fitting @ costs == pytest.approx(budget, abs=1e-4 * max(np.ptp(costs), 1e-9))
 
 
 @given(shares_and_costs(), st.floats(-5, 20), st.floats(1.001, 1e3), st.floats(-3, 3))
-def test_matched_shares_know_no_unit(drawn, budget, unit, shift):
-    shares, costs = drawn
-    found = matched_shares(shares, costs, budget)
-    np.testing.assert_allclose(matched_shares(7 * shares, costs, budget), found, atol=1e-6)
+def test_matched_shares_know_no_unit(pair, budget, unit, shift):
+    shares, costs = pair
+    fitting = matched_shares(shares, costs, budget)
+    np.testing.assert_allclose(matched_shares(7 * shares, costs, budget), fitting, atol=1e-6)
     assume(np.ptp(costs) == 0 or np.ptp(costs) > 1e-3)
-    moved = matched_shares(shares, unit * (costs + shift), unit * (budget + shift))
-    np.testing.assert_allclose(moved, found, atol=1e-4)
+    in_another_unit = matched_shares(shares, unit * (costs + shift), unit * (budget + shift))
+    np.testing.assert_allclose(in_another_unit, fitting, atol=1e-4)
 
 
 @given(shares_and_costs(), st.floats(0.05, 0.95), generators)
-def test_no_shares_of_that_cost_are_nearer(drawn, place, rng):
-    shares, costs = drawn
+def test_no_shares_of_that_cost_are_nearer(pair, place, rng):
+    shares, costs = pair
     assume(len(costs) > 2 and np.ptp(costs) > 1e-2)
     q = shares / shares.sum()
     budget = costs.min() + place * np.ptp(costs)
-    found = matched_shares(shares, costs, budget)
+    fitting = matched_shares(shares, costs, budget)
     along = rng.normal(size=len(costs))
     basis = np.linalg.qr(np.stack([np.ones_like(costs), costs - costs.mean()], axis=1))[0]
     along -= basis @ (basis.T @ along)  # keeps both the sum and the cost
     for step in (1e-3, -1e-3):
-        other = found + step * along
+        other = fitting + step * along
         if (other >= 0).all():
-            assert divergence(other, q) >= divergence(found, q) - 1e-7
+            assert divergence(other, q) >= divergence(fitting, q) - 1e-7
 
 
 @given(shares_and_costs())
-def test_shares_that_fit_already_stay(drawn):
-    shares, costs = drawn
+def test_shares_that_fit_already_stay(pair):
+    shares, costs = pair
     q = shares / shares.sum()
     np.testing.assert_allclose(matched_shares(shares, costs, float(q @ costs)), q, atol=1e-6)
 
@@ -75,15 +75,15 @@ def test_quotas_take_the_surest_of_those_who_reach_an_exit(outputs, data):
         data.draw(st.lists(st.integers(0, n), min_size=outputs.n_exits - 1, max_size=outputs.n_exits - 1))
     )
     problem = Problem.from_outputs(outputs)
-    _, cutoffs = problem.thresholds(quota_policy(problem, quotas))
+    _, cutoffs = problem.thresholds(quota_policies(problem, quotas[None])[0])
     exits = exit_index(outputs, cutoffs)
     alive = np.ones(n, dtype=bool)
     for k, quota in enumerate(quotas):
         leave = alive & (exits == k)
         scores = outputs.scores[k][alive]
-        wanted = min(int(quota), int(alive.sum()))
-        if wanted:
-            limit = np.sort(scores)[::-1][wanted - 1]
+        count = min(int(quota), int(alive.sum()))
+        if count:
+            limit = np.sort(scores)[::-1][count - 1]
             assert leave.sum() == np.count_nonzero(scores >= limit)
         else:
             assert not leave.any()
@@ -96,9 +96,9 @@ def test_points_cost_their_budget_or_less(outputs, data):
     costs = outputs.path_costs(np.ones(outputs.n_exits, dtype=bool)) / outputs.full_cost
     budgets = [float(b) for b in np.linspace(costs[0], max(costs[-1], 1.0), 5)]
     in_use = data.draw(st.sampled_from(budgets))
-    frontier, chosen = frontier_of_shares(outputs, shares, budgets, in_use)
-    assert any(point is chosen for point in frontier.points)
-    assert chosen.params == {"budget": in_use}
+    frontier, point_in_use = frontier_of_shares(outputs, shares, budgets, in_use)
+    assert frontier.points[frontier.index(point_in_use)] is point_in_use
+    assert point_in_use.params == {"budget": in_use}
     for point in frontier.points:
         assert point.cost <= point.params.get("budget", 1.0) + 1e-6
     assert any(point.exit_rates[-1] == 1 and not point.on[:-1].any() for point in frontier.points)

@@ -2,11 +2,16 @@ import numpy as np
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import nn
 
-from adaptexit.staging.executor import ExitAnswer, StagedModel, execute, record
-from adaptexit.staging.live import Along, Carried, Count, Live, Nest, Static, layout_of
+from adaptexit.core.answer import Answer
+from adaptexit.core.costs import Costs
+from adaptexit.core.policy import Decision
+from adaptexit.networks.base import Network
+from adaptexit.staging.carried import Along, Carried, Count, Live, Nest, Static, layout_of
+from adaptexit.staging.executor import execute, record
 from tests.properties.strategies import sizes
-from tests.test_live import Pair, grown, same
+from tests.test_carried import Pair, grown, same
 
 # -- values of samples -------------------------------------------------------------------------------------------------
 
@@ -94,25 +99,25 @@ def test_the_layout_is_read_off_two_runs(kind):
 
 @given(st.data(), value_kinds, sample_lists)
 def test_what_is_taken_is_what_those_samples_alone_have(data, kind, samples):
-    chosen = data.draw(st.one_of(indices_for(len(samples)), slices_for(len(samples))))
-    taken = live_of(kind, samples).taken(chosen)
-    assert_equal(taken, live_of(kind, np.array(samples, dtype=np.intp)[chosen].tolist()))
+    indices = data.draw(st.one_of(indices_for(len(samples)), slices_for(len(samples))))
+    some = live_of(kind, samples).taken(indices)
+    assert_equal(some, live_of(kind, np.array(samples, dtype=np.intp)[indices].tolist()))
 
 
 @given(st.data(), value_kinds, sample_lists)
 def test_taking_twice_is_taking_once(data, kind, samples):
     live = live_of(kind, samples)
     first = data.draw(st.one_of(indices_for(len(samples)), slices_for(len(samples))))
-    left = np.arange(len(samples))[first]
-    second = data.draw(st.one_of(indices_for(len(left)), slices_for(len(left))))
-    assert_equal(live.taken(first).taken(second), live.taken(left[second]))
+    survivors = np.arange(len(samples))[first]
+    second = data.draw(st.one_of(indices_for(len(survivors)), slices_for(len(survivors))))
+    assert_equal(live.taken(first).taken(second), live.taken(survivors[second]))
 
 
 @given(st.data(), value_kinds, sample_lists)
 def test_joining_what_was_taken_is_taking_all_of_it(data, kind, samples):
     live = live_of(kind, samples)
     choices = [data.draw(indices_for(len(samples))) for _ in range(data.draw(sizes(1, 3)))]
-    first, *others = (live.taken(chosen) for chosen in choices)
+    first, *others = (live.taken(indices) for indices in choices)
     assert_equal(first.joined(others), live.taken(np.concatenate(choices)))
 
 
@@ -134,8 +139,8 @@ N_CLASSES = 3
 
 
 @st.composite
-def networks(draw):
-    """Whole numbers for every stage and exit, and which of the exits say how sure they are or leave something behind.
+def descriptions(draw):
+    """Whole numbers for every stage and exit, which exits say how sure they are or leave state, and what is asked.
 
     A stage multiplies and adds; an exit answers with columns of what is carried, to which it adds what exits before it
     left behind.
@@ -155,113 +160,157 @@ def networks(draw):
         "leaves_state": some(st.booleans()),
         "moduli": some(st.sampled_from([1, 2, 3, 5, 1000])),
         "salts": some(st.integers(0, 4)),
+        "reads_logits": draw(st.booleans()),
+        "reads_features": draw(st.booleans()),
+        "remembers": draw(st.booleans()),
     }
 
 
-def staged(network):
-    """The network for the executor; beside the numbers go a second tensor, a count and a constant."""
+class Arithmetic(Network):
+    """A network of whole numbers; beside them it carries a second tensor, a count and a constant."""
 
-    def stage(k):
-        def run(carried):
-            if k == 0:
-                n, state = len(carried), torch.zeros(len(carried), dtype=torch.float64)
-                values = carried, carried[:, :2].reshape(-1, 1), 2 * n, torch.tensor(float(network["terms"][0]))
-            else:
-                n, state, values = carried.live.n, carried.state, carried.live.values
-            now, pairs, count, constant = values
-            now = now * network["factors"][k] + network["terms"][k] + pairs.reshape(count // 2, 2).sum(1)[:, None]
-            layouts = Along(0, 1), Along(0, 2), Count(2), Static()
-            return Carried(Live((now + constant, pairs, count, constant), layouts, n), torch.ones(n, 50), state)
+    def __init__(self, about):
+        self.about = about
+        self.stages = nn.ModuleList(nn.Identity() for _ in range(about["n_exits"]))
+        self.heads = nn.ModuleList(nn.Identity() for _ in range(about["n_exits"]))
+        self.chained = about["chained"]
 
-        return run if network["works"][k] else None
+    modules = ()
 
-    def exit_(k):
-        def run(carried):
-            now = carried.live.values[0]
-            logits = now[:, k : k + N_CLASSES] + carried.state[:, None] * torch.arange(N_CLASSES)
-            scores = now[:, 0] - carried.state if network["own_scores"][k] else None
-            if not network["leaves_state"][k]:
-                return logits if scores is None else ExitAnswer(logits, scores)
-            return ExitAnswer(logits, scores, Carried(carried.live, None, 2 * carried.state + now[:, 1]))
+    def get_state(self):
+        raise NotImplementedError
 
-        return run
+    def prepare(self, x):
+        values = x, x[:, :2].reshape(-1, 1), 2 * len(x), torch.tensor(float(self.about["terms"][0]))
+        layouts = Along(0, 1), Along(0, 2), Count(2), Static()
+        return Carried(Live(values, layouts, len(x)), None, torch.zeros(len(x), dtype=torch.float64))
 
-    n = network["n_exits"]
-    return StagedModel([stage(k) for k in range(n)], [exit_(k) for k in range(n)], total, network["chained"])
+    def stage(self, k, carried):
+        if not self.about["works"][k]:
+            return carried
+        live = carried.live
+        now, pairs, count, constant = live.values
+        now = now * self.about["factors"][k] + self.about["terms"][k]
+        now = now + pairs.reshape(count // 2, 2).sum(1)[:, None] + constant
+        return Carried(Live((now, pairs, count, constant), live.layouts, live.n), torch.ones(live.n, 50), carried.state)
+
+    def exit(self, k, carried, features=False):
+        now, state = carried.live.values[0], carried.state
+        answer = Answer(
+            logits=now[:, k : k + N_CLASSES] + state[:, None] * torch.arange(N_CLASSES),
+            scores=now[:, 0] - state if self.about["own_scores"][k] else None,
+            features=now[:, 1:3] if features else None,
+        )
+        if self.about["leaves_state"][k]:
+            state = 2 * state + now[:, 1]
+        return answer, Carried(carried.live, None, state)
+
+    def reader(self, k, output, *, logits):
+        scores = output.logits.sum(dim=1) if output.scores is None else output.scores
+        return Answer(
+            logits=output.logits.numpy() if logits else None,
+            predictions=output.logits.argmax(dim=1).numpy(),
+            scores=scores.numpy(),
+            features=None if output.features is None else output.features.numpy(),
+        )
 
 
-def total(logits):
-    return logits.sum(dim=1)
+def verdict(about, k, score, prediction, logits=None, features=None, memory=None):
+    """The number that decides, and whether it lets a sample leave: no order in it, but the same for the same answer."""
+    number = 3 * score + prediction + about["salts"][k]
+    for extra in (logits, features):
+        number = number if extra is None else number + extra.sum(axis=-1)
+    number = number if memory is None else number + memory
+    return number, number % about["moduli"][k] == 0
 
 
-def accepts(network, k, prediction, score):
-    """Whether an answer is accepted: no order in it, but the same for the same answer."""
-    return (3 * score + prediction + network["salts"][k]) % network["moduli"][k] == 0
+class Rule:
+    """A policy that decides on all that it is given, and notes the exits that it is asked about."""
+
+    full_cost = 1.0
+
+    def __init__(self, about, on):
+        costs = Costs(np.ones(len(on)), np.ones(len(on)), about["chained"])
+        self.about, self.on = about, on
+        self.runs, self.path_costs = costs.runs(on), costs.paths(on)
+        self.needs_logits, self.needs_features = about["reads_logits"], about["reads_features"]
+        self.exits_asked = set()
+
+    def decide(self, k, batch, memory=None):
+        self.exits_asked.add(k)
+        assert (batch.features is not None) == self.needs_features
+        number, leave = verdict(
+            self.about, k, batch.scores, batch.predictions, batch.logits if self.needs_logits else None,
+            batch.features, None if memory is None else memory[:, 0],
+        )  # fmt: skip
+        memory = number[:, None] if self.about["remembers"] else None
+        return Decision(leave & self.on[k], number, memory)
 
 
-def alone(network, x, on, stays=False):
-    """(exit, prediction, score, logits) of every exit that one sample asks, by arithmetic on whole numbers."""
-    last = network["n_exits"] - 1
+def alone(about, x, on, stays=False):
+    """(exit, prediction, recorded score, decided score, logits) at every exit that one sample is asked at, by hand."""
+    last = about["n_exits"] - 1
     deepest = max((k for k in range(last) if on[k]), default=-1)
-    now, state, asked = x.astype(int), 0, []
+    now, state, memory, stops = x.astype(int), 0, None, []
     for k in range(last + 1):
-        if network["works"][k]:
-            now = now * network["factors"][k] + network["terms"][k] + int(x[:2].sum()) + network["terms"][0]
-        answers = k == last or on[k]
-        if answers:
-            logits = now[k : k + N_CLASSES] + state * np.arange(N_CLASSES)
-            score = now[0] - state if network["own_scores"][k] else logits.sum()
-            asked.append((k, int(logits.argmax()), int(score), logits.tolist()))
-            if not stays and accepts(network, k, asked[-1][1], asked[-1][2]):
-                break
-        if network["leaves_state"][k] and (answers or (network["chained"] and k < deepest)):
+        if about["works"][k]:
+            now = now * about["factors"][k] + about["terms"][k] + int(x[:2].sum()) + about["terms"][0]
+        if not (k == last or on[k] or (about["chained"] and k < deepest)):
+            continue
+        logits = now[k : k + N_CLASSES] + state * np.arange(N_CLASSES)
+        score = now[0] - state if about["own_scores"][k] else logits.sum()
+        number, leaves = verdict(
+            about, k, score, int(logits.argmax()), logits if about["reads_logits"] else None,
+            now[1:3] if about["reads_features"] else None, memory,
+        )  # fmt: skip
+        stops.append((k, int(logits.argmax()), int(score), int(number), logits.tolist()))
+        if not stays and on[k] and leaves:
+            break
+        memory = number if about["remembers"] else None
+        if about["leaves_state"][k]:
             state = 2 * state + now[1]
-    return asked
+    return stops
 
 
 @st.composite
-def inputs_for(draw, network):
+def inputs_for(draw, about):
     """Samples of whole numbers, and two ways to cut them into batches."""
     n = draw(sizes(1, 20))
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    x = rng.integers(-3, 4, size=(n, network["n_exits"] + N_CLASSES)).astype(float)
+    x = rng.integers(-3, 4, size=(n, about["n_exits"] + N_CLASSES)).astype(float)
     return x, np.split(x, sorted(draw(st.sets(st.integers(1, n - 1), max_size=5)) if n > 1 else []))
 
 
 @given(
     data=st.data(),
-    network=networks(),
+    about=descriptions(),
     batch_size=st.integers(1, 9),
     memory_limit=st.sampled_from([0, 200, 1000, 1 << 30]),
     merge=st.booleans(),
     keep_logits=st.booleans(),
 )
-def test_answers_are_those_of_one_sample_at_a_time(data, network, batch_size, memory_limit, merge, keep_logits):
-    x, batches = data.draw(inputs_for(network))
-    on = np.array(data.draw(st.lists(st.booleans(), min_size=network["n_exits"], max_size=network["n_exits"])))
-    asked = []
-
-    def accept(k, batch):
-        asked.append(k)
-        return accepts(network, k, batch.predictions, batch.scores)
-
+def test_answers_are_those_of_one_sample_at_a_time(data, about, batch_size, memory_limit, merge, keep_logits):
+    x, batches = data.draw(inputs_for(about))
+    on = np.array(data.draw(st.lists(st.booleans(), min_size=about["n_exits"], max_size=about["n_exits"])))
+    rule = Rule(about, on)
     answers = execute(
-        staged(network), map(torch.from_numpy, batches), accept, on,
+        Arithmetic(about), map(torch.from_numpy, batches), rule,
         batch_size=batch_size, memory_limit=memory_limit, merge=merge, keep_logits=keep_logits,
     )  # fmt: skip
-    exits, predictions, scores, logits = zip(*(alone(network, row, on)[-1] for row in x), strict=True)
+    exits, predictions, _, scores, logits = zip(*(alone(about, row, on)[-1] for row in x), strict=True)
     assert answers.exits.tolist() == list(exits)
     assert answers.predictions.tolist() == list(predictions)
     assert answers.scores.tolist() == list(scores)
     assert answers.logits is None if not keep_logits else answers.logits.tolist() == list(logits)
-    assert set(asked) <= set(np.flatnonzero(on[:-1]))
+    assert rule.exits_asked <= set(np.flatnonzero(rule.runs))
 
 
-@given(st.data(), networks())
-def test_recorded_answers_are_those_of_one_sample_at_a_time(data, network):
-    x, batches = data.draw(inputs_for(network))
-    predictions, scores, logits, _ = record(staged(network), map(torch.from_numpy, batches), keep_logits=True)
-    on = np.ones(network["n_exits"], dtype=bool)
+@given(st.data(), descriptions())
+def test_recorded_answers_are_those_of_one_sample_at_a_time(data, about):
+    x, batches = data.draw(inputs_for(about))
+    answers = record(Arithmetic(about), map(torch.from_numpy, batches), logits=True)
+    on = np.ones(about["n_exits"], dtype=bool)
     for i, row in enumerate(x):
-        for k, *expected in alone(network, row, on, stays=True):
-            assert [predictions[k, i], scores[k, i], logits[k, i].tolist()] == expected
+        for k, prediction, score, _, logits in alone(about, row, on, stays=True):
+            assert [answers[k].predictions[i], answers[k].scores[i]] == [prediction, score]
+            assert answers[k].logits[i].tolist() == logits

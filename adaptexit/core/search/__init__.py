@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+from joblib import Parallel, delayed
 
-from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, evaluate, not_dominated, reference
+from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, evaluate, not_dominated
 from adaptexit.core.outputs import ExitOutputs
-from adaptexit.core.routing import switched_on
 from adaptexit.core.search.methods import Policies, Search, coord, exact, geometric, geometric_path, pick, shared
-from adaptexit.core.search.problem import Policy, Problem
-from adaptexit.core.search.targets import Target
+from adaptexit.core.search.problem import Problem
+from adaptexit.core.search.targets import Targets, WithinBudget
 
-SEARCHES: dict[str, Search] = {"exact": exact, "coord": coord, "shared": shared, "geometric": geometric}
+SearchName = Literal["auto", "exact", "coord", "shared", "geometric"]
+
+SEARCHES: dict[SearchName, Search] = {"exact": exact, "coord": coord, "shared": shared, "geometric": geometric}
 
 STANDARD_DROPS = (0.0, 0.001, 0.005, 0.01)
 """Allowed drops of accuracy that every frontier has a point for: the columns of TinySaver's Table 1."""
@@ -31,7 +34,7 @@ MOST_SAMPLES_EXACT = 5000
 class SearchReport:
     """What a search took: its name, whether thresholds are bagged, and why ``auto`` chose so."""
 
-    search: str
+    search: SearchName
     bagged: bool
     reason: str
 
@@ -52,14 +55,14 @@ def choose_search(n_exits: int, n_samples: int) -> SearchReport:
     return SearchReport("coord", False, f"{n_samples} samples are at least 1000 an exit")
 
 
-def targets_for(problem: Problem, n_points: int, drops: Sequence[float], budgets: Sequence[float]) -> list[Target]:
+def targets_for(problem: Problem, n_points: int, drops: Sequence[float], budgets: Sequence[float]) -> Targets:
     """Budgets in even steps along a first estimate of the curve, and the budgets and drops asked for.
 
     The estimate joins the policies of the geometric rule, the cheapest policy and an accurate one; steps count both
     cost and accuracy, so that budgets are close where the curve is steep.
     """
     everybody = np.diag(np.full(problem.n_early, problem.n_samples))
-    unlimited = Target(budget=1.0).objective(problem.n_samples, problem.full_quality)
+    unlimited = WithinBudget(1.0, problem.n_samples)
     accurate, _ = problem.settle(np.zeros(problem.n_early, dtype=np.int64), unlimited)
     quality, cost = problem.values(
         np.concatenate([everybody, geometric_path(problem, range(1, 40, 3)), accurate[None]])
@@ -68,14 +71,12 @@ def targets_for(problem: Problem, n_points: int, drops: Sequence[float], budgets
     steps = sum(np.diff(v[curve], prepend=v[curve[0]]) / max(np.ptp(v[curve]), 1e-12) for v in (quality, cost))
     length = np.cumsum(np.abs(steps))
     grid = np.interp(np.linspace(0.0, length[-1], n_points), length, cost[curve] / problem.n_samples)
-    wanted_budgets = np.union1d(np.minimum(grid, 1.0), [*budgets, 1.0])
-    wanted_drops = np.union1d(drops, STANDARD_DROPS)
-    return [Target(budget=float(b)) for b in wanted_budgets] + [Target(max_drop=float(d)) for d in wanted_drops]
+    return Targets.of(np.union1d(np.minimum(grid, 1.0), [*budgets, 1.0]), np.union1d(drops, STANDARD_DROPS))
 
 
 def search_thresholds(
     outputs: ExitOutputs,
-    search: str = "auto",
+    search: SearchName = "auto",
     *,
     n_points: int = 100,
     drops: Sequence[float] = (),
@@ -101,7 +102,7 @@ def search_thresholds(
         report = SearchReport(search, bagged, "asked for")
     problem = Problem.from_outputs(outputs)
     if problem.n_early == 0:
-        policies, targets = np.zeros((1, 0), dtype=np.int64), [Target(max_drop=0.0)]
+        policies, targets = np.zeros((1, 0), dtype=np.int64), Targets.of(drops=[0.0])
     else:
         targets = targets_for(problem, n_points, drops, budgets)
         method = SEARCHES[report.search]
@@ -112,59 +113,67 @@ def search_thresholds(
     return _frontier(outputs, problem, policies, targets), report
 
 
-def _bagged(
-    outputs: ExitOutputs, problem: Problem, method: Search, targets: Sequence[Target], random_state: int
-) -> Policies:
-    """Positions averaged over bootstrap samples; an exit is on where most of them switch it on."""
+def _bagged(outputs: ExitOutputs, problem: Problem, method: Search, targets: Targets, random_state: int) -> Policies:
+    """Positions averaged over bootstrap samples; an exit is on where most of them switch it on.
+
+    One after the other, or in threads inside ``joblib.parallel_config(backend="threading", n_jobs=...)``: samples are
+    drawn before any is searched, so that the result is the same.
+    """
     rng = np.random.default_rng(random_state)
     n = outputs.n_samples
+    bags = [rng.integers(n, size=n) for _ in range(N_BAGS)]
     runs = np.stack(
-        [method(Problem.from_outputs(outputs.take(rng.integers(n, size=n))), targets) for _ in range(N_BAGS)]
+        Parallel(prefer="threads")(
+            delayed(lambda bag: method(Problem.from_outputs(outputs.take(bag)), targets))(bag) for bag in bags
+        )
     )
+    if problem.free:  # 0 is a position like any other
+        return problem.snap(runs.mean(axis=0))
     on = np.count_nonzero(runs, axis=0)
-    mean = runs.sum(axis=0) / np.maximum(on, 1)
-    averaged = np.where(2 * on > N_BAGS, mean, 0.0) if not problem.free else runs.mean(axis=0)
-    return np.stack([problem.snap(policy) for policy in averaged])
+    return problem.snap(np.where(2 * on > N_BAGS, runs.sum(axis=0) / np.maximum(on, 1), 0.0))
 
 
-def _kept_drops(problem: Problem, targets: Sequence[Target], policies: Policies) -> Policies:
+def _kept_drops(problem: Problem, targets: Targets, policies: Policies) -> Policies:
     """Averaged policies (T, K-1), mended where they were to keep the accuracy.
 
     An average of policies that lose nothing may lose a sample. Then fewer samples leave, in proportion, or another
     target's policy serves, whichever is cheaper.
     """
-    mended = policies.copy()
-    for i, target in enumerate(targets):
-        if target.max_drop is not None:
-            fewer = [problem.snap(np.maximum(share * policies[i], policies[i] > 0)) for share in _SHARES]
-            mended[i] = pick(problem, [target], np.concatenate([policies, fewer]))[0]
-    return mended
+    final = policies.copy()
+    for i, drop in enumerate(targets.drops, start=len(targets.budgets)):
+        # An exit that is on stays on, with one sample at least.
+        fewer = problem.snap(np.maximum(_SHARES[:, None] * policies[i], policies[i] > 0))
+        final[i] = pick(problem, Targets.of(drops=[drop]), np.concatenate([policies, fewer]))[0]
+    return final
 
 
-def _frontier(outputs: ExitOutputs, problem: Problem, policies: Policies, targets: Sequence[Target]) -> ParetoFrontier:
+def _frontier(outputs: ExitOutputs, problem: Problem, policies: Policies, targets: Targets) -> ParetoFrontier:
     """The policies that no other dominates, as operating points.
 
     That everybody leaves at the cheapest exit is among the choices, and the plain full model is a point in any case.
     """
     everybody = np.diag(np.full(problem.n_early, problem.n_samples))
     cheapest = everybody[np.argsort(problem.values(everybody)[1], kind="stable")[:1]]
-    offered = np.concatenate([policies, cheapest, np.zeros_like(policies[:1])])
-    distinct, first = np.unique(offered, axis=0, return_index=True)
-    params = [targets[i].described() if i < len(policies) else {} for i in first]
+    choices = np.concatenate([policies, cheapest, np.zeros_like(policies[:1])])
+    distinct, first = np.unique(choices, axis=0, return_index=True)
+    params = [*targets.described(), {}, {}]
+    points = _points(outputs, problem, distinct, [params[i] for i in first])
     plain = np.flatnonzero(~distinct.any(axis=1))
-    points = [_point(outputs, problem, policy, known) for policy, known in zip(distinct, params, strict=True)]
-    kept = not_dominated([p.accuracy for p in points], [p.cost for p in points])
-    kept = np.union1d(kept, plain)
-    ordered: list[OperatingPoint] = sorted((points[i] for i in kept), key=lambda p: (p.cost, p.accuracy))
-    return ParetoFrontier(ordered, *reference(outputs))
+    survivors = np.union1d(not_dominated([p.accuracy for p in points], [p.cost for p in points]), plain)
+    return ParetoFrontier.of([points[i] for i in survivors], outputs)
 
 
-def _point(outputs: ExitOutputs, problem: Problem, policy: Policy, params: dict[str, float]) -> OperatingPoint:
-    """What :func:`evaluate` gives, from the counts that are there already where these are exact."""
-    thresholds, cutoffs = problem.thresholds(policy)
+def _points(
+    outputs: ExitOutputs, problem: Problem, policies: Policies, params: Sequence[dict[str, float]]
+) -> list[OperatingPoint]:
+    """What :func:`evaluate` gives for policies (P, K-1), from sums that are there already where these are exact."""
+    thresholds, cutoffs = problem.thresholds(policies)
     if problem.quality_unit != 1.0:
-        return evaluate(outputs, thresholds, cutoffs, params)
-    quality, counts, _ = problem.outcome(policy)
-    rates = counts / problem.n_samples
-    cost = float(rates @ outputs.path_costs(switched_on(thresholds))) / outputs.full_cost
-    return OperatingPoint(quality / problem.n_samples, cost, rates, thresholds, cutoffs, params)
+        return [evaluate(outputs, *setting) for setting in zip(thresholds, cutoffs, params, strict=True)]
+    quality, counts, _ = problem.outcomes(policies)
+    accuracies, rates = (quality / problem.n_samples).tolist(), counts / problem.n_samples
+    on, places = np.unique(policies > 0, axis=0, return_inverse=True)  # few, however many policies there are
+    paths = np.stack([outputs.path_costs(np.append(early, True)) for early in on])[places.ravel()]
+    full_cost = outputs.full_cost
+    costs = [float(rate @ path) / full_cost for rate, path in zip(rates, paths, strict=True)]
+    return list(map(OperatingPoint, accuracies, costs, rates, thresholds, cutoffs, params))

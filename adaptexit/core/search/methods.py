@@ -9,25 +9,20 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import isotonic_regression
 
-from adaptexit.core.search.problem import COST_UNIT, Policy, Problem
-from adaptexit.core.search.targets import Target, Weighted
+from adaptexit.core.search.problem import COST_UNIT, Policy, Problem, blocks
+from adaptexit.core.search.targets import Targets, Weighted, WithinBudget, WithinDrop, broken
 
+Floats = NDArray[np.float64]
 Policies = NDArray[np.int64]
-Search = Callable[[Problem, Sequence[Target]], Policies]
+Search = Callable[[Problem, Targets], Policies]
 
 MOST_EXHAUSTIVE = 3
 """Early exits up to which every subset of exits that cost something is tried."""
 
 
-def pick(problem: Problem, targets: Sequence[Target], candidates: Policies) -> Policies:
+def pick(problem: Problem, targets: Targets, candidates: Policies) -> Policies:
     """For every target the best of the candidates, shape (T, K-1)."""
-    quality, cost = problem.values(candidates)
-    chosen = [int(np.argmax(_objective(problem, target)(quality, cost))) for target in targets]
-    return candidates[chosen]
-
-
-def _objective(problem: Problem, target: Target):  # type: ignore[no-untyped-def]
-    return target.objective(problem.n_samples, problem.full_quality)
+    return candidates[targets.best(problem, *problem.values(candidates))[0]]
 
 
 def _subsets(problem: Problem) -> Iterator[NDArray[np.bool_]]:
@@ -35,103 +30,110 @@ def _subsets(problem: Problem) -> Iterator[NDArray[np.bool_]]:
     if problem.free:
         yield problem.allowed
         return
-    for chosen in product((True, False), repeat=problem.n_early):
-        if any(chosen):
-            yield np.array(chosen)
+    for exits in product((True, False), repeat=problem.n_early):
+        if any(exits):
+            yield np.array(exits)
 
 
 # -- exact -------------------------------------------------------------------------------------------------------------
 
 
-def exact(problem: Problem, targets: Sequence[Target]) -> Policies:
+def exact(problem: Problem, targets: Targets) -> Policies:
     """The optimum for every target, over all thresholds of one early exit (O(N log N)) or of two (O(N^2)).
 
     Exits that cost something are switched off where that is better.
     """
     if problem.n_early > 2:
         raise ValueError(f"search='exact' needs at most 3 exits; got {problem.n_early + 1}. Use 'coord' for more.")
-    found = []
+    optima = []
     for exits in _subsets(problem):
         sunk = problem.committed(exits)
         if np.count_nonzero(exits) == 1:
-            found.append(_exact_one(sunk, int(np.flatnonzero(exits)[0]), targets))
+            optima.append(_exact_one(sunk, int(np.flatnonzero(exits)[0]), targets))
         else:
-            found.append(_exact_two(sunk, targets))
-    return found[0] if len(found) == 1 else pick(problem, targets, np.unique(np.concatenate(found), axis=0))
+            optima.append(_exact_two(sunk, targets))
+    return optima[0] if len(optima) == 1 else pick(problem, targets, np.unique(np.concatenate(optima), axis=0))
 
 
-def _exact_one(problem: Problem, k: int, targets: Sequence[Target]) -> Policies:
+def _exact_one(problem: Problem, k: int, targets: Targets) -> Policies:
     """The best prefix of exit k for every target, everybody passing it and the others being switched off."""
     n = problem.n_samples
     ends = np.append(0, problem.ends[k])
     gain = np.append(0, np.cumsum((problem.quality[k] - problem.quality[-1])[problem.order[k]]))[ends]
     # Longer prefixes are cheaper: one is worth keeping where it beats every longer one.
     best_longer = np.append(np.maximum.accumulate(gain[::-1])[::-1][1:], gain.min() - 1)
-    kept = gain > best_longer
-    quality, ends = problem.full_quality + gain[kept] * problem.quality_unit, ends[kept]
+    worthwhile = gain > best_longer
+    quality, ends = problem.full_quality + gain[worthwhile] * problem.quality_unit, ends[worthwhile]
     paths = np.cumsum(problem.stage_costs + problem.exit_costs) * COST_UNIT
     cost = ends * paths[k] + (n - ends) * paths[-1]
     policies = np.zeros((len(targets), problem.n_early), dtype=np.int64)
-    policies[:, k] = [ends[int(np.argmax(_objective(problem, target)(quality, cost)))] for target in targets]
+    policies[:, k] = ends[targets.best(problem, quality, cost)[0]]
     return policies
 
 
-def _exact_two(problem: Problem, targets: Sequence[Target]) -> Policies:
+def _exact_two(problem: Problem, targets: Targets) -> Policies:
     """The best pair of prefixes for every target, both exits being run by everybody who reaches them."""
     n = problem.n_samples
     first_q, second_q, last_q = problem.quality * problem.quality_unit
     paths = np.cumsum(problem.stage_costs + problem.exit_costs) * COST_UNIT
-    budgets = np.array([t.budget for t in targets if t.budget is not None]) * n + 1e-9 * n
-    floors = np.array([problem.full_quality - t.max_drop * n for t in targets if t.max_drop is not None]) - 1e-9 * n
+    budgets = targets.budgets * n + 1e-9 * n
+    floors = problem.full_quality - targets.drops * n - 1e-9 * n
     best_q, at_budget = np.full(len(budgets), -np.inf), np.zeros((len(budgets), 2), dtype=np.int64)
     best_c, at_floor = np.full(len(floors), np.inf), np.zeros((len(floors), 2), dtype=np.int64)
     gain_all = (second_q - last_q)[problem.order[1]]
     rank_all = problem.rank[0][problem.order[1]]
-    left_q = np.append(0.0, np.cumsum((first_q - last_q)[problem.order[0]]))
+    gain_first = np.append(0.0, np.cumsum((first_q - last_q)[problem.order[0]]))
     ends = np.append(0, problem.ends[1])
     for leaving in np.append(0, problem.ends[0]):
         reach = rank_all >= leaving
-        quality = problem.full_quality + left_q[leaving] + np.append(0.0, np.cumsum(gain_all * reach))[ends]
+        quality = problem.full_quality + gain_first[leaving] + np.append(0.0, np.cumsum(gain_all * reach))[ends]
         stops = np.append(0, np.cumsum(reach))[ends]
         cost = leaving * paths[0] + (n - leaving) * paths[2] - stops * (paths[2] - paths[1])
-        from_here_on = np.maximum.accumulate(quality[::-1])[::-1]  # best quality of this prefix or a longer one
-        cheap_enough = np.searchsorted(-cost, -budgets)
-        for j in np.flatnonzero(cheap_enough < len(ends)):
-            if from_here_on[cheap_enough[j]] > best_q[j]:
-                best_q[j] = from_here_on[cheap_enough[j]]
-                at_budget[j] = leaving, ends[cheap_enough[j] + int(np.argmax(quality[cheap_enough[j] :]))]
+        # Longer prefixes of the second exit are cheaper: a budget leaves those from some length on, whose best quality
+        # falls with that length, so that a floor leaves those up to some length. Both are found by binary search.
+        from_here_on = np.maximum.accumulate(quality[::-1])[::-1]
+        shortest = np.searchsorted(-cost, -budgets)
+        attained = np.append(from_here_on, -np.inf)[shortest]
+        for j in np.flatnonzero(attained > best_q):
+            best_q[j] = attained[j]
+            at_budget[j] = leaving, ends[shortest[j] + int(np.argmax(quality[shortest[j] :]))]
         longest = np.searchsorted(-from_here_on, -floors, side="right") - 1
-        for j in np.flatnonzero(longest >= 0):
-            if cost[longest[j]] < best_c[j]:
-                best_c[j], at_floor[j] = cost[longest[j]], (leaving, ends[longest[j]])
+        attained = np.where(longest >= 0, cost[longest], np.inf)
+        for j in np.flatnonzero(attained < best_c):
+            best_c[j], at_floor[j] = attained[j], (leaving, ends[longest[j]])
     return np.concatenate([at_budget, at_floor])
 
 
 # -- coordinate search -------------------------------------------------------------------------------------------------
 
 
-def coord(problem: Problem, targets: Sequence[Target], n_weights: int = 28) -> Policies:
+def coord(problem: Problem, targets: Targets, n_weights: int = 28) -> Policies:
     """Exact one-dimensional scans, exit by exit to a fixed point, over cost weights; then repair for every target.
 
     The published geometric rule's policies are among the starting points of the repair, so no target is served worse
     than by that rule.
     """
-    found = [np.zeros((1, problem.n_early), dtype=np.int64)]
+    proposals = [np.zeros((1, problem.n_early), dtype=np.int64)]
     if problem.free or problem.n_early <= MOST_EXHAUSTIVE:
         for exits in _subsets(problem):
-            committed = problem.committed(exits)
-            found += [_weighted_path(committed, n_weights)[1], geometric_path(committed)]
+            sunk = problem.committed(exits)
+            proposals += [_weighted_path(sunk, n_weights)[1], geometric_path(sunk)]
     else:
         # Too many subsets: start from all exits run, then let every scan weigh an exit against its own cost.
-        committed = problem.committed(problem.allowed)
-        weights, policies = _weighted_path(committed, n_weights)
-        found += [policies, geometric_path(committed)]
+        sunk = problem.committed(problem.allowed)
+        weights, policies = _weighted_path(sunk, n_weights)
+        proposals += [policies, geometric_path(sunk)]
         for weight, policy in zip(weights, policies, strict=True):
             objective = Weighted(weight)
-            found.append(_drop_exits(problem, problem.settle(policy, objective)[0], objective)[None])
-    candidates = np.unique(np.concatenate(found), axis=0)
-    quality, cost = problem.values(candidates)
-    return np.stack([_repair(problem, target, candidates, quality, cost) for target in targets])
+            proposals.append(_drop_exits(problem, problem.settle(policy, objective)[0], objective)[None])
+    candidates = np.unique(np.concatenate(proposals), axis=0)
+    merits = targets.merits(problem, *problem.values(candidates))
+    return np.stack(
+        [
+            _repair(problem, objective, candidates, merits_here)
+            for objective, merits_here in zip(targets.objectives(problem), merits, strict=True)
+        ]
+    )
 
 
 def _weighted_path(problem: Problem, n_weights: int) -> tuple[list[float], Policies]:
@@ -149,61 +151,56 @@ def _weighted_path(problem: Problem, n_weights: int) -> tuple[list[float], Polic
     loss = abs(problem.full_quality - int(problem.quality[0].sum()) * problem.quality_unit) / problem.n_samples
     price = loss / max(1.0 - cheapest, 1e-3)
     grid = max(price, 1.0 / problem.n_samples) * np.geomspace(30.0, 3e-3, max(n_weights // 2, 2))
-    weights: list[float] = []
+    weights: list[float] = grid.tolist()
     policies: list[Policy] = []
-    values: list[tuple[float, float]] = []
-    for weight in grid:
-        weights.append(float(weight))
-        policies.append(settled(weights[-1], policies[-1] if policies else nothing))
-        values.append(problem.value(policies[-1]))
-    spread = np.maximum(np.ptp(np.array(values), axis=0), 1e-9)
+    for weight in weights:
+        policies.append(settled(weight, policies[-1] if policies else nothing))
+    values = np.stack(problem.values(np.stack(policies)), axis=1)
+    spread = np.maximum(np.ptp(values, axis=0), 1e-9)
     while len(weights) < n_weights:
-        gaps = np.abs(np.diff(np.array(values), axis=0) / spread).sum(axis=1)
+        gaps = np.abs(np.diff(values, axis=0) / spread).sum(axis=1)
         i = int(np.argmax(gaps * (np.diff(np.log(weights)) < -1e-3)))
         weight = float(np.sqrt(weights[i] * weights[i + 1]))
         policy = settled(weight, policies[i])
         weights.insert(i + 1, weight)
         policies.insert(i + 1, policy)
-        values.insert(i + 1, problem.value(policy))
+        values = np.insert(values, i + 1, np.concatenate(problem.values(policy[None])), axis=0)
     return weights, np.stack(policies)
 
 
 def _drop_exits(problem: Problem, policy: Policy, objective: Weighted) -> Policy:
     """Switch off, one by one, the exit whose loss costs least while the objective rises after the rest adapts."""
-    best = float(objective(*problem.value(policy)))
+    best = float(objective(*problem.values(policy[None]))[0])
     while (policy > 0).any():
-        trials = []
-        for k in np.flatnonzero(policy > 0):
-            without = policy.copy()
-            without[k] = 0
-            trials.append((float(objective(*problem.value(without))), without))
-        adapted, value = problem.settle(max(trials, key=lambda trial: trial[0])[1], objective)
+        on = np.flatnonzero(policy > 0)
+        without = np.tile(policy, (len(on), 1))
+        without[np.arange(len(on)), on] = 0
+        start = without[int(np.argmax(objective(*problem.values(without))))]
+        fewer, value = problem.settle(start, objective)
         if value <= best + 1e-9 * max(1.0, abs(best)):
             break
-        policy, best = adapted, value
+        policy, best = fewer, value
     return policy
 
 
-def _repair(
-    problem: Problem, target: Target, candidates: Policies, quality: NDArray[np.float64], cost: NDArray[np.float64]
-) -> Policy:
-    """The nearest candidate beyond the target, scanned to a fixed point under it; else the best that keeps it."""
-    objective = _objective(problem, target)
-    values = objective(quality, cost)
-    nearest = int(np.argmax(values))
-    broken = values <= -1e6 * problem.n_samples
-    if not broken.any():
-        return problem.settle(candidates[nearest], objective)[0]
-    beyond, value = problem.settle(candidates[int(np.argmax(np.where(broken, values, -np.inf)))], objective)
-    if value > values[nearest]:
-        return beyond
+def _repair(problem: Problem, objective: WithinBudget | WithinDrop, candidates: Policies, merits: Floats) -> Policy:
+    """The nearest candidate beyond the target, scanned to a fixed point under it; else the best that keeps it.
+
+    ``merits`` (P,) is what the objective gives for the candidates.
+    """
+    nearest = int(np.argmax(merits))
+    beyond = broken(merits, problem.n_samples)
+    if beyond.any():
+        policy, merit = problem.settle(candidates[int(np.argmax(np.where(beyond, merits, -np.inf)))], objective)
+        if merit > merits[nearest]:
+            return policy
     return problem.settle(candidates[nearest], objective)[0]
 
 
 # -- published and small-sample rules ----------------------------------------------------------------------------------
 
 
-def geometric(problem: Problem, targets: Sequence[Target]) -> Policies:
+def geometric(problem: Problem, targets: Targets) -> Policies:
     """MSDNet's rule: exit rates proportional to (p/20)^k for p = 1 ... 39, thresholds on those left.
 
     Where fewer samples are left than an exit's quota, all of them leave; MSDNet's public code then leaves nobody there.
@@ -214,34 +211,31 @@ def geometric(problem: Problem, targets: Sequence[Target]) -> Policies:
 def geometric_path(problem: Problem, points: Sequence[int] = range(1, 40)) -> Policies:
     """The policies of MSDNet's rule for the p of ``points``, shape (P, K-1), on the exits allowed."""
     exits = np.flatnonzero(problem.allowed)
-    policies = np.zeros((len(points), problem.n_early), dtype=np.int64)
-    for row, p in enumerate(points):
-        shares = (p / 20.0) ** np.arange(len(exits) + 1)
-        quotas = np.zeros(problem.n_early, dtype=np.int64)
-        quotas[exits] = np.floor(problem.n_samples * shares / shares.sum())[:-1]
-        policies[row] = quota_policy(problem, quotas)
-    return policies
+    shares = (np.array(points)[:, None] / 20.0) ** np.arange(len(exits) + 1)
+    quotas = np.zeros((len(points), problem.n_early), dtype=np.int64)
+    quotas[:, exits] = np.floor(problem.n_samples * shares / shares.sum(axis=1, keepdims=True))[:, :-1]
+    return quota_policies(problem, quotas)
 
 
-def quota_policy(problem: Problem, quotas: NDArray[np.int64]) -> Policy:
-    """The policy (K-1,) at which every exit takes its quota of the surest samples that reach it, or all of fewer.
+def quota_policies(problem: Problem, quotas: Policies) -> Policies:
+    """Policies (P, K-1) at which every exit takes its quota of the surest samples that reach it, or all of fewer.
 
     An exit with the quota 0 is switched off. Equal scores leave together, which may be more than the quota.
     """
-    policy = np.zeros(problem.n_early, dtype=np.int64)
-    alive = np.ones(problem.n_samples, dtype=bool)
-    for k in np.flatnonzero(quotas):
-        left = np.cumsum(alive[problem.order[k]])
-        if not left[-1]:
-            break
-        reached = int(np.searchsorted(left, min(int(quotas[k]), int(left[-1])))) + 1
-        ends = problem.ends[k]
-        policy[k] = ends[np.searchsorted(ends, reached)]
-        alive &= problem.rank[k] >= policy[k]
-    return policy
+    policies = np.zeros(quotas.shape, dtype=np.int32)  # as ranks are
+    for block in blocks(len(quotas), problem.n_samples):
+        alive = np.ones((len(quotas[block]), problem.n_samples), dtype=bool)
+        for k in np.flatnonzero(quotas[block].any(axis=0)):
+            arrivals = np.cumsum(alive.take(problem.order[k], axis=1), axis=1, dtype=np.int32)
+            quota = np.minimum(quotas[block, k], arrivals[:, -1]).astype(np.int32)
+            last = (arrivals < quota[:, None]).argmin(axis=1)  # where the quota's last sample stands
+            ends = problem.ends[k]
+            policies[block, k] = np.where(quota > 0, ends[np.searchsorted(ends, last + 1)], 0)
+            alive &= problem.rank[k] >= policies[block, k, None]
+    return policies.astype(np.int64)
 
 
-def shared(problem: Problem, targets: Sequence[Target]) -> Policies:
+def shared(problem: Problem, targets: Targets) -> Policies:
     """One threshold for all exits on P(correct), estimated at each exit by isotonic regression: for small samples."""
     return _by_subsets(problem, targets, shared_path)
 
@@ -259,33 +253,37 @@ def shared_path(problem: Problem, n_levels: int = 200) -> Policies:
     if len(levels) > n_levels:
         levels = levels[np.linspace(0, len(levels) - 1, n_levels).round().astype(int)]
     policies = np.zeros((len(levels), problem.n_early), dtype=np.int64)
-    for k in exits:
+    for k in exits:  # the estimates fall: those above a level come first
         policies[:, k] = np.searchsorted(-estimates[k], -levels, side="left")
     return policies
 
 
-def _by_subsets(problem: Problem, targets: Sequence[Target], path: Callable[[Problem], Policies]) -> Policies:
+def _by_subsets(problem: Problem, targets: Targets, path: Callable[[Problem], Policies]) -> Policies:
     """A rule applied to every subset of the exits (few), or to fewer and fewer of them (many), picked by target."""
     nothing = np.zeros((1, problem.n_early), dtype=np.int64)
     if problem.free or problem.n_early <= MOST_EXHAUSTIVE:
         paths = [path(problem.committed(exits)) for exits in _subsets(problem)]
         return pick(problem, targets, np.unique(np.concatenate([nothing, *paths]), axis=0))
-    exits = problem.allowed.copy()
-
-    def merit(candidates: Policies) -> float:
-        quality, cost = problem.values(pick(problem, targets, candidates))
-        return float(np.sum([_objective(problem, t)(quality[[i]], cost[[i]])[0] for i, t in enumerate(targets)]))
-
-    kept = np.concatenate([nothing, path(problem.committed(exits))])
-    best = merit(kept)
+    exits = problem.allowed
+    candidates = np.concatenate([nothing, path(problem.committed(exits))])
+    values = problem.values(candidates)
+    merit = _merit(problem, targets, values)
     while np.count_nonzero(exits) > 1:
         trials = []
         for k in np.flatnonzero(exits):
             fewer = exits & (np.arange(problem.n_early) != k)
-            candidates = np.concatenate([kept, path(problem.committed(fewer))])
-            trials.append((merit(candidates), fewer, candidates))
-        value, fewer, candidates = max(trials, key=lambda trial: trial[0])
-        if value <= best:
+            more = path(problem.committed(fewer))
+            quality, cost = (np.append(old, new) for old, new in zip(values, problem.values(more), strict=True))
+            trials.append((_merit(problem, targets, (quality, cost)), fewer, more, (quality, cost)))
+        best, fewer, more, values_with = max(trials, key=lambda trial: trial[0])
+        if best <= merit:
             break
-        exits, kept, best = fewer, np.unique(candidates, axis=0), value
-    return pick(problem, targets, kept)
+        exits, merit = fewer, best
+        candidates, first = np.unique(np.concatenate([candidates, more]), axis=0, return_index=True)
+        values = values_with[0][first], values_with[1][first]
+    return candidates[targets.best(problem, *values)[0]]
+
+
+def _merit(problem: Problem, targets: Targets, values: tuple[Floats, Floats]) -> float:
+    """How well candidates of given values serve all targets: the sum of what each objective gives for its best."""
+    return float(np.sum(targets.best(problem, *values)[1]))

@@ -12,14 +12,13 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.routing import midpoint
-from adaptexit.core.search.targets import Objective
 
 Floats = NDArray[np.float64]
 Integers = NDArray[np.int64]
@@ -30,6 +29,15 @@ COST_UNIT = 2.0**-40
 
 _QUALITY_STEPS = 2.0**30
 
+_BLOCK = 2**16
+"""Cells of a matrix worked on at once: enough to be quick on few samples, few enough to stay in the cache."""
+
+
+class Objective(Protocol):
+    """Number to maximise, for summed quality and summed relative cost (numbers or arrays)."""
+
+    def __call__(self, quality: Any, cost: Any) -> Any: ...
+
 
 @dataclass(frozen=True, eq=False)
 class Problem:
@@ -37,6 +45,8 @@ class Problem:
 
     Attributes
     ----------
+    n_early, n_samples : int
+        Early exits K-1 and samples N.
     quality : int64 array (K, N)
         In units of ``quality_unit``.
     quality_unit : float
@@ -52,6 +62,8 @@ class Problem:
         Exits that the search may switch on.
     """
 
+    n_early: int
+    n_samples: int
     quality: Integers
     quality_unit: float
     order: NDArray[np.intp]
@@ -77,28 +89,21 @@ class Problem:
             sorted_scores[k] = outputs.scores[k][order[k]]
             ends.append(np.append(np.flatnonzero(np.diff(sorted_scores[k])) + 1, n))
         quality, unit = _in_units(outputs.graded)
+        full_cost = outputs.full_cost
         return cls(
+            n_early=early,
+            n_samples=n,
             quality=quality,
             quality_unit=unit,
             order=order,
             rank=rank,
             sorted_scores=sorted_scores,
             ends=ends,
-            stage_costs=np.rint(outputs.stage_costs / outputs.full_cost / COST_UNIT).astype(np.int64),
-            exit_costs=np.rint(outputs.exit_costs / outputs.full_cost / COST_UNIT).astype(np.int64),
+            stage_costs=np.rint(outputs.stage_costs / full_cost / COST_UNIT).astype(np.int64),
+            exit_costs=np.rint(outputs.exit_costs / full_cost / COST_UNIT).astype(np.int64),
             chained=outputs.chained,
             allowed=np.ones(early, dtype=bool),
         )
-
-    @property
-    def n_samples(self) -> int:
-        """Number of samples N."""
-        return int(self.quality.shape[1])
-
-    @property
-    def n_early(self) -> int:
-        """Number of early exits K-1."""
-        return int(self.order.shape[0])
 
     @cached_property
     def full_quality(self) -> float:
@@ -110,19 +115,17 @@ class Problem:
         """For every position in ``order`` the end of its tie: K-1 arrays (N,)."""
         return [np.repeat(ends, np.diff(ends, prepend=0)) for ends in self.ends]
 
-    @property
+    @cached_property
     def free(self) -> bool:
         """Whether early exits cost nothing of their own."""
         return not self.exit_costs[:-1].any()
 
     def committed(self, exits: NDArray[np.bool_]) -> Problem:
         """The same problem when exactly ``exits`` (K-1,) are run for everybody who passes: their cost is sunk."""
-        last_paid = np.flatnonzero(exits)[-1] + 1 if self.chained and exits.any() else 0
-        paid = exits | (np.arange(self.n_early) < last_paid)
-        sunk = np.append(np.where(paid, self.exit_costs[:-1], 0), 0)
+        sunk = np.where(self._runs(exits[None])[0, :-1], self.exit_costs[:-1], 0)
         return dataclasses.replace(
             self,
-            stage_costs=self.stage_costs + sunk,
+            stage_costs=self.stage_costs + np.append(sunk, 0),
             exit_costs=np.append(np.zeros(self.n_early, dtype=np.int64), self.exit_costs[-1]),
             chained=False,
             allowed=exits,
@@ -135,11 +138,11 @@ class Problem:
         nothing = np.zeros(self.n_early + 1, dtype=np.int64)
         return dataclasses.replace(self, quality=quality, quality_unit=unit, stage_costs=nothing, exit_costs=nothing)
 
-    def _paid(self, policy: Policy) -> NDArray[np.bool_]:
-        on = policy > 0
-        if self.chained and on.any():
-            on = np.arange(self.n_early) <= np.flatnonzero(on)[-1]
-        return np.append(on, True)
+    def _runs(self, on: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """Exits that are run, (P, K), where early exits (P, K-1) are on: chained ones up to the deepest of these."""
+        if self.chained:
+            on = np.logical_or.accumulate(on[:, ::-1], axis=1)[:, ::-1]
+        return np.concatenate([on, np.ones((len(on), 1), dtype=bool)], axis=1)
 
     def _switch_cost(self, k: int, policy: Policy) -> int:
         """What everybody who reaches exit k pays more when it is on than when it is off."""
@@ -150,32 +153,38 @@ class Problem:
         before = np.flatnonzero(policy[:k] > 0)
         return int(self.exit_costs[(before[-1] + 1 if len(before) else 0) : k + 1].sum())
 
-    def outcome(self, policy: Policy) -> tuple[int, Integers, Integers]:
-        """Summed quality, how many samples leave at each exit (K,) and the cost of leaving there (K,), in units."""
-        counts = np.zeros(self.n_early + 1, dtype=np.int64)
-        quality, staying = 0, np.ones(self.n_samples, dtype=bool)
-        for k in np.flatnonzero(policy > 0):
-            leaves = staying & (self.rank[k] < policy[k])
-            counts[k] = np.count_nonzero(leaves)
-            quality += int(self.quality[k] @ leaves)
-            staying &= ~leaves
-        counts[-1] = self.n_samples - counts.sum()
-        quality += int(self.quality[-1] @ staying)
-        return quality, counts, np.cumsum(self.stage_costs + np.where(self._paid(policy), self.exit_costs, 0))
+    def outcomes(self, policies: Integers) -> tuple[Integers, Integers, Integers]:
+        """What becomes of policies (P, K-1), in units.
+
+        Returns
+        -------
+        (quality, counts, costs)
+            Summed quality and summed cost, (P,), and how many samples leave at each exit, (P, K).
+        """
+        counts = np.zeros((len(policies), self.n_early + 1), dtype=np.int64)
+        quality = np.zeros(len(policies), dtype=np.int64)
+        for block in blocks(len(policies), self.n_samples):
+            ends = policies[block].astype(np.int32)  # as ranks are: comparing other types takes several times as long
+            staying = np.ones((len(ends), self.n_samples), dtype=bool)
+            for k in np.flatnonzero(ends.any(axis=0)):
+                leaving = staying & (self.rank[k] < ends[:, k, None])
+                counts[block, k] = leaving.sum(axis=1, dtype=np.int32)
+                quality[block] += leaving @ self.quality[k]
+                staying &= ~leaving
+            quality[block] += staying @ self.quality[-1]
+        counts[:, -1] = self.n_samples - counts.sum(axis=1)
+        paths = np.cumsum(self.stage_costs + np.where(self._runs(policies > 0), self.exit_costs, 0), axis=1)
+        return quality, counts, (counts * paths).sum(axis=1)
 
     def _totals(self, policy: Policy) -> tuple[int, int]:
-        quality, counts, paths = self.outcome(policy)
-        return quality, int(counts @ paths)
-
-    def value(self, policy: Policy) -> tuple[float, float]:
-        """Summed quality and summed relative cost of a policy."""
-        quality, cost = self._totals(policy)
-        return quality * self.quality_unit, cost * COST_UNIT
+        """Summed quality and summed cost of a policy, in units."""
+        quality, _, cost = self.outcomes(policy[None])
+        return int(quality[0]), int(cost[0])
 
     def values(self, policies: Integers) -> tuple[Floats, Floats]:
-        """Summed quality and summed relative cost of policies (P, K-1)."""
-        pairs = [self.value(policy) for policy in policies]
-        return np.array([q for q, _ in pairs]), np.array([c for _, c in pairs])
+        """Summed quality and summed relative cost of policies (P, K-1), each (P,)."""
+        quality, _, cost = self.outcomes(policies)
+        return np.asarray(quality * self.quality_unit), np.asarray(cost * COST_UNIT)
 
     def sweep(
         self, policy: Policy, objective: Objective, totals: tuple[int, int] | None = None
@@ -186,50 +195,49 @@ class Problem:
         and switching the exit off beside them. Takes (where known) and returns the policy's summed quality and cost in
         units.
         """
-
-        def worth(quality: Any, cost: Any) -> Any:
-            return objective(quality * self.quality_unit, cost * COST_UNIT)
-
-        policy = policy.copy()
-        reached: list[NDArray[np.bool_] | None] = [None]  # None: everybody
+        policy, unit = policy.copy(), self.quality_unit
+        arrivals: list[NDArray[np.bool_] | None] = [None]  # who reaches each exit; None: everybody
         for k in range(self.n_early - 1):
             stays = self.rank[k] >= policy[k] if policy[k] else None
-            so_far = reached[-1]
-            reached.append(so_far if stays is None else stays if so_far is None else so_far & stays)
+            so_far = arrivals[-1]
+            arrivals.append(so_far if stays is None else stays if so_far is None else so_far & stays)
         total_q, total_c = self._totals(policy) if totals is None else totals
-        best = float(worth(total_q, total_c))
-        # What a sample that goes on after exit k still earns and still costs.
+        best = float(objective(total_q * unit, total_c * COST_UNIT))
+        # What a sample that goes on after exit k still earns and still costs; None where nothing costs.
         later_q = self.quality[-1]
         later_c: Integers | None = None
         if self.stage_costs.any() or self.exit_costs.any():
             later_c = np.full(self.n_samples, self.stage_costs[-1] + self.exit_costs[-1])
         for k in range(self.n_early - 1, -1, -1):
             if self.allowed[k]:
-                prefixes, gain_q, gain_c, n_reach = self._scan(k, reached[k], later_q, later_c)
+                prefixes, gain_q, gain_c, n_reach = self._scan(k, arrivals[k], later_q, later_c)
                 entry = self._switch_cost(k, policy) * n_reach
                 off_q, off_c = total_q, total_c
                 if policy[k]:
+                    # The prefix in force ends where the last of those that it lets leave here ends, if any is left.
                     now = int(np.searchsorted(prefixes, policy[k], side="right")) - 1
                     off_q -= int(gain_q[now]) if now >= 0 else 0
                     off_c -= entry - (int(gain_c[now]) if now >= 0 else 0)
-                off = float(worth(off_q, off_c))
-                choice, chosen = -1, -np.inf
+                off = float(objective(off_q * unit, off_c * COST_UNIT))
+                choice, on = -1, -np.inf
                 if len(prefixes):
-                    candidates = worth(off_q + gain_q, off_c + entry - gain_c)
+                    candidates = objective((off_q + gain_q) * unit, (off_c + entry - gain_c) * COST_UNIT)
                     choice = int(np.argmax(candidates))
-                    chosen = float(candidates[choice])
-                if max(chosen, off) > best + 1e-12 * abs(best):
-                    if off >= chosen:
+                    on = float(candidates[choice])
+                # Beyond rounding: an exit that moves for less could move back at the next sweep, and so for ever.
+                if max(on, off) > best + 1e-12 * abs(best):
+                    if off >= on:
                         policy[k], best, total_q, total_c = 0, off, off_q, off_c
                     else:
-                        policy[k], best = prefixes[choice], chosen
+                        policy[k], best = prefixes[choice], on
                         total_q, total_c = off_q + int(gain_q[choice]), off_c + entry - int(gain_c[choice])
             if k:
                 goes_on = self.rank[k] >= policy[k] if policy[k] else None
                 if goes_on is not None:
                     later_q = np.where(goes_on, later_q, self.quality[k])
                 if later_c is not None:
-                    here = self.stage_costs[k] + (self.exit_costs[k] if self._paid(policy)[k] else 0)
+                    runs = policy[k:].any() if self.chained else policy[k]
+                    here = self.stage_costs[k] + (self.exit_costs[k] if runs else 0)
                     later_c = here + (later_c if goes_on is None else later_c * goes_on)
         return policy, (total_q, total_c)
 
@@ -249,7 +257,7 @@ class Problem:
         gain_q = np.cumsum((self.quality[k] - later_q).take(samples))
         gain_c = np.zeros(1, dtype=np.int64) if later_c is None else np.cumsum(later_c.take(samples))
         if len(self.ends[k]) < self.n_samples:
-            if reach is not None:
+            if reach is not None:  # of each tie the last sample that is still there
                 positions = np.append(np.flatnonzero(prefixes[1:] != prefixes[:-1]), max(len(samples) - 1, 0))
                 positions = positions[: len(samples)]
                 prefixes = prefixes[positions]
@@ -260,37 +268,45 @@ class Problem:
 
     def settle(self, policy: Policy, objective: Objective, max_sweeps: int = 30) -> tuple[Policy, float]:
         """Sweeps to a fixed point; returns the policy and its objective."""
-        reached, totals = self.sweep(policy, objective)
+        previous = policy
+        policy, totals = self.sweep(policy, objective)
         for _ in range(max_sweeps - 1):
-            if np.array_equal(reached, policy):
+            if np.array_equal(policy, previous):
                 break
-            policy = reached
-            reached, totals = self.sweep(policy, objective, totals)
-        return reached, float(objective(totals[0] * self.quality_unit, totals[1] * COST_UNIT))
+            previous = policy
+            policy, totals = self.sweep(policy, objective, totals)
+        return policy, float(objective(totals[0] * self.quality_unit, totals[1] * COST_UNIT))
 
-    def snap(self, policy: NDArray[Any]) -> Policy:
-        """The nearest prefixes that end between two different scores; 0 stays off."""
-        snapped = np.zeros(self.n_early, dtype=np.int64)
-        for k, wanted in enumerate(policy):
-            if wanted > 0:
-                ends = self.ends[k]
-                right = min(int(np.searchsorted(ends, wanted)), len(ends) - 1)
-                left = max(right - 1, 0)
-                snapped[k] = ends[left] if wanted - ends[left] < ends[right] - wanted else ends[right]
+    def snap(self, positions: NDArray[Any]) -> Integers:
+        """The nearest prefixes, (..., K-1), that end between two different scores; 0 stays off."""
+        snapped = np.zeros(positions.shape, dtype=np.int64)
+        for k, ends in enumerate(self.ends):
+            position = positions[..., k]
+            after = np.minimum(np.searchsorted(ends, position), len(ends) - 1)
+            before = np.maximum(after - 1, 0)
+            nearest = np.where(position - ends[before] < ends[after] - position, ends[before], ends[after])
+            snapped[..., k] = np.where(position > 0, nearest, 0)
         return snapped
 
-    def thresholds(self, policy: Policy) -> tuple[Floats, Floats]:
-        """Thresholds and cutoffs, both (K,): see :mod:`adaptexit.core.routing`."""
-        thresholds = np.full(self.n_early + 1, np.inf)
-        cutoffs = np.full(self.n_early + 1, np.inf)
-        thresholds[-1] = cutoffs[-1] = -np.inf
-        for k, n in enumerate(policy):
-            if n == self.n_samples:
-                thresholds[k] = cutoffs[k] = -np.inf
-            elif n > 0:
-                above, below = self.sorted_scores[k, n - 1 : n + 1].astype(np.float64)
-                thresholds[k], cutoffs[k] = below, midpoint(below, above)
+    def thresholds(self, policies: Integers) -> tuple[Floats, Floats]:
+        """Thresholds and cutoffs, both (..., K), of policies (..., K-1): see :mod:`adaptexit.core.routing`."""
+        thresholds = np.full((*policies.shape[:-1], self.n_early + 1), -np.inf)
+        cutoffs = thresholds.copy()
+        for k, scores in enumerate(self.sorted_scores):
+            n = policies[..., k]
+            above = scores[np.maximum(n - 1, 0)].astype(np.float64)
+            below = scores[np.minimum(n, self.n_samples - 1)].astype(np.float64)
+            unlimited = np.where(n == 0, np.inf, -np.inf)
+            part = (n > 0) & (n < self.n_samples)
+            thresholds[..., k] = np.where(part, below, unlimited)
+            cutoffs[..., k] = np.where(part, midpoint(below, above), unlimited)
         return thresholds, cutoffs
+
+
+def blocks(n_rows: int, width: int) -> list[slice]:
+    """The rows of a matrix in runs that are worked on at once."""
+    size = max(1, _BLOCK // max(width, 1))
+    return [slice(start, start + size) for start in range(0, n_rows, size)]
 
 
 def _in_units(quality: NDArray[Any]) -> tuple[Integers, float]:

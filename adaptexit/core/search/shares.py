@@ -10,9 +10,9 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.optimize import brentq
 from scipy.special import softmax
 
-from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, evaluate, not_dominated, reference
+from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, evaluate, not_dominated
 from adaptexit.core.outputs import ExitOutputs
-from adaptexit.core.search.methods import quota_policy
+from adaptexit.core.search.methods import quota_policies
 from adaptexit.core.search.problem import Problem
 
 Floats = NDArray[np.float64]
@@ -41,13 +41,13 @@ def matched_shares(shares: ArrayLike, costs: ArrayLike, budget: float) -> Floats
     if width == 0:
         return np.asarray(softmax(logs))
     steps = (price - low) / width
-    wanted = (budget - low) / width
+    target = (budget - low) / width
 
     def tilted(t: float) -> Floats:
         return np.asarray(softmax(logs - t * steps))
 
     def excess(t: float) -> float:
-        return float(tilted(t) @ steps - wanted)
+        return float(tilted(t) @ steps - target)
 
     if excess(_STEEPEST) >= 0:
         return tilted(_STEEPEST)
@@ -79,16 +79,16 @@ def frontier_of_shares(
     """
     problem = Problem.from_outputs(outputs)
     costs = outputs.path_costs(np.ones(outputs.n_exits, dtype=bool)) / outputs.full_cost
-
-    def point(budget: float) -> OperatingPoint:
-        quotas = np.ceil(outputs.n_samples * matched_shares(shares, costs, budget)[:-1] - 1e-6).astype(np.int64)
-        return evaluate(outputs, *problem.thresholds(quota_policy(problem, quotas)), {"budget": float(budget)})
-
+    every_budget = [in_use, *(budget for budget in budgets if budget != in_use)]
+    quotas = outputs.n_samples * np.stack([matched_shares(shares, costs, budget)[:-1] for budget in every_budget])
+    policies = quota_policies(problem, np.ceil(quotas - 1e-6).astype(np.int64))
+    point, *others = (
+        evaluate(outputs, thresholds, cutoffs, {"budget": float(budget)})
+        for thresholds, cutoffs, budget in zip(*problem.thresholds(policies), every_budget, strict=True)
+    )
     plain = evaluate(outputs, *problem.thresholds(np.zeros(problem.n_early, dtype=np.int64)))
-    chosen = point(in_use)
-    if plain.cost <= in_use < chosen.cost:  # the first exit is dearer than the full model
-        chosen = dataclasses.replace(plain, params=chosen.params)
-    points = [chosen, plain, *(point(budget) for budget in budgets if budget != in_use)]
-    kept = {0, 1, *not_dominated([p.accuracy for p in points], [p.cost for p in points]).tolist()}
-    ordered = sorted((points[i] for i in kept), key=lambda p: (p.cost, p.accuracy))
-    return ParetoFrontier(ordered, *reference(outputs)), chosen
+    if plain.cost <= in_use < point.cost:  # the first exit is dearer than the full model
+        point = dataclasses.replace(plain, params=point.params)
+    points = [point, plain, *others]
+    survivors = {0, 1, *not_dominated([p.accuracy for p in points], [p.cost for p in points]).tolist()}
+    return ParetoFrontier.of([points[i] for i in sorted(survivors)], outputs), point

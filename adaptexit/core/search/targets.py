@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from adaptexit.core.search.problem import Problem, blocks
+
+Floats = NDArray[np.float64]
 
 _PREFER = 1e-9  # settles ties; far below one sample's quality or a cost that matters
 _FAR = 1e6  # per sample: puts whatever breaks the constraint below whatever keeps it
-
-
-class Objective(Protocol):
-    """Number to maximise, for summed quality and summed relative cost (numbers or arrays)."""
-
-    def __call__(self, quality: Any, cost: Any) -> Any: ...
 
 
 @dataclass(frozen=True)
@@ -29,9 +28,12 @@ class Weighted:
 
 @dataclass(frozen=True)
 class WithinBudget:
-    """Best quality among mean relative costs up to ``budget``; beyond it, the nearest to it."""
+    """Best quality among mean relative costs up to ``budget``; beyond it, the nearest to it.
 
-    budget: float
+    ``budget`` is one number, or a column (T, 1) for T requests at once.
+    """
+
+    budget: Any
     n_samples: int
 
     def __call__(self, quality: Any, cost: Any) -> Any:
@@ -41,31 +43,71 @@ class WithinBudget:
 
 @dataclass(frozen=True)
 class WithinDrop:
-    """Least cost among accuracies at most ``max_drop`` below the full model's; below that, the nearest to it."""
+    """Least cost among accuracies at most ``max_drop`` below the full model's; below that, the nearest to it.
 
-    max_drop: float
+    ``max_drop`` is one number, or a column (T, 1) for T requests at once.
+    """
+
+    max_drop: Any
     n_samples: int
     full_quality: float
 
     def __call__(self, quality: Any, cost: Any) -> Any:
-        missing = self.full_quality - self.max_drop * self.n_samples - quality
-        return np.where(missing <= 1e-9 * self.n_samples, _PREFER * quality - cost, -_FAR * self.n_samples - missing)
+        shortfall = self.full_quality - self.max_drop * self.n_samples - quality
+        return np.where(
+            shortfall <= 1e-9 * self.n_samples, _PREFER * quality - cost, -_FAR * self.n_samples - shortfall
+        )
 
 
-@dataclass(frozen=True)
-class Target:
-    """A request that can be put to any data: a budget or an allowed drop of accuracy."""
+@dataclass(frozen=True, eq=False)
+class Targets:
+    """Requests that can be put to any data: mean relative costs (B,), then allowed drops of accuracy (D,).
 
-    budget: float | None = None
-    max_drop: float | None = None
+    T = B + D; whatever is said of all targets is in this order.
+    """
 
-    def objective(self, n_samples: int, full_quality: float) -> WithinBudget | WithinDrop:
-        """The request as an objective on data of this size."""
-        if self.budget is not None:
-            return WithinBudget(self.budget, n_samples)
-        assert self.max_drop is not None
-        return WithinDrop(self.max_drop, n_samples, full_quality)
+    budgets: Floats
+    drops: Floats
 
-    def described(self) -> dict[str, float]:
-        """The request as an operating point's params."""
-        return {"budget": self.budget} if self.budget is not None else {"max_drop": float(self.max_drop or 0.0)}
+    @classmethod
+    def of(cls, budgets: ArrayLike = (), drops: ArrayLike = ()) -> Targets:
+        """Targets from sequences."""
+        return cls(np.asarray(budgets, dtype=np.float64), np.asarray(drops, dtype=np.float64))
+
+    def __len__(self) -> int:
+        return len(self.budgets) + len(self.drops)
+
+    def objectives(self, problem: Problem) -> list[WithinBudget | WithinDrop]:
+        """Each target as an objective on the data of a problem."""
+        n, full = problem.n_samples, problem.full_quality
+        budgets = [WithinBudget(budget, n) for budget in self.budgets.tolist()]
+        return [*budgets, *(WithinDrop(drop, n, full) for drop in self.drops.tolist())]
+
+    def merits(self, problem: Problem, quality: Floats, cost: Floats) -> Floats:
+        """What each target's objective gives for candidates of summed quality and cost (P,): shape (T, P)."""
+        n = problem.n_samples
+        within_budgets = WithinBudget(self.budgets[:, None], n)
+        within_drops = WithinDrop(self.drops[:, None], n, problem.full_quality)
+        return np.concatenate([within_budgets(quality, cost), within_drops(quality, cost)])
+
+    def best(self, problem: Problem, quality: Floats, cost: Floats) -> tuple[NDArray[np.intp], Floats]:
+        """For every target which candidate is best, and what its objective gives there: both (T,)."""
+        places, merits = np.zeros(len(self), dtype=np.intp), np.full(len(self), -np.inf)
+        everyone = np.arange(len(self))
+        # In blocks: with one early exit every sample is a candidate, and all at once would fill the memory.
+        for block in blocks(len(quality), len(self)):
+            here = self.merits(problem, quality[block], cost[block])
+            first = here.argmax(axis=1)
+            better = here[everyone, first] > merits
+            places[better] = block.start + first[better]
+            merits[better] = here[everyone, first][better]
+        return places, merits
+
+    def described(self) -> list[dict[str, float]]:
+        """Each target as an operating point's params."""
+        return [{"budget": b} for b in self.budgets.tolist()] + [{"max_drop": d} for d in self.drops.tolist()]
+
+
+def broken(merits: Floats, n_samples: int) -> NDArray[np.bool_]:
+    """Which of the numbers that a target's objective gave stand for a constraint not kept."""
+    return merits <= -_FAR * n_samples

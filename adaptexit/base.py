@@ -1,0 +1,387 @@
+"""What every adaptive estimator does: calibrate what its network answers, answer at a budget, report, save."""
+
+from __future__ import annotations
+
+import copy
+import os
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from numbers import Real
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import BaseEstimator, ClassifierMixin, clone
+from sklearn.metrics import accuracy_score
+from sklearn.utils.multiclass import check_classification_targets
+from sklearn.utils.validation import check_is_fitted, validate_data
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from adaptexit.calibrators.base import Calibrator
+from adaptexit.calibrators.threshold import ThresholdCalibrator
+from adaptexit.core.costs import Costs
+from adaptexit.core.frontier import TOLERANCE
+from adaptexit.core.outputs import ExitOutputs
+from adaptexit.core.policy import ExitAlone, Policy
+from adaptexit.core.trace import ExitTrace
+from adaptexit.data.batches import Batches, as_batches, check_source, is_stream, split_pair
+from adaptexit.data.classes import warn_of_labels
+from adaptexit.data.inputs import InputSpec
+from adaptexit.networks.base import Network, below
+from adaptexit.networks.readers import LogitsReader
+from adaptexit.persistence import load, save
+from adaptexit.predictor import Predictor
+from adaptexit.reporting import ExitReports
+from adaptexit.staging.contexts import evaluating
+from adaptexit.staging.executor import record
+from adaptexit.utils.validation import check_whole, checked_number
+
+CostName = Literal["auto", "macs", "latency"]
+ConfidenceName = Literal["auto", "max_proba", "entropy", "margin"]
+
+_TABLE_ATTRIBUTES = ("n_features_in_", "feature_names_in_")
+
+
+class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
+    """Base of the estimators: everything behind the network, which a subclass builds.
+
+    A subclass has the parameters ``calibrator``, ``confidence``, ``cost``, ``budget``, ``batch_size``,
+    ``memory_limit`` and ``verbose``; its ``fit`` makes a network and passes it to :meth:`_calibrated`.
+
+    Attributes
+    ----------
+    classes_ : array (C,)
+    calibrator_ : the fitted calibrator
+    outputs_ : ExitOutputs
+        What every exit answered on the calibration data.
+    stages_, heads_ : nn.ModuleList of length K
+        What the network is made of: the computation up to each exit, and what answers there.
+    cost_unit_ : "MACs", "seconds" or "given"
+    labelled_ : bool
+        Whether the calibration data had labels; otherwise accuracy is agreement with the full model, and so ``record``
+        and ``pareto`` take data without labels.
+    """
+
+    calibrator: Calibrator | None
+    confidence: ConfidenceName | Callable[[Any], Any]
+    cost: CostName | Sequence[float]
+    budget: float | None
+    calibration_size: float
+    batch_size: int
+    memory_limit: int
+    verbose: int
+    classes_: NDArray[Any]
+    calibrator_: Calibrator
+    outputs_: ExitOutputs
+    labelled_: bool
+    _network: Network
+    _inputs: InputSpec
+    _prepared: dict[str, Predictor]
+    _label_hint = ""
+
+    # -- what a subclass provides --------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _tabular(self, X: Any) -> bool:
+        """Whether X is a table, validated as scikit-learn does."""
+
+    @abstractmethod
+    def _restored_network(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> Network:
+        """The network from what was saved of it and what the user gave again."""
+
+    def _check_parameters(self) -> None:
+        """Refuse at once what would be met only after models have run."""
+        if self.calibrator is not None and not isinstance(self.calibrator, Calibrator):
+            raise TypeError(f"calibrator must be a Calibrator, as ThresholdCalibrator(); got {self.calibrator!r}.")
+        LogitsReader(self.confidence)
+        check_whole("memory_limit", self.memory_limit, 0, " (a number of bytes)")
+        if not (isinstance(self.calibration_size, Real) and 0 < self.calibration_size < 1):
+            raise ValueError(f"calibration_size must lie between 0 and 1; got {self.calibration_size!r}.")
+        if self.budget is not None:
+            checked_number("budget", self.budget, "a finite relative cost (0.4 is 40% of the full model)")
+        if not isinstance(self.verbose, (int, np.integer)):
+            raise ValueError(f"verbose must be an integer; got {self.verbose!r}.")
+
+    # -- the network ---------------------------------------------------------------------------------------------------
+
+    @property
+    def exit_names(self) -> list[str]:
+        """How pictures and tables name the exits, from shallow to deep."""
+        check_is_fitted(self)
+        return list(self._network.exit_names)
+
+    @property
+    def stages_(self) -> nn.ModuleList:
+        """The computation up to each exit from the one before it."""
+        check_is_fitted(self)
+        return self._network.stages
+
+    @property
+    def heads_(self) -> nn.ModuleList:
+        """What answers at each exit."""
+        check_is_fitted(self)
+        return self._network.heads
+
+    @property
+    def cost_unit_(self) -> str | None:
+        """Unit of the costs: "MACs", "seconds" or "given"."""
+        return self.outputs_.cost_unit
+
+    # -- answering -----------------------------------------------------------------------------------------------------
+
+    def at(
+        self, *, budget: float | None = None, max_drop: float | None = None, policy: Policy | None = None
+    ) -> Predictor:
+        """One operating point, prepared: ``predict``, ``predict_proba`` and ``trace`` without look-ups and checks.
+
+        Parameters
+        ----------
+        budget : float, optional
+            Mean relative cost to keep to (1 is the plain full model): the stored point of best calibrated accuracy
+            within it.
+        max_drop : float, optional
+            Instead: the cheapest stored point that loses at most so much calibrated accuracy (0.01 is one point).
+        policy : Policy, optional
+            Instead: any other rule, as ``calibrator_.policy(point=...)`` makes one. With none of the three, the
+            constructor's budget counts, and without that the calibrator's own point: no calibrated loss of accuracy,
+            or its own setting (CPM's margin).
+
+        Raises
+        ------
+        ValueError
+            For a budget below the cheapest operating point, or more than one of the three.
+        """
+        check_is_fitted(self)
+        self._remark()
+        if policy is not None:
+            if budget is not None or max_drop is not None:
+                raise ValueError(f"give at most one of budget, max_drop and policy; got {budget=}, {max_drop=} too.")
+            return self._predictor(policy)
+        key = repr((budget, max_drop, self.budget, self.batch_size, self.memory_limit, self.verbose))
+        if key not in self._prepared:
+            if budget is None and max_drop is None:
+                budget = self.budget
+            self._prepared[key] = self._predictor(self.calibrator_.policy(budget=budget, max_drop=max_drop))
+        return self._prepared[key]
+
+    def predict(self, X: Any, budget: float | None = None, max_drop: float | None = None) -> NDArray[Any]:
+        """Labels (N,), every sample leaving as early as the operating point allows.
+
+        Parameters
+        ----------
+        X : array (N, ...), Dataset or DataLoader (not shuffling)
+        budget, max_drop : float, optional
+            As for :meth:`at`.
+        """
+        return self.at(budget=budget, max_drop=max_drop).predict(X)
+
+    def predict_proba(self, X: Any, budget: float | None = None, max_drop: float | None = None) -> NDArray[Any]:
+        """Class probabilities (N, C) of the exit that answered each sample; arguments as for :meth:`predict`."""
+        return self.at(budget=budget, max_drop=max_drop).predict_proba(X)
+
+    def trace(self, X: Any, budget: float | None = None, max_drop: float | None = None) -> ExitTrace:
+        """Label, exit, cost and thresholded score of every sample; arguments as for :meth:`predict`."""
+        return self.at(budget=budget, max_drop=max_drop).trace(X)
+
+    def predict_anytime(self, X: Any, limit: float) -> NDArray[Any]:
+        """Labels (N,) when nobody may spend more than ``limit`` (relative cost): the deepest exit within it answers.
+
+        Raises
+        ------
+        ValueError
+            For a limit below the cheapest exit.
+        """
+        check_is_fitted(self)
+        limit = checked_number("limit", limit, "a finite relative cost (0.4 is 40% of the full model)")
+        costs = self.outputs_.pricing
+        alone = costs.alone() / costs.full
+        within = np.flatnonzero(alone <= limit + TOLERANCE)
+        if not len(within):
+            raise ValueError(
+                f"limit must be at least {alone.min():.4g}, the relative cost of the cheapest exit; got {limit:.4g}."
+            )
+        return self._predictor(ExitAlone.of(int(within[-1]), costs)).predict(X)
+
+    def score(
+        self,
+        X: Any,
+        y: Any = None,
+        sample_weight: Any = None,
+        *,
+        budget: float | None = None,
+        max_drop: float | None = None,
+    ) -> float:
+        """Accuracy on (X, y), where X may be a Dataset or DataLoader of (x, y); budget as for :meth:`predict`."""
+        predictor = self.at(budget=budget, max_drop=max_drop)
+        X, y = split_pair(X, y)
+        if is_stream(X):
+            X = as_batches(X, y, batch_size=self.batch_size, labels=True, ordered=False, like=self._inputs)
+        elif y is None:
+            raise ValueError(
+                "labels are needed: give y, a pair (X, y), or a Dataset or DataLoader of (x, y); got y=None."
+            )
+        answers = predictor.predict(X)
+        true = X.labels if isinstance(X, Batches) else y
+        return float(accuracy_score(true, answers, sample_weight=sample_weight))
+
+    def _predictor(self, policy: Policy) -> Predictor:
+        batches = partial(self._input_batches, like=self._inputs, batch_size=self.batch_size)
+        return Predictor(
+            self._network, policy, self.classes_, batches, memory_limit=self.memory_limit, verbose=self.verbose
+        )
+
+    # -- recording and calibrating -----------------------------------------------------------------------------------
+
+    def record(self, X: Any, y: Any = None) -> ExitOutputs:
+        """What every exit answers on (X, y), as :class:`ExitOutputs` for calibrators, metrics and pictures."""
+        return self._record(X, y, ordered=False)
+
+    def _record(self, X: Any, y: Any, ordered: bool) -> ExitOutputs:
+        check_is_fitted(self)
+        batches = self._labelled_batches(X, y, needed=self.labelled_, ordered=ordered)
+        return self._recorded(
+            self._network, batches, self.classes_, self.outputs_.pricing, self.calibrator_, "recording"
+        )
+
+    def _fresh_calibrator(self) -> Calibrator:
+        return ThresholdCalibrator() if self.calibrator is None else clone(self.calibrator)
+
+    def _recorded(
+        self,
+        network: Network,
+        batches: Batches,
+        classes: NDArray[Any],
+        costs: Costs,
+        calibrator: Calibrator,
+        doing: str,
+    ) -> ExitOutputs:
+        """What every exit answers; batches without labels are graded by the full model's answers."""
+        with evaluating(network.modules), self._progress(batches, doing) as progress:
+            answers = record(network, progress, logits=calibrator.needs_logits, features=calibrator.needs_features)
+        full = answers[-1].predictions
+        labels = batches.indices(classes, len(full)) if batches.labelled else full
+        return ExitOutputs.from_answers(answers, labels, len(classes), costs, chained=network.chained)
+
+    def _calibrated(
+        self,
+        network: Network,
+        calibrator: Calibrator,
+        outputs: ExitOutputs,
+        classes: NDArray[Any],
+        inputs: InputSpec,
+        *,
+        labelled: bool,
+        training: ExitOutputs | None = None,
+    ) -> None:
+        """Fit the calibrator, and take over all that was learned at once."""
+        calibrator.fit(outputs, **({"training": training} if calibrator.needs_training else {}))
+        if self.budget is not None:
+            calibrator.policy(budget=self.budget)
+        if labelled:
+            warn_of_labels(outputs, network.exit_names[-1], self._label_hint)
+        self.__dict__.update(
+            _network=network, _inputs=inputs, _prepared={}, classes_=classes, calibrator_=calibrator, outputs_=outputs,
+            labelled_=labelled,
+        )  # fmt: skip
+
+    def _with_reader(self, network: Network) -> Network:
+        """The network under the confidence asked for; the one in use elsewhere stays as it is."""
+        reading = copy.copy(network)
+        reading.reader = LogitsReader(self.confidence)
+        return reading
+
+    # -- data ----------------------------------------------------------------------------------------------------------
+
+    def _labelled_batches(self, X: Any, y: Any, *, needed: bool, ordered: bool = False, reset: bool = False) -> Batches:
+        """Batches of (X, y); labels are needed, or taken where there are any."""
+        X, y = split_pair(X, y)
+        check_source(X)
+        if needed or y is not None:
+            X, y = self._validated(X, y, reset=reset)
+        else:
+            X = self._validated_inputs(X)
+        like = None if reset or not hasattr(self, "_inputs") else self._inputs
+        return as_batches(X, y, batch_size=self.batch_size, labels=needed or None, ordered=ordered, like=like)
+
+    def _input_batches(self, X: Any, like: InputSpec | None = None, batch_size: int | None = None) -> Batches:
+        """Batches of inputs alone."""
+        return as_batches(self._validated_inputs(X), batch_size=batch_size or self.batch_size, like=like)
+
+    def _validated(self, X: Any, y: Any, *, reset: bool) -> tuple[Any, Any]:
+        if is_stream(X):
+            return X, y
+        if y is None:
+            raise ValueError(
+                "requires y to be passed, but the target y is None: give y, a pair (X, y), or a Dataset or DataLoader "
+                "of (x, y)."
+            )
+        if self._tabular(X):
+            X, y = validate_data(self, X, y, reset=reset)
+            check_classification_targets(y)
+        return X, y
+
+    def _validated_inputs(self, X: Any) -> Any:
+        if isinstance(X, tuple) and len(X) == 2 and np.ndim(X[1]) == 1 and np.ndim(X[0]) > 1:
+            raise ValueError("X must be inputs alone here; got a pair, which looks like (X, y). Pass X only.")
+        return validate_data(self, X, reset=False) if self._tabular(X) else X
+
+    @contextmanager
+    def _progress(self, batches: Batches, doing: str) -> Iterator[Iterable[Any]]:
+        with tqdm(batches, total=batches.n_batches, desc=doing, disable=self.verbose < 1) as progress:
+            yield progress
+
+    # -- persistence ---------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | os.PathLike[str]) -> None:
+        """Write the fitted estimator to a folder; :func:`adaptexit.load` reads it.
+
+        Weights of modules are written; scikit-learn classifiers, modules and callables have to be given to ``load``
+        again by their argument's name.
+        """
+        check_is_fitted(self)
+        save(self, folder)
+
+    @classmethod
+    def load(cls, folder: str | os.PathLike[str], **given: Any) -> Self:
+        """Read what :meth:`save` wrote; as :func:`adaptexit.load`, for this class only."""
+        estimator = load(folder, **given)
+        if not isinstance(estimator, cls):
+            raise ValueError(f"folder must hold a {cls.__name__}; {folder} holds a {type(estimator).__name__}.")
+        return estimator
+
+    def _get_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What was learned, as a JSON value and tensors; a subclass adds its own."""
+        calibrator, arrays = self.calibrator_.get_state()
+        network, tensors = self._network.get_state()
+        state = network | {
+            "calibrator": calibrator,
+            "classes": self.classes_,
+            "classes_dtype": self.classes_.dtype.str,
+            "inputs": {"shape": self._inputs.shape, "resizes": self._inputs.resizes},
+            "labelled": self.labelled_,
+            "table": {name: getattr(self, name) for name in _TABLE_ATTRIBUTES if hasattr(self, name)},
+        }
+        learned_arrays = {f"calibrator.{name}": torch.from_numpy(np.array(array)) for name, array in arrays.items()}
+        return state, tensors | learned_arrays
+
+    def _set_state(self, state: dict[str, Any], tensors: dict[str, Tensor], outputs: ExitOutputs) -> None:
+        arrays = {name: tensor.numpy() for name, tensor in below("calibrator.", tensors).items()}
+        calibrator = self._fresh_calibrator()
+        calibrator.set_state(state["calibrator"], arrays, outputs)
+        self.classes_ = np.array(state["classes"], dtype=state["classes_dtype"])
+        self._network = self._with_reader(self._restored_network(state, tensors))
+        self._inputs = InputSpec(tuple(state["inputs"]["shape"]), state["inputs"]["resizes"])
+        self._prepared, self.labelled_ = {}, state["labelled"]
+        self.calibrator_, self.outputs_ = calibrator, outputs
+        for name, value in state["table"].items():
+            setattr(self, name, np.array(value, dtype=object) if isinstance(value, list) else value)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | ({"_prepared": {}} if "_prepared" in self.__dict__ else {})
+
+    def __sklearn_is_fitted__(self) -> bool:
+        return hasattr(self, "calibrator_")

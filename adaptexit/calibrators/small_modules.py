@@ -1,0 +1,63 @@
+"""Small modules of calibrators asked for probabilities, which do not depend on who else is in the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+Floats = NDArray[np.float64]
+
+CHUNK = 8192
+"""Rows at a time."""
+
+STEP = 1e-6
+"""Distance of neighbouring probabilities."""
+
+
+def rows_of(array: NDArray[Any], dtype: Any = np.float32) -> Tensor:
+    """An array as a tensor of that precision; read-only arrays (memory-mapped ones) are copied."""
+    return torch.from_numpy(np.require(array, dtype=dtype, requirements=["C", "W"]))
+
+
+def probabilities(module: nn.Module, *arrays: NDArray[Any]) -> Floats:
+    """Probability (N,) whose log-odds a module gives for arrays (N, ...).
+
+    Matrix products round differently with the size of a batch. In double precision, some 1e-16, and then rounded to
+    ``STEP``, that is seen only where a probability lies within this distance of the middle of a step. So samples with
+    equal probabilities stay together wherever they are asked for.
+    """
+    exact = {name: tensor.double() for name, tensor in module.state_dict().items()}
+
+    def of_rows(rows: slice) -> Tensor:
+        inputs = tuple(rows_of(array[rows], np.float64) for array in arrays)
+        return torch.func.functional_call(module, exact, inputs).sigmoid()
+
+    with torch.inference_mode():
+        parts = [of_rows(slice(start, start + CHUNK)) for start in range(0, max(len(arrays[0]), 1), CHUNK)]
+    return np.rint(torch.cat(parts).numpy() / STEP) * STEP
+
+
+def state_arrays(prefix: str, modules: list[Any]) -> dict[str, Floats]:
+    """Parameters and buffers of modules as named arrays."""
+    return {
+        f"{prefix}_{k}.{name}": tensor.double().numpy()
+        for k, module in enumerate(modules)
+        for name, tensor in module.state_dict().items()
+    }
+
+
+def restored(prefix: str, arrays: dict[str, Floats], make: Callable[[int], nn.Module], n: int) -> list[Any]:
+    """The modules that :func:`state_arrays` took apart, made by ``make(k)`` and filled."""
+    modules = []
+    with torch.random.fork_rng(devices=[]):
+        for k in range(n):
+            module = make(k)
+            names = module.state_dict()
+            module.load_state_dict({name: rows_of(arrays[f"{prefix}_{k}.{name}"]) for name in names})
+            modules.append(module.eval())
+    return modules

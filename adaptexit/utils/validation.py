@@ -1,0 +1,75 @@
+"""Arguments that cannot be: refused with their name, what is allowed and what came."""
+
+from __future__ import annotations
+
+from numbers import Integral
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def checked_number(name: str, value: Any, meaning: str, least: float = -np.inf) -> float:
+    """A finite number, not below ``least``, as a float; ``meaning`` says in the error what it has to be."""
+    try:
+        number = float("nan") if isinstance(value, (str, bytes)) else float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not np.isfinite(number) or number < least:
+        raise ValueError(f"{name} must be {meaning}; got {value!r}.")
+    return number
+
+
+def check_whole(name: str, value: Any, least: int = 1, other: str = "") -> None:
+    """Refuse what is no whole number of at least ``least``; ``other`` says in the error what else may be."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < least:
+        raise ValueError(f"{name} must be a whole number, at least {least}{other}; got {value!r}.")
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise ValueError(f"{name} must be True or False; got {value!r}.")
+
+
+def checked_settings(epochs: Any, lr: Any, weight_decay: Any, batch_size: Any) -> dict[str, Any]:
+    """Refuse settings that cannot be; those that the training loop takes, without ``epochs``, which may be "auto"."""
+    if not (isinstance(epochs, str) and epochs == "auto"):
+        check_whole("epochs", epochs, 1, " or 'auto'")
+    check_whole("batch_size", batch_size, 2)
+    return {
+        "lr": checked_number("lr", lr, "a finite number above 0", np.nextafter(0, 1)),
+        "weight_decay": checked_number("weight_decay", weight_decay, "a finite number, 0 or above", 0.0),
+        "batch_size": batch_size,
+    }
+
+
+def check_shape(array: NDArray[Any], shape: tuple[int, ...], name: str) -> None:
+    """Refuse an array of another shape."""
+    if array.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}; got shape {array.shape}.")
+
+
+def check_finite(rows: NDArray[Any] | list[NDArray[Any]], name: str) -> None:
+    """Refuse NaN and inf in what K exits gave, samples first in each."""
+    for k, row in enumerate(rows):
+        if not np.isfinite(row).all():
+            where = int(np.argmax(~np.isfinite(row).reshape(row.shape[0], -1).all(axis=1)))
+            raise ValueError(
+                f"{name} must be finite; exit {k} has {row[where]!r} at sample {where}. "
+                "Look for NaN or inf in the data, or for a model that overflows."
+            )
+
+
+def compact_classes(array: NDArray[Any], n_classes: int, name: str) -> NDArray[Any]:
+    """Class indices in the smallest signed integers that hold ``n_classes``; a ValueError for what are none."""
+    if array.dtype.kind not in "iu":
+        raise ValueError(f"{name} must be integer class indices; got dtype {array.dtype}.")
+    low, high = int(array.min()), int(array.max())
+    if low < 0 or high >= n_classes:
+        raise ValueError(
+            f"{name} must lie in 0 ... {n_classes - 1}; got values from {low} to {high}. "
+            "Map other label values to indices first."
+        )
+    smallest = np.min_scalar_type(-n_classes)
+    return array if array.dtype.itemsize <= smallest.itemsize else array.astype(smallest)

@@ -1,0 +1,123 @@
+"""One fitted estimator in evaluation mode answers several threads at once."""
+
+import copy
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.contract.cases import CASES, LEARNED, budgets_of, fitted_once, quietly
+
+pytestmark = pytest.mark.filterwarnings("ignore::adaptexit.SaverWarning")
+N_THREADS = 8
+swapped = pytest.mark.xfail(raises=RuntimeError, reason="the weights of routers and scorers are swapped while they run")
+
+
+@pytest.fixture(params=[pytest.param(name, marks=swapped if name in LEARNED else ()) for name in CASES])
+def name(request):
+    return request.param
+
+
+@pytest.fixture(autouse=True)
+def often():
+    """Threads take turns so often that what they share would be met half done."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    yield
+    sys.setswitchinterval(before)
+
+
+def together(tasks):
+    """Results of functions that are run at once, and begin at the same moment."""
+    barrier = threading.Barrier(len(tasks))
+
+    def run(task):
+        barrier.wait()
+        return task()
+
+    with ThreadPoolExecutor(len(tasks)) as pool:
+        return list(pool.map(run, tasks))
+
+
+def test_threads_at_different_budgets_answer_as_one_alone(case, own, model):
+    X = case.test[0][:200]
+    budgets = (budgets_of(model) * N_THREADS)[:N_THREADS]
+    own.set_params(batch_size=64)
+    expected = [model.trace(X, budget=budget) for budget in budgets]
+    for _ in range(3):
+        traces = together([lambda budget=budget: own.trace(X, budget=budget) for budget in budgets])
+        for ours, theirs in zip(traces, expected, strict=True):
+            assert ours.labels.tolist() == theirs.labels.tolist()
+            assert ours.exits.tolist() == theirs.exits.tolist()
+            assert ours.costs.tolist() == theirs.costs.tolist()
+            np.testing.assert_allclose(ours.scores, theirs.scores, rtol=1e-5)
+        own._prepared.clear()
+
+
+def test_threads_that_do_different_things_do_not_meet(case, own, model):
+    X, y = case.test[0][:200], case.test[1][:200]
+    calls = {
+        "predict": lambda m: m.predict(X).tolist(),
+        "predict_proba": lambda m: m.predict_proba(X).round(4).tolist(),
+        "record": lambda m: m.record(X, y).predictions.tolist(),
+        "pareto": lambda m: m.pareto(X, y).accuracy.tolist(),
+        "anytime": lambda m: m.predict_anytime(X, 1.0).tolist(),
+        "score": lambda m: m.score(X, y, max_drop=0.1),
+    }
+    expected = [call(model) for call in calls.values()]
+    assert together([lambda call=call: call(own) for call in calls.values()]) == expected
+
+
+def test_a_predictor_answers_as_before_while_the_estimator_is_calibrated(case, own):
+    X, y = case.test
+    predictors = [own.at(budget=budget) for budget in budgets_of(own)]
+    expected = [predictor.predict(X).tolist() for predictor in predictors]
+    done = threading.Event()
+
+    def ask():
+        answers = []
+        while not done.is_set() or not answers:
+            answers.append([predictor.predict(X).tolist() for predictor in predictors])
+        return answers
+
+    def calibrate():
+        try:
+            for part in (slice(0, 250), slice(250, None)):
+                quietly(lambda part=part: own.calibrate(X[part], y[part]))
+        finally:
+            done.set()
+
+    asked, _ = together([ask, calibrate])
+    assert all(answers == expected for answers in asked)
+    assert own.outputs_.n_samples == len(y) - 250
+
+
+@pytest.mark.xfail(strict=True, reason="the weights of routers and scorers are swapped while they run")
+@pytest.mark.parametrize("learned", LEARNED)
+def test_what_a_calibrator_has_learned_stays_as_it_is_while_it_is_asked(learned):
+    """Another thread may ask the same module at any moment."""
+    own = copy.deepcopy(fitted_once(learned))
+    modules = getattr(own.calibrator_, "routers_", None) or own.calibrator_.scorers_
+    before = [[(p.dtype, p.data_ptr()) for p in module.parameters()] for module in modules]
+    meanwhile = []
+
+    def look(module, inputs):
+        meanwhile.append([[(p.dtype, p.data_ptr()) for p in module.parameters()] for module in modules])
+
+    for module in modules:
+        next(part for part in module.modules() if isinstance(part, nn.Linear)).register_forward_pre_hook(look)
+    own.trace(CASES[learned].test[0], budget=1.0)
+    assert meanwhile
+    assert all(seen == before for seen in meanwhile)
+
+
+def test_threads_leave_random_states_and_modes(case, own):
+    X = case.test[0][:100]
+    before, modes = torch.random.get_rng_state(), [part.training for part in own.heads_.modules()]
+    together([lambda: own.predict(X)] * 4)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert [part.training for part in own.heads_.modules()] == modes
