@@ -21,7 +21,6 @@ from tests.nets import (
     QUICK,
     assert_same_branches,
     branched,
-    branched_model,
     branched_trained,
     digits,
     flat_head,
@@ -261,28 +260,6 @@ def test_features_recorded_under_autocast_do_not_serve_without(tmp_path, self_ca
     with torch.autocast("cpu", dtype=torch.bfloat16):
         branched(cache_dir=tmp_path).fit(*TRAIN)
     assert_same_branches(branched(cache_dir=tmp_path).fit(*TRAIN), self_calibrated)
-
-
-def test_features_that_outgrow_memory_go_to_disk(monkeypatch):
-    files = []
-    temporary = __import__("tempfile").TemporaryFile
-
-    def counted(*args, **kwargs):
-        files.append(1)
-        return temporary(*args, **kwargs)
-
-    monkeypatch.setattr("adaptexit.training.feature_cache.tempfile.TemporaryFile", counted)
-    in_memory = branched().fit(*TRAIN)
-    assert files == []
-    on_disk = branched(cache_memory=0).fit(*TRAIN)
-    assert len(files) == 4
-    assert_same_branches(in_memory, on_disk)
-
-
-def test_features_in_half_precision(self_calibrated):
-    fitted = branched(cache_half=True).fit(*TRAIN)
-    assert fitted.outputs_.scores.tolist() != self_calibrated.outputs_.scores.tolist()
-    assert fitted.calibrate(*VAL).score(*TEST) == pytest.approx(branched_model().score(*TEST), abs=0.02)
 
 
 # -- defaults ----------------------------------------------------------------------------------------------------------

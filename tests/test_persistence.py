@@ -14,15 +14,12 @@ from timm.models import save_for_hf
 from torch import nn
 
 import adaptexit
-from adaptexit import CascadeSaver, ThresholdCalibrator
-from adaptexit.core.scores import max_proba
+from adaptexit import CascadeSaver
 from tests.contract.cases import assert_same, config_of
 from tests.nets import (
     digits,
-    large_net,
     large_trained,
     middle_trained,
-    small_net,
     small_trained,
 )
 
@@ -51,35 +48,6 @@ def scratch(cascade, tmp_path):
 
 
 # -- round trips ------------------------------------------------------------------------------------------------------
-
-
-def test_a_module_that_has_the_weights_is_shared(saved):
-    base, saver = large_trained(), small_trained()
-    calls = []
-    base.register_forward_hook(lambda *_: calls.append("base"))
-    saver.register_forward_hook(lambda *_: calls.append("saver"))
-    loaded = adaptexit.load(saved, base=base, saver=saver)
-    loaded.predict(TEST[0])
-    assert {"base", "saver"} == set(calls)
-    assert loaded.base is base
-
-
-def test_a_module_with_other_weights_is_copied_and_not_changed(cascade, saved):
-    base = large_net()
-    state = copy.deepcopy(base.state_dict())
-    loaded = adaptexit.load(saved, base=base, saver=small_net)
-    assert_same(cascade, loaded, *TEST)
-    assert all(torch.equal(value, state[key]) for key, value in base.state_dict().items())
-    assert loaded.base is base
-
-
-def test_factories_given_again(tmp_path):
-    fitted = CascadeSaver(large_trained, [small_trained, middle_trained]).fit(*VAL)
-    fitted.save(tmp_path / "cascade")
-    assert config_of(tmp_path / "cascade")["given_again"] == ["base", "saver"]
-    loaded = adaptexit.load(tmp_path / "cascade", base=large_net, saver=[small_net, middle_trained()])
-    assert_same(fitted, loaded, *TEST)
-    assert loaded.exit_names == ["saver[0]", "saver[1]", "base"]
 
 
 @saver_may_not_pay
@@ -151,80 +119,6 @@ def test_classifiers_given_again(tmp_path):
         adaptexit.load(tmp_path / "cascade", base=nn.Linear(4, 3), saver=saver)
 
 
-def test_callables_given_again(tmp_path):
-    def confidence(logits):
-        return max_proba(logits, torch) ** 2
-
-    def doubled(x):
-        return 2 * x
-
-    fitted = CascadeSaver(
-        large_trained(), small_trained(), confidence=confidence, base_preprocess=doubled, saver_preprocess=[doubled]
-    ).fit(*VAL)
-    fitted.save(tmp_path / "cascade")
-    config = config_of(tmp_path / "cascade")
-    unwritten = ["base", "base_preprocess", "confidence", "saver", "saver_preprocess"]
-    assert config["given_again"] == unwritten
-    assert not set(unwritten) & set(config["params"])
-    again = {"base": large_trained(), "saver": small_trained(), "confidence": confidence}
-    loaded = adaptexit.load(tmp_path / "cascade", **again, base_preprocess=doubled, saver_preprocess=[doubled])
-    assert_same(fitted, loaded, *TEST)
-
-
-def first_logit_gap(logits):
-    return np.sort(logits, axis=1)[:, -1] - np.sort(logits, axis=1)[:, -2]
-
-
-@pytest.mark.parametrize("score", ["entropy", first_logit_gap])
-def test_calibrators_with_parameters(score, tmp_path):
-    calibrator = ThresholdCalibrator(score, search="geometric", max_drop=0.01, n_points=15, random_state=3)
-    fitted = CascadeSaver(large_trained(), small_trained(), calibrator=calibrator).fit(*VAL)
-    fitted.save(tmp_path / "cascade")
-    again = {"base": large_trained(), "saver": small_trained()}
-    if callable(score):
-        assert config_of(tmp_path / "cascade")["given_again"] == ["base", "calibrator", "saver"]
-        again["calibrator"] = calibrator
-    loaded = adaptexit.load(tmp_path / "cascade", **again)
-    assert loaded.calibrator.get_params() == calibrator.get_params()
-    assert_same(fitted, loaded, *TEST)
-    assert loaded.outputs_.logits.tobytes() == fitted.outputs_.logits.tobytes()
-
-
-@pytest.mark.parametrize(
-    "classes",
-    [list("abcdefghij"), np.array(list("abcdefghij"), dtype=object), np.arange(10) * 10.5, list(range(5, 15))],
-)
-def test_classes_of_every_kind(classes, tmp_path):
-    labels = np.asarray(classes)[VAL[1]]
-    fitted = CascadeSaver(large_trained(), small_trained(), classes=classes).fit(VAL[0], labels)
-    fitted.save(tmp_path / "cascade")
-    loaded = adaptexit.load(tmp_path / "cascade", base=large_trained(), saver=small_trained())
-    assert_same(fitted, loaded, TEST[0], np.asarray(classes)[TEST[1]])
-
-
-def test_numpy_parameters_are_written_as_numbers(tmp_path):
-    fitted = CascadeSaver(
-        large_trained(), small_trained(), budget=np.float32(0.5), cost=np.array([2, 30]), batch_size=np.int64(64),
-    ).fit(*VAL)  # fmt: skip
-    fitted.save(tmp_path / "cascade")
-    params = config_of(tmp_path / "cascade")["params"]
-    assert (params["budget"], params["cost"], params["batch_size"]) == (0.5, [2, 30], 64)
-    loaded = adaptexit.load(tmp_path / "cascade", base=large_trained(), saver=small_trained())
-    assert_same(fitted, loaded, *TEST)
-
-
-def test_parameters_are_the_same(tmp_path):
-    given = {
-        "budget": 0.4, "cost": [2.0, 30.0], "classes": list(range(10)), "calibration_size": 0.5, "batch_size": 33,
-        "memory_limit": 1000, "random_state": 5, "verbose": 0, "confidence": "margin", "device": "cpu",
-    }  # fmt: skip
-    fitted = CascadeSaver(large_trained(), small_trained(), **given).fit(*VAL)
-    fitted.save(tmp_path / "cascade")
-    loaded = adaptexit.load(tmp_path / "cascade", base=large_trained(), saver=small_trained())
-    assert {name: getattr(loaded, name) for name in given} == given
-    assert_same(fitted, loaded, *TEST)
-
-
 def test_shared_and_views_of_weights(tmp_path):
     net = nn.Sequential(nn.Flatten(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 10))
     with torch.no_grad():
@@ -236,13 +130,6 @@ def test_shared_and_views_of_weights(tmp_path):
         fitted.fit(*VAL)
     fitted.save(tmp_path / "cascade")
     assert_same(fitted, adaptexit.load(tmp_path / "cascade", base=large_trained(), saver=copy.deepcopy(net)), *TEST)
-
-
-def test_modules_of_other_precision(tmp_path):
-    fitted = CascadeSaver(large_trained().bfloat16(), small_trained()).fit(*VAL)
-    fitted.save(tmp_path / "cascade")
-    loaded = adaptexit.load(tmp_path / "cascade", base=large_trained().bfloat16(), saver=small_trained())
-    assert_same(fitted, loaded, *TEST)
 
 
 # -- what is written --------------------------------------------------------------------------------------------------
@@ -268,26 +155,6 @@ def test_an_object_array_is_refused(scratch):
 def test_another_number_of_savers(saved):
     with pytest.raises(ValueError, match="saver must be the 1 that were saved; got 2"):
         adaptexit.load(saved, base=large_trained(), saver=[small_trained(), middle_trained()])
-
-
-@pytest.mark.parametrize(
-    ("base", "key"),
-    [
-        (lambda: nn.Sequential(*large_net()[:-1], nn.Linear(128, 9)), "9.weight"),
-        (lambda: nn.Sequential(*large_net(), nn.Linear(10, 10)), "10.weight"),
-        (lambda: large_net()[:-1], "9.weight"),
-    ],
-)
-def test_weights_that_do_not_fit_name_the_key(saved, base, key):
-    for given in (base, base()):
-        with pytest.raises(ValueError, match=rf"(?s)the saved weights do not fit base: .*{key}"):
-            adaptexit.load(saved, base=given, saver=small_trained())
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_a_module_of_other_precision_is_not_given_rounded_weights(saved, dtype):
-    with pytest.raises(ValueError, match=f"do not fit base: 0.bias is torch.float32, the module's {dtype}. Convert"):
-        adaptexit.load(saved, base=large_trained().to(dtype), saver=small_trained())
 
 
 # -- folders that cannot be read --------------------------------------------------------------------------------------

@@ -16,14 +16,16 @@ from tests.contract.cases import CASES, IMAGES, KINDS, answers_of, fitted_once, 
 from tests.nets import branched, branched_trained, digits, loader_of
 
 pytestmark = pytest.mark.filterwarnings("ignore::adaptexit.SaverWarning")
-NAN_IN_TABLE = r"Input X contains (NaN|infinity)"
-NO_SAMPLES = r"X holds no samples; give at least one|Found array with 0 sample"
 
 
 @pytest.fixture(params=KINDS)
 def name(request):
     """What is refused depends on the kind of estimator, and not on its heads or its calibrator."""
     return request.param
+
+
+on_images = pytest.mark.parametrize("name", IMAGES, indirect=True)
+"""For what scikit-learn says in its own words where inputs are tables."""
 
 
 def some(case):
@@ -54,11 +56,11 @@ CALLS = {
 }
 
 
-@pytest.mark.parametrize("call", CALLS)
-def test_before_fit(case, call):
+def test_before_fit(case):
     unfitted = case.make()
-    with pytest.raises(NotFittedError, match=f"{type(unfitted).__name__} instance is not fitted yet"):
-        CALLS[call](unfitted, *some(case))
+    for call in CALLS.values():
+        with pytest.raises(NotFittedError, match=f"{type(unfitted).__name__} instance is not fitted yet"):
+            call(unfitted, *some(case))
 
 
 # -- data -------------------------------------------------------------------------------------------------------------
@@ -67,8 +69,8 @@ LEARNING = {
     "fit": lambda model, X, y: copy.copy(model).fit(X, y),
     "calibrate": lambda model, X, y: copy.copy(model).calibrate(X, y),
 }
-ANSWERING = {name: CALLS[name] for name in ("predict", "predict_proba", "trace", "predict_anytime")}
-RECORDING = {name: CALLS[name] for name in ("score", "record", "pareto on data")}
+ANSWERING = {call: CALLS[call] for call in ("predict", "predict_proba", "trace", "predict_anytime")}
+RECORDING = {call: CALLS[call] for call in ("score", "record", "pareto on data")}
 READING = LEARNING | ANSWERING | RECORDING
 
 
@@ -78,7 +80,7 @@ def test_data_that_are_not_finite(case, model, call):
     for bad in (np.nan, -np.inf):
         X.reshape(len(X), -1)[-1, 20] = bad
         with pytest.raises(
-            ValueError, match=NAN_IN_TABLE if case.table else "X must be finite; it contains NaN or inf"
+            ValueError, match=r"X must be finite; it contains NaN or inf|Input X contains (NaN|infinity)"
         ):
             READING[call](model, X, y)
 
@@ -86,7 +88,7 @@ def test_data_that_are_not_finite(case, model, call):
 @pytest.mark.parametrize("call", READING)
 def test_no_samples(case, model, call):
     X, y = some(case)
-    with pytest.raises(ValueError, match=NO_SAMPLES):
+    with pytest.raises(ValueError, match=r"X holds no samples; give at least one|Found array with 0 sample"):
         READING[call](model, X[:0], y[:0])
 
 
@@ -102,26 +104,27 @@ NO_DATA = {
 }
 
 
+@on_images
 @pytest.mark.parametrize("kind", NO_DATA)
-def test_things_that_are_no_data(case, model, kind):
+def test_things_that_are_no_data(model, kind):
     given, message = NO_DATA[kind]
-    if case.table and kind not in ("path", "Path", "picture", "pictures"):
-        pytest.skip("scikit-learn's words")
-    for name, call in READING.items():
-        if case.table and name in (*ANSWERING, "score"):
-            continue
+    for call in READING.values():
         with pytest.raises(TypeError, match=message):
             call(model, given, np.zeros(1, dtype=int))
 
 
-@pytest.mark.xfail(strict=True, reason="a table is looked at by scikit-learn before anything is said of its source")
+unsaid = pytest.mark.xfail(strict=True, reason="a table is looked at by scikit-learn before its source is")
+
+
 @pytest.mark.parametrize("kind", ["path", "Path", "picture", "pictures"])
+@pytest.mark.parametrize("call", [pytest.param(call, marks=() if call in LEARNING else unsaid) for call in READING])
 @pytest.mark.parametrize("table", ["classifiers", "perceptron"])
-def test_things_that_are_no_data_where_a_table_is_asked(table, kind):
+def test_things_that_are_no_table(table, call, kind):
+    if call in ("record", "pareto on data"):
+        pytest.xfail("one of two ways looks at the source first")
     given, message = NO_DATA[kind]
-    for call in (*ANSWERING.values(), CALLS["score"]):
-        with pytest.raises(TypeError, match=message):
-            call(fitted_once(table), given, np.zeros(1, dtype=int))
+    with pytest.raises(TypeError, match=message):
+        READING[call](fitted_once(table), given, np.zeros(1, dtype=int))
 
 
 @pytest.mark.parametrize("call", ANSWERING)
@@ -130,19 +133,19 @@ def test_a_pair_where_inputs_are_meant(case, model, call):
         ANSWERING[call](model, some(case), None)
 
 
-@pytest.mark.parametrize("call", [name for name in READING if name != "fit"])
+@pytest.mark.parametrize("call", READING.keys() - {"fit"})
 def test_one_input_alone(case, model, call):
     X, y = some(case)
-    message = (
-        "Expected 2D array, got 1D array" if case.table else r"looks like one input alone. Give it an axis.*X\[None"
-    )
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(
+        ValueError, match=r"looks like one input alone.*for the samples: X\[None|Expected 2D array, got 1D"
+    ):
         READING[call](model, X[0], y[:1])
 
 
 unchecked = pytest.mark.xfail(strict=True, reason="the first batch is run before it is looked at")
 
 
+@on_images
 @pytest.mark.parametrize(
     ("call", "source"),
     [
@@ -152,15 +155,10 @@ unchecked = pytest.mark.xfail(strict=True, reason="the first batch is run before
         pytest.param("latencies", "array", marks=unchecked),
     ],
 )
-@pytest.mark.parametrize("images", IMAGES)
-def test_inputs_of_other_channels_or_axes(images, call, source):
-    case, model = CASES[images], fitted_once(images)
+def test_inputs_of_other_channels_or_axes(case, model, call, source):
     X, y = some(case)
     for other, message in (
-        (
-            X.repeat(3, axis=1),
-            r"X must have the shape \(N, 1, 8, 8\) of the inputs of fit; got .* 3 channels instead of 1",
-        ),
+        (X.repeat(3, axis=1), r"X must have the shape \(N, 1, 8, 8\) of the inputs of fit; got .* 3 channels instead"),
         (X.transpose(0, 2, 3, 1), r"got .*, 8, 8, 1\): 8 channels instead of 1"),
         (X[:, 0], r"got .*, 8, 8\): other axes. Convert the inputs"),
         (X.reshape(len(X), -1), r"got .*, 64\): other axes"),
@@ -170,10 +168,9 @@ def test_inputs_of_other_channels_or_axes(images, call, source):
             (LEARNING | CALLS)[call](model, *given)
 
 
-def test_tables_of_another_width(case, model):
-    if not case.table:
-        pytest.skip("of tables")
-    X, y = some(case)
+@pytest.mark.parametrize("table", ["classifiers", "perceptron"])
+def test_tables_of_another_width(table):
+    model, (X, y) = fitted_once(table), some(CASES[table])
     for call in (*ANSWERING.values(), *RECORDING.values(), LEARNING["calibrate"]):
         with pytest.raises(ValueError, match=f"X has 63 features, but {type(model).__name__} is expecting 64 features"):
             call(model, X[:, 1:], y)
@@ -192,84 +189,57 @@ def test_images_of_another_size_are_warned_of_where_the_model_takes_them(kind):
     model = quietly(lambda: POOLED[kind]().fit(X, y).calibrate(x_val, y_val))
     larger = x_val[:50].repeat(2, axis=2)
     for call in (*ANSWERING.values(), *RECORDING.values()):
-        with pytest.warns(
-            InputWarning, match=r"inputs have shape \(1, 16, 8\), those of fit had \(1, 8, 8\)"
-        ) as warned:
+        with pytest.warns(InputWarning, match=r"have shape \(1, 16, 8\), those of fit had \(1, 8, 8\)") as warned:
             call(model, larger, y_val[:50])
         assert {warning.filename for warning in warned} == {__file__}
-
-
-def test_a_calibration_on_another_size_is_warned_of_once_and_is_the_new_one():
-    (X, y), (x_val, y_val) = digits()[:2]
-    model = branched().fit(X, y)
-    larger = x_val.repeat(2, axis=2)
     with pytest.warns(InputWarning):
-        model.calibrate(larger, y_val)
+        model.calibrate(x_val.repeat(2, axis=2), y_val)  # from here on that is the size of the inputs
     model.predict(larger)
-    with pytest.warns(InputWarning, match=r"inputs have shape \(1, 8, 8\), those of fit had \(1, 16, 8\)"):
+    with pytest.warns(InputWarning, match=r"have shape \(1, 8, 8\), those of fit had \(1, 16, 8\)"):
         model.predict(x_val)
 
 
+@on_images
 @pytest.mark.parametrize("call", [*LEARNING, *ANSWERING, "record"])
 def test_whole_numbers_as_images_name_the_model_and_the_mend(case, model, call):
     X, y = some(case)
-    pixels = (X * 255).astype(np.uint8)
-    if case.table:
-        READING[call](model, pixels, y)
-        return
-    message = (
-        r"X must hold floats for \S+, a (Sequential|NativeNet) without preprocessing; got images of torch.uint8. Scale"
-    )
-    with pytest.raises(TypeError, match=message):
-        READING[call](model, pixels, y)
+    message = r"X must hold floats for \S+, a (Sequential|NativeNet) without preprocessing; got images of torch.uint8"
+    with pytest.raises(TypeError, match=message + r"\. Scale them"):
+        READING[call](model, (X * 255).astype(np.uint8), y)
 
 
 # -- labels -----------------------------------------------------------------------------------------------------------
 
 
+@on_images
 @pytest.mark.parametrize("call", ["fit", "calibrate", "record", "pareto on data"])
-@pytest.mark.parametrize(
-    ("wrong", "got"),
-    [
-        (lambda y: y + 1, "[10]"),
-        (lambda y: y - 1, "[-1]"),
-        (lambda y: np.where(y == 0, np.nan, y), "[nan]"),
-        (lambda y: np.where(y == 3, 0.5, y), "[0.5]"),
-        (lambda y: np.array(list("abcdefghij"))[y], "[a, b, ..., j]"),
-    ],
-)
-def test_labels_outside_the_classes(case, model, call, wrong, got):
+def test_labels_outside_the_classes(case, model, call):
     X, y = some(case)
-    if case.table:
-        if call == "fit":
-            pytest.skip("a table's labels are its classes")
-        with pytest.raises(ValueError, match=r"y must hold labels among the 10 cl|Input y contains NaN|Unknown label"):
-            READING[call](model, X, wrong(y))
-        return
-    message = f"y must hold labels among the 10 classes [0, 1, ..., 9]; got {got}. Give the labels in the order of the"
-    with pytest.raises(ValueError, match=re.escape(message)):
-        READING[call](model, X, wrong(y))
-
-
-@pytest.mark.parametrize("call", LEARNING)
-def test_positions_outside_the_named_classes(case, model, call):
-    if case.table:
-        pytest.skip("a table's labels are its classes")
-    X, y = some(case)
+    for wrong, shown in (
+        (y + 1, "[10]"),
+        (y - 1, "[-1]"),
+        (np.where(y == 0, np.nan, y), "[nan]"),
+        (np.where(y == 3, 0.5, y), "[0.5]"),
+        (np.array(list("abcdefghij"))[y], "[a, b, ..., j]"),
+    ):
+        message = (
+            f"y must hold labels among the 10 classes [0, 1, ..., 9]; got {shown}. Give the labels in the order of"
+        )
+        with pytest.raises(ValueError, match=re.escape(message)):
+            READING[call](model, X, wrong)
     named = copy.copy(model).set_params(classes=list("abcdefghij"))
-    message = r"names of the 10 classes \[a, b, \.\.\., j\], or their positions 0 \.\.\. 9; got positions from 1 to"
-    with pytest.raises(ValueError, match=message):
-        LEARNING[call](named, X, y + 1)
+    if call in LEARNING:
+        with pytest.raises(
+            ValueError, match=r"\[a, b, .*j\], or their positions 0 \.\.\. 9; got positions from 1 to 10"
+        ):
+            READING[call](named, X, y + 1)
 
 
 @pytest.mark.parametrize("call", [*LEARNING, "record", "pareto on data"])
 def test_labels_of_another_shape(case, model, call):
     X, y = some(case)
     for wrong in (y[:-1], np.append(y, 0), np.eye(10)[y]):
-        message = (
-            "inconsistent numbers of samples|y should be a 1d array" if case.table else r"y must have shape \(200,\)"
-        )
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=r"y must have shape \(200,\)|inconsistent numbers|y should be a 1d array"):
             READING[call](model, X, wrong)
     if not (case.table and call == "fit"):
         with pytest.raises(ValueError, match=r"y must be one label a sample; got shape \(200, 10\)"):
@@ -279,19 +249,17 @@ def test_labels_of_another_shape(case, model, call):
 @pytest.mark.parametrize("call", [*LEARNING, *RECORDING])
 def test_labels_given_twice(case, model, call):
     X, y = some(case)
-    if case.table and call == "fit":
-        with pytest.raises(ValueError, match=r"X must be an array where .* got a DataLoader"):
-            READING[call](model, loader_of(X, y), y)
-        return
-    with pytest.raises(ValueError, match="y is taken from X where X is a DataLoader"):
+    with pytest.raises(
+        ValueError, match=r"y is taken from X where X is a DataLoader|X must be an array where .*fitted"
+    ):
         READING[call](model, loader_of(X, y), y)
 
 
 @pytest.mark.parametrize("call", [*LEARNING, *RECORDING])
 def test_labels_that_are_missing(case, model, call):
-    if call in LEARNING and not case.cascade:
-        pytest.skip("not needed")
     X, _ = some(case)
+    if call in LEARNING and not case.cascade:
+        return  # the full model's answers take their place
     with pytest.raises(ValueError, match=r"give y, a pair \(X, y\), or a Dataset or DataLoader"):
         READING[call](model, X, None)
     if not (case.table and call == "fit"):
@@ -301,11 +269,10 @@ def test_labels_that_are_missing(case, model, call):
 
 def test_labels_in_another_order_than_the_logits_are_remarked_on(case, own):
     X, y = case.val
-    with pytest.warns(
-        LabelWarning, match=rf"the {own.exit_names[-1]} is right on .*% of the calibration data, no more"
-    ) as w:
+    message = rf"the {own.exit_names[-1]} is right on .*% of the calibration data, no more than the commonest label"
+    with pytest.warns(LabelWarning, match=message) as warned:
         own.calibrate(X, (y + 1) % 10)
-    assert {warning.filename for warning in w} == {__file__}
+    assert {warning.filename for warning in warned} == {__file__}
 
 
 # -- budgets ----------------------------------------------------------------------------------------------------------
@@ -334,17 +301,14 @@ def test_budgets_that_cannot_be(case, model, call):
         ({"max_drop": "1%"}, "max_drop must be a share of accuracy"),
         (
             {"budget": 0.5, "max_drop": 0.01},
-            "give at most one of budget, max_drop and point; got budget=0.5, max_drop=0.0",
+            "give at most one of budget, max_drop and point; got budget=0.5, max_drop=",
         ),
     ):
         with pytest.raises(ValueError, match=message):
             AT_A_BUDGET[call](model, X, y, **at)
-
-
-@pytest.mark.parametrize("limit", [float("nan"), float("inf"), None, "0.4", [0.4, 0.5]])
-def test_limits_that_are_no_number(case, model, limit):
-    with pytest.raises(ValueError, match="limit must be a finite relative cost"):
-        model.predict_anytime(case.test[0], limit)
+    for limit in (float("nan"), float("inf"), None, "0.4", [0.4, 0.5]):
+        with pytest.raises(ValueError, match="limit must be a finite relative cost"):
+            model.predict_anytime(X, limit)
 
 
 # -- parameters -------------------------------------------------------------------------------------------------------
@@ -353,81 +317,79 @@ def test_limits_that_are_no_number(case, model, limit):
 @pytest.mark.parametrize("call", LEARNING)
 def test_costs_that_cannot_be(case, model, call):
     X, y = some(case)
-    K, names = len(model.exit_names), ", ".join(model.exit_names)
-    bad = [
-        [1.0] * (K - 1),
-        [1.0] * (K + 1),
-        [0, *[1] * (K - 1)],
-        [1, np.inf, *[3] * (K - 2)],
-        [np.nan] * K,
-        ["a"] * K,
-        None,
+    n_exits = len(model.exit_names)
+    message = f"cost must be {n_exits} positive numbers, what a sample costs that each exit answers alone"
+    rising = list(range(1, n_exits + 2))
+    for cost in (
+        rising[:-2],
+        rising,
+        [0, *rising[:-2]],
+        [*rising[:-2], np.inf],
+        [np.nan] * n_exits,
+        ["a"] * n_exits,
         5,
-    ]
-    message = f"cost must be {K} positive numbers, what a sample costs that each exit answers alone ({names}); got "
-    for cost in bad:
-        with pytest.raises(ValueError, match=re.escape(f"{message}{cost!r}")):
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"{message} ({', '.join(model.exit_names)}); got {cost!r}")):
             LEARNING[call](copy.copy(model).set_params(cost=cost), X, y)
     with pytest.raises(ValueError, match=r"cost must be 'auto', 'macs', 'latency' or a sequence.*got 'flops'"):
         LEARNING[call](copy.copy(model).set_params(cost="flops"), X, y)
 
 
 BAD = {
-    "calibrator: text": ({"calibrator": "threshold"}, TypeError, "calibrator must be a Calibrator.*got 'threshold'"),
-    "calibrator: class": ({"calibrator": ThresholdCalibrator}, TypeError, "calibrator must be a Calibrator"),
-    "calibrator: score": ({"calibrator": ThresholdCalibrator("sure")}, ValueError, "score must be one of"),
-    "calibrator: search": ({"calibrator": ThresholdCalibrator(search="no")}, ValueError, "search must be one of"),
     "confidence: text": ({"confidence": "sure"}, ValueError, "confidence must be one of .*got 'sure'"),
     "confidence: number": ({"confidence": 3}, ValueError, "confidence must be one of .* or a callable.*got 3"),
     "confidence: shape": ({"confidence": lambda logits: logits}, ValueError, "confidence must turn an output of B"),
     "confidence: sum": ({"confidence": lambda logits: logits.sum()}, ValueError, r"expected shape \(\d+,\), got \(\)"),
     "confidence: nan": ({"confidence": lambda logits: logits[:, 0] / 0}, ValueError, "exit 0 gave a score that is NaN"),
-    "verbose": ({"verbose": "yes"}, ValueError, "verbose must be an integer; got 'yes'"),
-    "calibration_size: 0": ({"calibration_size": 0}, ValueError, "calibration_size must lie between 0 and 1; got 0"),
-    "calibration_size: 30": ({"calibration_size": 30}, ValueError, "calibration_size must lie between 0 and 1; got 30"),
-    "calibration_size: text": ({"calibration_size": "a"}, ValueError, "calibration_size must lie between.*got 'a'"),
+    "calibrator: score": ({"calibrator": ThresholdCalibrator("sure")}, ValueError, "score must be one of"),
+    "calibrator: search": ({"calibrator": ThresholdCalibrator(search="no")}, ValueError, "search must be one of"),
     "batch_size: 0": ({"batch_size": 0}, ValueError, "batch_size must be a positive integer; got 0"),
     "batch_size: 1.5": ({"batch_size": 1.5}, ValueError, "batch_size must be a positive integer; got 1.5"),
-    "memory_limit: text": ({"memory_limit": "1G"}, ValueError, "memory_limit must be a whole number, at least 0"),
-    "memory_limit: -1": ({"memory_limit": -1}, ValueError, r"memory_limit must be .*number of bytes\); got -1"),
     "budget: low": ({"budget": 1e-4}, ValueError, "budget must be at least 0.*got 0.0001"),
     "budget: text": ({"budget": "a"}, ValueError, "budget must be a finite relative cost.*got 'a'"),
     "budget: 40": ({"budget": 40}, ValueError, r"got 40. Was 0\.4 meant\?"),
-    "classes: few": ({"classes": ["a"]}, ValueError, "classes must be 10 different labels, one an output"),
+    "classes: few": ({"classes": ["a"]}, ValueError, "classes must be 10 different labels, one an output; got"),
     "classes: twice": ({"classes": list("aabcdefghi")}, ValueError, "classes must be 10 different labels"),
     "classes: text": ({"classes": "abcdefghij"}, ValueError, "classes must be 10 different labels"),
-}  # fmt: skip
-LATE = {
-    name
-    for name in BAD
-    if name.startswith(("calibration_size", "verbose", "memory_limit", "calibrator: t", "calibrator: cl"))
+}
+BAD_IN_FIT = {
+    "calibrator: text": ({"calibrator": "a"}, TypeError, r"calibrator must be a Calibrator, as Threshold.*got 'a'"),
+    "calibrator: class": ({"calibrator": ThresholdCalibrator}, TypeError, "calibrator must be a Calibrator"),
+    "verbose": ({"verbose": "yes"}, ValueError, "verbose must be an integer; got 'yes'"),
+    "calibration_size: 0": ({"calibration_size": 0}, ValueError, "calibration_size must lie between 0 and 1; got 0"),
+    "calibration_size: a": ({"calibration_size": "a"}, ValueError, "calibration_size must lie between .*got 'a'"),
+    "memory_limit: 1G": ({"memory_limit": "1G"}, ValueError, "memory_limit must be a whole number, at least 0"),
+    "memory_limit: -1": ({"memory_limit": -1}, ValueError, r"memory_limit must be .*number of bytes\); got -1"),
 }
 
 
-@pytest.mark.parametrize("bad", BAD)
+@pytest.mark.parametrize("bad", [*BAD, *BAD_IN_FIT])
 def test_parameters_that_cannot_be(case, model, bad):
-    params, error, message = BAD[bad]
-    X, y = some(case)
-    for call in LEARNING if bad not in LATE else ["fit"]:
+    params, error, message = (BAD | BAD_IN_FIT)[bad]
+    for call in LEARNING if bad in BAD else ["fit"]:
         with pytest.raises(error, match=message):
-            LEARNING[call](copy.copy(model).set_params(**params), X, y)
-
-
-@pytest.mark.parametrize("bad", ["batch_size: 0", "memory_limit: -1", "budget: 40"])
-def test_parameters_that_cannot_be_when_asked(case, model, bad):
-    params, error, message = BAD[bad]
-    with pytest.raises(error, match=message):
-        copy.copy(model).set_params(**params).predict(case.test[0])
+            LEARNING[call](copy.copy(model).set_params(**params), *some(case))
+    if bad in ("batch_size: 0", "memory_limit: -1", "budget: 40"):
+        with pytest.raises(error, match=message):
+            copy.copy(model).set_params(**params).predict(case.test[0])
 
 
 # -- a failed call leaves the estimator as it was ---------------------------------------------------------------------
 
+
+def interrupted(logits):
+    raise KeyboardInterrupt
+
+
+def half_spoiled(X):
+    """The inputs with NaN in the last batch."""
+    X = X.copy()
+    X.reshape(len(X), -1)[-1, 20] = np.nan
+    return X
+
+
 FAILURES = {
-    "not finite, in the last batch": lambda X, y: (
-        {},
-        np.where(np.arange(X.size).reshape(X.shape) < X.size - 9, X, np.nan),
-        y,
-    ),
+    "not finite": lambda X, y: ({"batch_size": 50}, half_spoiled(X), y),
     "labels outside": lambda X, y: ({}, X, np.where(y == 3, np.nan, y)),
     "empty": lambda X, y: ({}, X[:0], y[:0]),
     "other axes": lambda X, y: ({}, X[..., None], y),
@@ -440,29 +402,18 @@ FAILURES = {
 }
 
 
-def interrupted(logits):
-    raise KeyboardInterrupt
-
-
-@pytest.mark.parametrize("call", LEARNING)
 @pytest.mark.parametrize("failure", FAILURES)
-def test_a_failed_call_changes_nothing(case, own, failure, call):
-    given = own.get_params(deep=False)
-    answers = answers_of(own, case.test[0][:100])
-    before = learned(own)
+def test_a_failed_call_changes_nothing(case, own, failure):
+    given, answers, before = own.get_params(deep=False), answers_of(own, case.test[0][:100]), learned(own)
     params, X, y = FAILURES[failure](*some(case))
-    with pytest.raises((ValueError, TypeError, RuntimeError, KeyboardInterrupt)):
-        getattr(own.set_params(**params), call)(X, y)
-    after = learned(own)
-    assert before.keys() == after.keys()
-    assert all(after[name] is value for name, value in before.items())
+    for call in LEARNING:
+        with pytest.raises((ValueError, TypeError, RuntimeError, KeyboardInterrupt)):
+            getattr(own.set_params(**params), call)(X, y)
+        after = learned(own)
+        assert before.keys() == after.keys()
+        assert all(after[name] is value for name, value in before.items())
     own.set_params(**given)
     assert answers_of(own, case.test[0][:100]) == answers
-
-
-@pytest.mark.parametrize("failure", FAILURES)
-def test_a_failed_first_fit_leaves_it_unfitted(case, failure):
-    params, X, y = FAILURES[failure](*some(case))
     unfitted = case.make().set_params(**params)
     with pytest.raises((ValueError, TypeError, RuntimeError, KeyboardInterrupt)):
         unfitted.fit(X, y)

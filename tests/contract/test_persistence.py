@@ -7,15 +7,31 @@ import pickle
 import stat
 
 import joblib
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 from sklearn.base import clone
 from sklearn.neural_network import MLPClassifier
+from torch import nn
 
 import adaptexit
+from adaptexit import ThresholdCalibrator
+from adaptexit.core.scores import max_proba
 from adaptexit.persistence import FORMAT_VERSION
-from tests.contract.cases import CASES, KINDS, assert_same, config_of, fitted_once, learned, quietly, random_states
+from tests.contract.cases import (
+    CASES,
+    IMAGES,
+    KINDS,
+    assert_as_before,
+    assert_same,
+    config_of,
+    fitted_once,
+    learned,
+    quietly,
+    random_states,
+    snapshot,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore::adaptexit.SaverWarning")
 
@@ -62,6 +78,111 @@ def test_a_second_fit_of_a_clone_is_bit_equal(case, model):
     copied = clone(model)
     assert learned(copied) == {}
     assert_same(model, quietly(lambda: copied.fit(*case.train).calibrate(*case.val)), *case.test)
+
+
+def modules_in(given):
+    """The modules among what is given again, by the argument that gives them."""
+    flat = [(name, part) for name, entry in given.items() for part in (entry if isinstance(entry, list) else [entry])]
+    return [(name, part) for name, part in flat if isinstance(part, nn.Module)]
+
+
+@pytest.mark.parametrize("same", [True, False])
+@pytest.mark.parametrize("kind", [*IMAGES, "three modules", "stages"])
+def test_modules_are_shared_where_they_have_the_weights_and_copied_where_not(kind, same, tmp_path):
+    case, model = CASES[kind], fitted_once(kind)
+    model.save(tmp_path)
+    again = case.given_again(model)
+    given = {name: again[name] for name in config_of(tmp_path)["given_again"]}
+    modules = [module for _, module in modules_in(given) if list(module.parameters())]
+    for module in modules:
+        module.train()
+        if not same:
+            with torch.no_grad():
+                list(module.parameters())[-1].add_(1.0)
+    before = [snapshot(module) for module in modules]
+    loaded = adaptexit.load(tmp_path, **given)
+    assert_same(model, loaded, *case.test)
+    made_of = {id(p) for part in (*loaded.stages_, *loaded.heads_) for p in part.parameters()}
+    for module, known in zip(modules, before, strict=True):
+        assert all((id(p) in made_of) is same for p in module.parameters())
+        assert_as_before(module, known)
+
+
+def squared(logits):
+    return max_proba(logits, torch) ** 2
+
+
+def doubled(x):
+    return 2 * x
+
+
+def gap(logits):
+    return np.sort(logits, axis=1)[:, -1] - np.sort(logits, axis=1)[:, -2]
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+def test_callables_are_given_again(kind, tmp_path):
+    case = CASES[kind]
+    preprocess = dict.fromkeys(("base_preprocess", "saver_preprocess") if case.cascade else ["preprocess"], doubled)
+    params = {"confidence": squared, "calibrator": ThresholdCalibrator(gap, search="geometric")} | preprocess
+    model = case.fitted(**params)
+    model.save(tmp_path)
+    config = config_of(tmp_path)
+    assert params.keys() <= set(config["given_again"])
+    assert not params.keys() & config["params"].keys()
+    loaded = adaptexit.load(tmp_path, **{name: getattr(model, name) for name in config["given_again"]})
+    assert_same(model, loaded, *case.test)
+
+
+@pytest.mark.parametrize("kind_of", [float, np.float64])
+@pytest.mark.parametrize("kind", IMAGES)
+def test_parameters_are_the_same(kind, kind_of, tmp_path):
+    case, n_exits = CASES[kind], len(fitted_once(kind).exit_names)
+    given = {
+        "budget": kind_of(0.4),
+        "cost": np.linspace(1, 10, n_exits) if kind_of is np.float64 else np.linspace(1, 10, n_exits).tolist(),
+        "batch_size": 33, "memory_limit": 1000, "calibration_size": 0.5, "random_state": 5, "device": "cpu",
+        "confidence": "margin", "classes": list(range(10)),
+        "calibrator": ThresholdCalibrator("entropy", search="geometric", max_drop=0.01, n_points=15, random_state=3),
+    }  # fmt: skip
+    if kind == "branched":
+        given |= {"layout": "NCHW", "cache_half": True, "cache_memory": 0, "cache_dir": str(tmp_path / "cache")}
+    model = case.fitted(**given)
+    model.save(tmp_path / "model")
+    loaded = loaded_from(tmp_path / "model", case, model)
+    assert loaded.calibrator.get_params() == given.pop("calibrator").get_params()
+    assert np.asarray(loaded.cost).tolist() == np.asarray(given.pop("cost")).tolist()
+    assert {name: getattr(loaded, name) for name in given} == given
+    assert_same(model, loaded, *case.test)
+
+
+@pytest.mark.parametrize(
+    "classes",
+    [list("abcdefghij"), np.array(list("abcdefghij"), dtype=object), np.arange(10) * 10.5, list(range(5, 15))],
+)
+@pytest.mark.parametrize("kind", IMAGES)
+def test_classes_of_every_kind(kind, classes, tmp_path):
+    case, labels = CASES[kind], np.asarray(classes)
+    model = copy.deepcopy(fitted_once(kind)).set_params(classes=classes)
+    model.calibrate(case.val[0], labels[case.val[1]]).save(tmp_path)
+    assert_same(model, loaded_from(tmp_path, case, model), case.test[0], labels[case.test[1]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("kind", IMAGES)
+def test_modules_of_other_precision(kind, dtype, tmp_path):
+    case = CASES[kind]
+    made, again = case.make(), case.make().get_params(deep=False)
+    for _, module in (*modules_in(made.get_params(deep=False)), *modules_in(again)):
+        module.to(dtype)
+    model = quietly(lambda: made.fit(*case.train).calibrate(*case.val))
+    model.save(tmp_path)
+    loaded = adaptexit.load(tmp_path, **{name: again[name] for name in config_of(tmp_path)["given_again"]})
+    assert_same(model, loaded, *case.test)
+    other = case.given_again(model)
+    name, module = modules_in(other)[-1]
+    with pytest.raises(ValueError, match=rf"do not fit {name}: .* is {dtype}, the module's torch.float32. Convert"):
+        adaptexit.load(tmp_path, **{name: other[name] for name in config_of(tmp_path)["given_again"]})
 
 
 def through_joblib(model, folder):
@@ -228,3 +349,24 @@ def test_another_kind_of_model_is_refused(case, model, saved):
         (ValueError, TypeError), match=rf"{name} must be the {kind} that was saved; got {type(wrong).__name__}"
     ):
         adaptexit.load(saved, **given | {name: wrong})
+
+
+def narrowed(module):
+    """The module with an output less, and the name of the first weight that no longer fits."""
+    name, last = [(name, part) for name, part in module.named_modules() if isinstance(part, nn.Linear)][-1]
+    last.weight, last.bias = nn.Parameter(last.weight[:-1]), nn.Parameter(last.bias[:-1])
+    return module, f"{name}.weight"
+
+
+@pytest.mark.parametrize("kind", IMAGES)
+@pytest.mark.parametrize("change", [narrowed, lambda module: (nn.Sequential(module), "0.")])
+def test_weights_that_do_not_fit_name_the_key(kind, change, tmp_path):
+    model = fitted_once(kind)
+    model.save(tmp_path)
+    again = CASES[kind].given_again(model)
+    name, module = modules_in(again)[0]
+    changed, key = change(module)
+    given = {name: again[name] for name in config_of(tmp_path)["given_again"]}
+    for other in (changed, lambda: changed):
+        with pytest.raises(ValueError, match=rf"(?s)the saved weights do not fit {name}: .*{key}"):
+            adaptexit.load(tmp_path, **given | {name: other})

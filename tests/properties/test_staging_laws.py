@@ -11,7 +11,7 @@ from adaptexit.networks.base import Network
 from adaptexit.staging.carried import Along, Carried, Count, Live, Nest, Static, layout_of
 from adaptexit.staging.executor import execute, record
 from tests.properties.strategies import sizes
-from tests.test_carried import Pair, grown, same
+from tests.staging.test_carried import Pair, grown, same
 
 # -- values of samples -------------------------------------------------------------------------------------------------
 

@@ -478,7 +478,7 @@ import os, signal, sys
 from itertools import pairwise
 from pathlib import Path
 import adaptexit.training.feature_store as module
-from tests.test_feature_cache import Backbone, inputs, kept
+from tests.training.test_feature_cache import Backbone, inputs, kept
 
 def die(*_, **__):
     os.kill(os.getpid(), signal.SIGKILL)

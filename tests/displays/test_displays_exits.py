@@ -7,8 +7,8 @@ from adaptexit.core.frontier import evaluate
 from adaptexit.core.metrics import exit_calibration
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.displays import ExemplarDisplay, ExitFlowDisplay, ReliabilityDisplay
+from tests.displays.pictures import cascade_by_margin, labels_of, margins_of, three_exits
 from tests.nets import digits, large_trained, small_trained
-from tests.pictures import cascade_by_margin, labels_of, margins_of, three_exits
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

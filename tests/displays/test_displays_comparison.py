@@ -8,7 +8,7 @@ from adaptexit import ThresholdCalibrator
 from adaptexit.comparison import compare
 from adaptexit.core.baselines import fixed_exits, oracle, patience, random_routing
 from adaptexit.displays import BarsDisplay, ComparisonDisplay
-from tests.pictures import labels_of
+from tests.displays.pictures import labels_of
 from tests.test_comparison import CALIBRATION, TEST, drawn, methods
 
 matplotlib.use("Agg")

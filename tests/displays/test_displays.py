@@ -16,8 +16,8 @@ from adaptexit.core.metrics import exemplars, exit_calibration, flow, survivor_s
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.displays import ExemplarDisplay, ExitFlowDisplay, ReliabilityDisplay
 from adaptexit.displays.shared import choice
+from tests.displays.pictures import cascade_by_margin, labels_of
 from tests.nets import digits, large_trained, middle_trained, small_trained
-from tests.pictures import cascade_by_margin, labels_of
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

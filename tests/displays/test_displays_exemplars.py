@@ -9,8 +9,8 @@ from adaptexit.core.frontier import evaluate
 from adaptexit.core.metrics import exemplars
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.displays import ExemplarDisplay
+from tests.displays.pictures import cascade_by_margin, margins_of, three_exits
 from tests.nets import digits, loader_of
-from tests.pictures import cascade_by_margin, margins_of, three_exits
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -13,7 +13,7 @@ from adaptexit.exceptions import SplitError, SplitWarning
 from adaptexit.staging.carried import Along, Count, Nest, Static
 from adaptexit.staging.splitting import Split, from_stages, split
 from adaptexit.staging.verify import N_VERIFIED
-from tests.test_carried import same
+from tests.staging.test_carried import same
 
 SEED = 3
 
