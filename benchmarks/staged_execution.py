@@ -109,10 +109,10 @@ class HeadClock:
 
     def around(self, network: BranchedNetwork) -> BranchedNetwork:
         """A copy of the network with its heads timed where they are run: between stages, with cold caches."""
-        clocked: Any = copy.copy(network)
-        clocked.exit = self._timed(network.exit)
-        clocked.reader = LogitsReader(self._timed(partial(max_proba, xp=torch)))
-        return clocked
+        timed_copy: Any = copy.copy(network)
+        timed_copy.exit = self._timed(network.exit)
+        timed_copy.reader = LogitsReader(self._timed(partial(max_proba, xp=torch)))
+        return timed_copy
 
     def _timed(self, function: Callable[..., Any]) -> Callable[..., Any]:
         def run(*args: Any) -> Any:
@@ -132,14 +132,14 @@ def nobody_leaves(name: str, network: BranchedNetwork, images: Tensor, size: int
     if (plain_s := timed(lambda: plain(module, batches))[0]) > LONGEST_PLAIN_S:
         return left_out(name, size, plain_s)
     clock = HeadClock()
-    clocked = clock.around(network)
+    timed_copy = clock.around(network)
     all_on = FunctionPolicy(nobody, np.ones(network.n_exits, dtype=bool))
     all_off = FunctionPolicy(nobody, np.arange(network.n_exits) == network.n_exits - 1)
 
     def run_on() -> None:
         clock.runs.append(0.0)
         for x in batches:
-            execute(clocked, [x], all_on, batch_size=size)
+            execute(timed_copy, [x], all_on, batch_size=size)
 
     timings = interleaved(
         {

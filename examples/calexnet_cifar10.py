@@ -156,8 +156,8 @@ def cell(values: np.ndarray) -> str:
 def draw(frontiers: dict[str, list[Curves]], full: float, leaving: ExitFlowDisplay, out: str) -> None:
     """Both kinds of thresholds side by side, mean curve and spread over seeds; and who leaves where."""
     figure = pyplot.figure(figsize=(16, 5), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(2, 1.3))
-    axes = left.subplots(1, 2, sharex=True, sharey=True)
+    curve_part, flow_part = figure.subfigures(1, 2, width_ratios=(2, 1.3))
+    axes = curve_part.subplots(1, 2, sharex=True, sharey=True)
     grid = np.linspace(0, 0.9, 91)
     titles = ("class precision margins", "one threshold an exit, searched")
     for ax, rule, title in zip(axes, RULES, titles, strict=True):
@@ -170,8 +170,8 @@ def draw(frontiers: dict[str, list[Curves]], full: float, leaving: ExitFlowDispl
         ax.set(title=title, xlabel="FLOPs reduction (1 - relative cost)")
     axes[0].set_ylabel("test accuracy")
     handles, labels = axes[0].get_legend_handles_labels()
-    left.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, handlelength=3.5)
-    leaving.plot(right.subplots(), name="CalexNet: who is left")
+    curve_part.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False, handlelength=3.5)
+    leaving.plot(flow_part.subplots(), name="CalexNet: who is left")
     figure.savefig(out, dpi=120)
     print(f"picture: {out}")
 

@@ -58,7 +58,7 @@ def main() -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.2))
     ParetoDisplay.from_frontier(on_test, exit_names=names, budget=0.4, name="cascade (test)").plot(axes[0])
-    axes[0].set_title("CIFAR-10: accuracy against cost, budget 0.4")
+    axes[0].set_title("CIFAR-10: accuracy against cost")
     last = len(savers) - 1
     JobRatioDisplay.from_curve(cascade.job_curve(last), saver_name=names[last], base_name="ResNet-56").plot(axes[1])
     axes[1].set_title("CIFAR-10: who leaves (val)")

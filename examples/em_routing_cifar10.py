@@ -60,7 +60,7 @@ def main() -> None:
         rates = " ".join(f"{rate:.2f}" for rate in point.exit_rates)
         print(f"{point.params['cost_weight']:6.2f} | {point.accuracy:13.4f} | {point.cost:13.3f} | {rates}")
 
-    figure = pyplot.figure(figsize=(19, 5.2), layout="constrained")
+    figure = pyplot.figure(figsize=(19, 7), layout="constrained")
     axes = figure.subplots(1, 3)
     ComparisonDisplay.from_comparison(comparison).plot(axes[0])
     axes[0].set_title("curves and simple rules (test)")

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptexit import CascadeSaver, MultiExitClassifier, Predictor
+from adaptexit import CascadeSaver, MultiExitClassifier, ParetoFrontier, Predictor
 
 try:
     from examples.cifar import learning, pretrained
@@ -33,29 +33,39 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=20_000, help="of train, for the exits")
     args = parser.parse_args()
     resnet20, resnet56 = pretrained(20, args.weights), pretrained(56, args.weights)
-    (X_train, y_train), (X_val, y_val), (X_test, y_test) = learning(args.data, args.images)
-    print(f"CIFAR-10 (JPEG), {len(y_val):,} images to calibrate on, {len(y_test):,} to test on, threads:", end=" ")
-    print(torch.get_num_threads())
+    train, val, test = learning(args.data, args.images)
+    print(f"CIFAR-10 (JPEG): {len(val[1]):,} images to calibrate on, {len(test[1]):,} to test on")
+    print(f"threads: {torch.get_num_threads()}")
 
     print("\n-- a cascade")
-    cascade = CascadeSaver(base=resnet56, saver=resnet20).fit(X_val, y_val)
+    cascade = CascadeSaver(base=resnet56, saver=resnet20).fit(val)
     print(cascade)
-    curve = cascade.pareto(X_test, y_test)
-    for point in (curve.at(budget=0.4), curve.at(max_drop=0.005)):
-        print(f"test accuracy {point.accuracy:.4f} at relative cost {point.cost:.3f}")
-    print_seconds(cascade.at(max_drop=0.005), resnet56, X_test)
+    curve = cascade.pareto(test)
+    print_point(curve, budget=0.4)
+    print_point(curve, max_drop=0.005)
+    print_seconds(cascade.at(max_drop=0.005), resnet56, test[0])
 
-    print(f"\n-- exits, fitted on {len(y_train):,} images of train")
+    print(f"\n-- exits, fitted on {len(train[1]):,} images of train")
     start = time.perf_counter()
     model = MultiExitClassifier(resnet56, exits=["layer2.3", "layer2", "layer3.4"], recipe="ztw")
-    model.fit(X_train, y_train).calibrate(X_val, y_val)
+    model.fit(train).calibrate(val)
     minutes = (time.perf_counter() - start) / 60
     print(model)
-    curve = model.pareto(X_test, y_test)
-    for point in (curve.at(budget=0.7), curve.at(max_drop=0.005)):
-        print(f"test accuracy {point.accuracy:.4f} at relative cost {point.cost:.3f}")
-    print_seconds(model.at(max_drop=0.005), resnet56, X_test)
+    curve = model.pareto(test)
+    print_point(curve, budget=0.8)
+    print_point(curve, max_drop=0.005)
+    print_seconds(model.at(max_drop=0.005), resnet56, test[0])
     print(f"fitted and calibrated in {minutes:.1f} minutes")
+
+
+def print_point(curve: ParetoFrontier, **choice: float) -> None:
+    """Test accuracy and cost at the point that a budget, or a drop that is allowed, chooses on the calibration data."""
+    ((name, value),) = choice.items()
+    point = curve.at(**choice)
+    print(
+        f"{name}={value}: test accuracy {point.accuracy:.4f} (full model {curve.full_accuracy:.4f}) at relative cost "
+        f"{point.cost:.3f}"
+    )
 
 
 def print_seconds(predictor: Predictor, net: nn.Module, images: Tensor) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
-from adaptexit import CascadeSaver, ExitOutputs, SaverWarning, ThresholdCalibrator
+from adaptexit import CascadeSaver, SaverWarning, ThresholdCalibrator
 from adaptexit.core.scores import SCORES, max_proba, softmax
 from tests.nets import (
     Columns,
@@ -51,11 +51,6 @@ def test_answers_equal_a_hand_written_loop(name, budget, request):
     np.testing.assert_allclose(fitted.predict_proba(X, budget=budget), softmax(logits), atol=1e-5)
 
 
-def test_the_cascade_uses_both_models(cascade):
-    exits = cascade.trace(TEST[0]).exits
-    assert 0.2 < exits.mean() < 0.8
-
-
 def test_answers_on_known_logits_are_exact():
     X, y = column_data(400)
     fitted = column_cascade().fit(X, y)
@@ -81,14 +76,6 @@ def test_survivors_of_a_loader_fill_the_bases_batches():
     assert base.sizes == [32] * (survivors // 32) + [survivors % 32]
 
 
-def test_at_a_budget_of_the_saver_the_base_is_not_called():
-    base = Recording(large_trained())
-    fitted = CascadeSaver(base, small_trained()).fit(*VAL)
-    base.sizes.clear()
-    fitted.predict(TEST[0], budget=fitted.pareto().cost[0])
-    assert base.sizes == []
-
-
 @saver_may_not_pay
 def test_a_saver_that_is_off_is_neither_called_nor_paid():
     X, y = column_data(300, 3)
@@ -104,7 +91,7 @@ def test_a_saver_that_is_off_is_neither_called_nor_paid():
     assert trace.relative_costs.mean() == pytest.approx(point.cost)
 
 
-# -- anytime ----------------------------------------------------------------------------------------------------------
+# -- reports and errors -----------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("saver", [-1, 2, 0.5])
@@ -121,21 +108,6 @@ def test_an_error_inside_a_model_names_it():
     with pytest.raises(RuntimeError) as caught:
         CascadeSaver(large_trained(), Broken()).fit(np.zeros((4, 1, 8, 8), dtype=np.float32), np.zeros(4, dtype=int))
     assert any("This is saver, run on inputs of shape (1, 1, 8, 8)" in note for note in caught.value.__notes__)
-
-
-# -- curves and records -----------------------------------------------------------------------------------------------
-
-
-def test_record_holds_what_every_model_answers(three):
-    outputs = three.record(*TEST)
-    models = [*three.saver, three.base]
-    logits = torch.stack([model(torch.from_numpy(TEST[0])) for model in models]).detach().numpy()
-    assert isinstance(outputs, ExitOutputs)
-    assert outputs.predictions.tolist() == logits.argmax(axis=2).tolist()
-    assert outputs.labels.tolist() == TEST[1].tolist()
-    assert outputs.logits is None
-    np.testing.assert_allclose(outputs.scores, max_proba(logits), rtol=1e-5)
-    assert outputs.exit_costs.tolist() == three.outputs_.exit_costs.tolist()
 
 
 def test_exit_names(cascade, three):
@@ -203,10 +175,10 @@ def test_timm_models_with_different_data_configs():
     mean, std = (torch.tensor(saver.pretrained_cfg[key])[:, None, None] for key in ("mean", "std"))
     expected = saver((images - mean) / std)
     torch.testing.assert_close(torch.from_numpy(fitted.predict_proba(images, budget=0.1)), expected.softmax(dim=1))
-    seen = []
-    with base.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[1:])):
+    shapes = []
+    with base.register_forward_pre_hook(lambda module, inputs: shapes.append(inputs[0].shape[1:])):
         fitted.predict_anytime((images * 255).to(torch.uint8), 1.0)
-    assert seen == [(3, 96, 96)]
+    assert shapes == [(3, 96, 96)]
 
 
 # -- confidence and score ---------------------------------------------------------------------------------------------
@@ -232,13 +204,6 @@ def test_confidence_by_a_callable_on_the_output():
     point = fitted.pareto().at(budget=0.6)
     leaves = X[:, 0] * 2 > point.cutoffs[0]
     assert fitted.trace(X, budget=0.6).exits.tolist() == np.where(leaves, 0, 1).tolist()
-
-
-def test_the_score_of_a_calibrator_is_used_on_other_data_too():
-    X, y = column_data(300)
-    fitted = column_cascade(calibrator=ThresholdCalibrator("entropy")).fit(X, y)
-    other, labels = column_data(200, seed=1)
-    assert fitted.pareto(other, labels).at(budget=0.5).accuracy == fitted.score(other, labels, budget=0.5)
 
 
 # -- classes ----------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -47,7 +48,7 @@ for arguments in runs:
 def run_several(script, *runs, folder):
     """What an example prints at each of several runs, in one process: most of a run's time is spent on imports."""
     separator = "-- next --"
-    arguments = [json.dumps([str(argument) for argument in given]) for given in runs]
+    arguments = [json.dumps([str(argument) for argument in run_arguments]) for run_arguments in runs]
     printed, _ = done_in(folder, "-c", SEVERAL, ROOT / "examples" / script, separator, *arguments)
     *all_printed, rest = printed.split(separator + "\n")
     assert (len(all_printed), rest) == (len(runs), "")
@@ -60,6 +61,12 @@ def rows_of(printed):
     return [tuple(map(float, line)) for line in lines]
 
 
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.stem)
+def test_what_an_example_imports_is_there(path):
+    assert runpy.run_path(str(path), run_name="looked at")["__doc__"]
+
+
+@pytest.mark.slow
 def test_quickstart(tmp_path):
     printed, said = run("quickstart.py", "--out", "curve.png", folder=tmp_path)
     assert said == ""
@@ -77,6 +84,7 @@ def test_quickstart(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["curve.png"]
 
 
+@pytest.mark.slow
 def test_cascade_cifar10_on_pictures_of_noise(tmp_path):
     rng = np.random.default_rng(0)
     for split in ("val", "test"):
@@ -126,8 +134,8 @@ def checkpoint_of(n_classes, path):
 def retrofit(squares, folder, n_classes, *more):
     """Arguments for a model of so many classes; the picture is named after them."""
     checkpoint = checkpoint_of(n_classes, folder / f"model{n_classes}.safetensors")
-    given = ("--model", "test_resnet", "--data", squares, "--checkpoint", checkpoint, "--num-classes", n_classes)
-    return (*given, "--out", f"curve{n_classes}.png", *more)
+    options = ("--model", "test_resnet", "--data", squares, "--checkpoint", checkpoint, "--num-classes", n_classes)
+    return (*options, "--out", f"curve{n_classes}.png", *more)
 
 
 @pytest.fixture(scope="module")
@@ -145,6 +153,7 @@ def alone(printed):
     return [(name, float(accuracy), float(cost)) for name, accuracy, cost in lines]
 
 
+@pytest.mark.slow
 def test_retrofit_with_the_folders_classes(retrofitted):
     printed, _, folder = retrofitted
     exits = alone(printed)
@@ -156,6 +165,7 @@ def test_retrofit_with_the_folders_classes(retrofitted):
         assert np.asarray(picture.convert("L")).std() > 5
 
 
+@pytest.mark.slow
 def test_retrofit_of_a_model_with_other_classes(retrofitted):
     """The heads learn the model's answers: the full model agrees with itself."""
     _, printed, _ = retrofitted
@@ -165,6 +175,7 @@ def test_retrofit_of_a_model_with_other_classes(retrofitted):
     assert "full model: agreement 1.0000 (test)" in printed
 
 
+@pytest.mark.slow
 def test_calexnet_on_digits(tmp_path):
     printed, _ = run("calexnet_cifar10.py", "--digits", "--seeds", "1", "--out", "curves.png", folder=tmp_path)
     rows = {
@@ -192,8 +203,8 @@ def test_calexnet_on_digits(tmp_path):
 def test_em_routing_on_digits(tmp_path, more):
     printed, _ = run("em_routing_cifar10.py", "--digits", *more, "--out", "em.png", folder=tmp_path)
     number = r"\s+([\d.]+)"
-    found = re.findall(rf"^(\S.*?){number}{number}{number}{number}{number}{number}$", printed, re.MULTILINE)
-    table = {name.strip(): tuple(map(float, row)) for name, *row in found}
+    rows = re.findall(rf"^(\S.*?){number}{number}{number}{number}{number}{number}$", printed, re.MULTILINE)
+    table = {name.strip(): tuple(map(float, row)) for name, *row in rows}
     assert {"full model", "oracle", "random exit", "patience 1", "BranchyNet (entropy)"} < set(table)
     assert {f"EM routing, {prior}" for prior in ("amortized", "global", "per_sample")} < set(table)
     accuracy, cost, *rates = table["full model"]

@@ -89,9 +89,9 @@ def test_a_head_that_writes_into_its_feature_spoils_nothing():
     cut = "one.1"  # in front of the ReLU, so that there is something to overwrite
 
     def head(spec, n_classes):
-        made = Reluctant()
-        made(torch.zeros(2, *spec.shape))
-        return made
+        module = Reluctant()
+        module(torch.zeros(2, *spec.shape))
+        return module
 
     fitted = branched(net, exits=[cut], head=head).fit(*TRAIN).calibrate(*VAL)
     harmless_here = branched(net, exits=["one"], head=head).fit(*TRAIN)  # behind the ReLU, where nothing is below 0
@@ -115,10 +115,10 @@ def test_one_logit_is_too_few():
 def test_a_sampler_that_shuffles_is_refused():
     data = TensorDataset(torch.from_numpy(TEST[0]), torch.from_numpy(TEST[1]))
     model = branched().fit(*TRAIN).calibrate(*VAL)
-    shuffling, ordered = (DistributedSampler(data, 1, 0, shuffle=shuffle) for shuffle in (True, False))
+    shuffling, in_order = (DistributedSampler(data, 1, 0, shuffle=shuffle) for shuffle in (True, False))
     with pytest.raises(ValueError, match="X must keep its order"):
         model.predict(DataLoader(data, batch_size=50, sampler=shuffling))
-    assert (model.predict(DataLoader(data, batch_size=50, sampler=ordered)) == model.predict(TEST[0])).all()
+    assert (model.predict(DataLoader(data, batch_size=50, sampler=in_order)) == model.predict(TEST[0])).all()
 
 
 def test_without_labels_agreement_can_be_measured_on_other_data():

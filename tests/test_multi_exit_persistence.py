@@ -126,10 +126,10 @@ TINY = {"img_size": 32, "patch_size": 8, "embed_dim": 24, "depth": 3, "num_heads
 
 @self_calibrated
 def test_a_timm_name_is_written_and_made_without_its_weights(tmp_path, monkeypatch):
-    create, asked = timm.create_model, []
+    create, requests = timm.create_model, []
 
     def made(name, pretrained=False):
-        asked.append(pretrained)
+        requests.append(pretrained)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0 if pretrained else 1)
             overlay = {"input_size": (3, 32, 32), "mean": (0.2, 0.3, 0.4) if pretrained else (0, 0, 0)}
@@ -139,11 +139,11 @@ def test_a_timm_name_is_written_and_made_without_its_weights(tmp_path, monkeypat
     X, y = np.random.default_rng(1).random((40, 3, 40, 32), dtype=np.float32), np.arange(40) % 3
     exits = ["blocks.0", "blocks.1"]
     fitted = MultiExitClassifier("vit_tiny_patch16_224", exits, recipe=FrozenRecipe(epochs=2)).fit(X, y)
-    assert asked == [True]
+    assert requests == [True]
     before = random_states()
     loaded = given_again(fitted, tmp_path / "model")
     assert random_states() == before
-    assert asked == [True, False]
+    assert requests == [True, False]
     assert config_of(tmp_path / "model")["given_again"] == []
     assert loaded.backbone == "vit_tiny_patch16_224"
     assert_same(fitted, loaded, X, y)

@@ -100,8 +100,8 @@ def test_leaving_online_is_routing_offline(model):
     recorded = model.record(X, y)
     for point in model.pareto().points:
         trace = model.trace(X, budget=point.cost)
-        chosen = model.operating_point(point.cost)
-        assert trace.exits.tolist() == model.calibrator_.exit_index(recorded, chosen).tolist()
+        point_in_use = model.operating_point(point.cost)
+        assert trace.exits.tolist() == model.calibrator_.exit_index(recorded, point_in_use).tolist()
 
 
 def test_margins_are_the_frontier_and_the_one_in_use_answers(model):
@@ -131,14 +131,14 @@ def test_a_second_fit_is_bit_equal(name, model):
 
 
 def test_prototype_heads_share_cached_features_boosted_or_not(tmp_path):
-    seen = []
+    n_files = []
     for recipe, head in (
         (PTEERecipe(**SETTINGS), "auto"), (BoostNetRecipe(**SETTINGS), "auto"), (CalexNetRecipe(**SETTINGS), "auto"),
         (ZTWRecipe(**SETTINGS), "auto"), (CalexNetRecipe(**SETTINGS), "residual"),
     ):  # fmt: skip
         branched(exits=CUTS, head=head, recipe=recipe, cache_dir=tmp_path).fit(*digits()[0])
-        seen.append(len(list(tmp_path.rglob("features_0.bin"))))
-    assert seen == [1, 1, 1, 2, 2]
+        n_files.append(len(list(tmp_path.rglob("features_0.bin"))))
+    assert n_files == [1, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("recipe", ["calexnet", "calexnet_reference", "ptee", "ztw", "boostnet"])

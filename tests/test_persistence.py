@@ -79,10 +79,10 @@ def test_timm_names_are_written_and_made_without_their_weights(tmp_path, monkeyp
     loaded = adaptexit.load(tmp_path / "cascade")
     assert pretrained == [False, False]
     assert_same(fitted, loaded, images, labels)
-    seen = []
-    loaded.heads_[1].register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].shape[-2:]))
+    sizes = []
+    loaded.heads_[1].register_forward_pre_hook(lambda module, inputs: sizes.append(inputs[0].shape[-2:]))
     loaded.predict_anytime(images, 1.0)
-    assert seen == [(160, 160)]
+    assert sizes == [(160, 160)]
 
 
 @saver_may_not_pay

@@ -90,16 +90,16 @@ def test_batch_size_and_memory_limit_do_not_change_answers(case, model, batch_si
 def test_every_source_gives_the_same(kind, source):
     case, model = CASES[kind], fitted_once(kind)
     X, y = case.test
-    given, labels = SOURCES[source](X, y)
-    assert model.score(given, labels) == model.score(X, y)
-    frontier = model.pareto(given, labels)
+    data, labels = SOURCES[source](X, y)
+    assert model.score(data, labels) == model.score(X, y)
+    frontier = model.pareto(data, labels)
     assert frontier.accuracy.tolist() == pytest.approx(model.pareto(X, y).accuracy.tolist())
     if source == "shuffled":
         for call in (model.predict, model.predict_proba, model.trace, partial(model.predict_anytime, limit=1.0)):
             with pytest.raises(ValueError, match="X must keep its order"):
-                call(given)
+                call(data)
     else:
-        assert model.predict(given[0] if source == "pair" else given).tolist() == model.predict(X).tolist()
+        assert model.predict(data[0] if source == "pair" else data).tolist() == model.predict(X).tolist()
 
 
 @pytest.mark.parametrize("source", SOURCES)

@@ -59,8 +59,8 @@ def test_what_is_loaded_is_what_was_saved(case, model, saved):
 def test_a_copy_is_shown_as_the_original(way, tmp_path):
     model = fitted_once("two modules")
     model.save(tmp_path)
-    read = way(model)
-    other = read(tmp_path, base=model.base, saver=model.saver) if read is adaptexit.load else read
+    loader = way(model)
+    other = loader(tmp_path, base=model.base, saver=model.saver) if loader is adaptexit.load else loader
     assert repr(other) == repr(model)
 
 
@@ -92,15 +92,15 @@ def test_modules_are_shared_where_they_have_the_weights_and_copied_where_not(kin
     case, model = CASES[kind], fitted_once(kind)
     model.save(tmp_path)
     again = case.given_again(model)
-    given = {name: again[name] for name in config_of(tmp_path)["given_again"]}
-    modules = [module for _, module in modules_in(given) if list(module.parameters())]
+    arguments = {name: again[name] for name in config_of(tmp_path)["given_again"]}
+    modules = [module for _, module in modules_in(arguments) if list(module.parameters())]
     for module in modules:
         module.train()
         if not same:
             with torch.no_grad():
                 list(module.parameters())[-1].add_(1.0)
     before = [snapshot(module) for module in modules]
-    loaded = adaptexit.load(tmp_path, **given)
+    loaded = adaptexit.load(tmp_path, **arguments)
     assert_same(model, loaded, *case.test)
     made_of = {id(p) for part in (*loaded.stages_, *loaded.heads_) for p in part.parameters()}
     for module, known in zip(modules, before, strict=True):
@@ -138,7 +138,7 @@ def test_callables_are_given_again(kind, tmp_path):
 @pytest.mark.parametrize("kind", IMAGES)
 def test_parameters_are_the_same(kind, kind_of, tmp_path):
     case, n_exits = CASES[kind], len(fitted_once(kind).exit_names)
-    given = {
+    params = {
         "budget": kind_of(0.4),
         "cost": np.linspace(1, 10, n_exits) if kind_of is np.float64 else np.linspace(1, 10, n_exits).tolist(),
         "batch_size": 33, "memory_limit": 1000, "calibration_size": 0.5, "random_state": 5, "device": "cpu",
@@ -146,13 +146,13 @@ def test_parameters_are_the_same(kind, kind_of, tmp_path):
         "calibrator": ThresholdCalibrator("entropy", search="geometric", max_drop=0.01, n_points=15, random_state=3),
     }  # fmt: skip
     if kind == "branched":
-        given |= {"layout": "NCHW", "cache_half": True, "cache_memory": 0, "cache_dir": str(tmp_path / "cache")}
-    model = case.fitted(**given)
+        params |= {"layout": "NCHW", "cache_half": True, "cache_memory": 0, "cache_dir": str(tmp_path / "cache")}
+    model = case.fitted(**params)
     model.save(tmp_path / "model")
     loaded = loaded_from(tmp_path / "model", case, model)
-    assert loaded.calibrator.get_params() == given.pop("calibrator").get_params()
-    assert np.asarray(loaded.cost).tolist() == np.asarray(given.pop("cost")).tolist()
-    assert {name: getattr(loaded, name) for name in given} == given
+    assert loaded.calibrator.get_params() == params.pop("calibrator").get_params()
+    assert np.asarray(loaded.cost).tolist() == np.asarray(params.pop("cost")).tolist()
+    assert {name: getattr(loaded, name) for name in params} == params
     assert_same(model, loaded, *case.test)
 
 
@@ -172,10 +172,10 @@ def test_classes_of_every_kind(kind, classes, tmp_path):
 @pytest.mark.parametrize("kind", IMAGES)
 def test_modules_of_other_precision(kind, dtype, tmp_path):
     case = CASES[kind]
-    made, again = case.make(), case.make().get_params(deep=False)
-    for _, module in (*modules_in(made.get_params(deep=False)), *modules_in(again)):
+    estimator, again = case.make(), case.make().get_params(deep=False)
+    for _, module in (*modules_in(estimator.get_params(deep=False)), *modules_in(again)):
         module.to(dtype)
-    model = quietly(lambda: made.fit(*case.train).calibrate(*case.val))
+    model = quietly(lambda: estimator.fit(*case.train).calibrate(*case.val))
     model.save(tmp_path)
     loaded = adaptexit.load(tmp_path, **{name: again[name] for name in config_of(tmp_path)["given_again"]})
     assert_same(model, loaded, *case.test)
@@ -304,26 +304,26 @@ def test_saving_changes_nothing(model, tmp_path):
 def test_what_is_lacking_or_too_much_is_named(case, model, saved):
     again = case.given_again(model)
     needed = config_of(saved)["given_again"]
-    given = {name: again[name] for name in needed}
+    arguments = {name: again[name] for name in needed}
     if needed:
         names = ", ".join(f"{name}=" for name in needed)
         with pytest.raises(ValueError, match=rf"^{names} could not be written and must be given to load again"):
             adaptexit.load(saved)
         with pytest.raises(ValueError, match=rf"^{needed[0]}= could not be written.*\(in all: {', '.join(needed)}\)"):
-            adaptexit.load(saved, **{name: given[name] for name in needed[1:]})
+            adaptexit.load(saved, **{name: arguments[name] for name in needed[1:]})
     with pytest.raises(ValueError, match=r"^batch_size, budget cannot be given to load: they are stored"):
-        adaptexit.load(saved, **given, budget=0.3, batch_size=3)
+        adaptexit.load(saved, **arguments, budget=0.3, batch_size=3)
     with pytest.raises(ValueError, match=r"^bas cannot be given to load"):
-        adaptexit.load(saved, **given, bas=1)
+        adaptexit.load(saved, **arguments, bas=1)
 
 
 def test_the_method_of_the_class(case, model, saved):
     again = case.given_again(model)
-    given = {name: again[name] for name in config_of(saved)["given_again"]}
-    assert_same(model, type(model).load(saved, **given), *case.test)
+    arguments = {name: again[name] for name in config_of(saved)["given_again"]}
+    assert_same(model, type(model).load(saved, **arguments), *case.test)
     other = adaptexit.MultiExitClassifier if case.cascade else adaptexit.CascadeSaver
     with pytest.raises(ValueError, match=rf"folder must hold a {other.__name__}; .* holds a {type(model).__name__}"):
-        other.load(saved, **given)
+        other.load(saved, **arguments)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -341,14 +341,14 @@ def test_another_kind_of_model_is_refused(case, model, saved):
     needed = config_of(saved)["given_again"]
     if not needed:
         pytest.skip("it is written by its name")
-    given = {name: again[name] for name in needed}
+    arguments = {name: again[name] for name in needed}
     wrong = torch.nn.Linear(64, 10) if case.table else MLPClassifier()
     kind = "fitted scikit-learn classifier" if case.table else "module"
     name = "backbone" if "backbone" in needed else "base"
     with pytest.raises(
         (ValueError, TypeError), match=rf"{name} must be the {kind} that was saved; got {type(wrong).__name__}"
     ):
-        adaptexit.load(saved, **given | {name: wrong})
+        adaptexit.load(saved, **arguments | {name: wrong})
 
 
 def narrowed(module):
@@ -366,7 +366,7 @@ def test_weights_that_do_not_fit_name_the_key(kind, change, tmp_path):
     again = CASES[kind].given_again(model)
     name, module = modules_in(again)[0]
     changed, key = change(module)
-    given = {name: again[name] for name in config_of(tmp_path)["given_again"]}
+    arguments = {name: again[name] for name in config_of(tmp_path)["given_again"]}
     for other in (changed, lambda: changed):
         with pytest.raises(ValueError, match=rf"(?s)the saved weights do not fit {name}: .*{key}"):
-            adaptexit.load(tmp_path, **given | {name: other})
+            adaptexit.load(tmp_path, **arguments | {name: other})

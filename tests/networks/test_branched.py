@@ -72,14 +72,14 @@ def test_a_head_class_and_one_with_arguments():
 
 
 def test_every_exit_has_a_head_of_its_own_for_its_feature():
-    seen = []
+    features = []
 
     def factory(spec, n_classes):
-        seen.append((spec.shape, spec.layout, n_classes))
+        features.append((spec.shape, spec.layout, n_classes))
         return flat_head(spec, n_classes)
 
     fitted = branched(head=factory).fit(*TRAIN)
-    assert seen == [((8, 8, 8), "NCHW", 10), ((16, 4, 4), "NCHW", 10), ((32, 4, 4), "NCHW", 10)]
+    assert features == [((8, 8, 8), "NCHW", 10), ((16, 4, 4), "NCHW", 10), ((32, 4, 4), "NCHW", 10)]
     assert len({id(head) for head in heads_of(fitted)}) == 3
 
 
@@ -125,11 +125,11 @@ class FirstHead(AddingHead):
 
 @pytest.mark.parametrize("kinds", [[FirstHead, AddingHead, AddingHead], [AddingHead, FirstHead, AddingHead]])
 def test_chained_heads_read_in_use_what_they_read_in_training(kinds):
-    made = iter(kinds)
+    queue = iter(kinds)
     received = []
 
     def factory(spec, n_classes):
-        head = next(made)(spec, n_classes)
+        head = next(queue)(spec, n_classes)
         answer = head.answer
 
         def noted(reduced, state=None):
@@ -209,7 +209,7 @@ COLOURS = IMAGES[:, :, :16].mean(axis=(2, 3)).argmax(axis=1)
 def test_tokens_and_channels_last(factory, exits, layout, head):
     params = {"exits": exits, "head": head, "preprocess": None, "recipe": FrozenRecipe(epochs=3)}
     fitted = MultiExitClassifier(factory(), **params, calibrator=Fixed([0.4, 0.45, -np.inf])).fit(IMAGES, COLOURS)
-    assert [made.spec.layout for made in heads_of(fitted)] == [layout] * 2
+    assert [early.spec.layout for early in heads_of(fitted)] == [layout] * 2
     assert all(np.isfinite(losses).all() for losses in fitted.history_["loss"])
     _, held_out = hold_out(COLOURS, 0.25, 0)
     live = fitted.record(IMAGES[held_out], COLOURS[held_out])

@@ -58,8 +58,8 @@ def test_costs_are_those_of_its_stages_and_heads():
     assert costs.stages.tolist() == STAGE_MACS
     assert costs.exits.tolist() == HEAD_MACS
     assert costs.unit == "MACs"
-    given = native(native_net()).costs(torch.from_numpy(TEST[0][:2]), [1, 3, 9])
-    assert (given.stages.tolist(), given.exits.tolist()) == ([1, 2, 6], [0, 0, 0])
+    by_hand = native(native_net()).costs(torch.from_numpy(TEST[0][:2]), [1, 3, 9])
+    assert (by_hand.stages.tolist(), by_hand.exits.tolist()) == ([1, 2, 6], [0, 0, 0])
     with pytest.raises(ValueError, match=r"cost must not fall from exit to exit.*got \[1.0, 3.0, 2.0\]"):
         native(native_net()).costs(torch.from_numpy(TEST[0][:2]), [1, 3, 2])
 

@@ -108,14 +108,14 @@ def test_nothing_is_left_on_the_modules_and_another_thread_sees_nothing():
 def test_threads_watch_each_for_themselves():
     nets = [large_trained(), small_trained()]
     expected = [net[:-1](X).detach() for net in nets]
-    seen, barrier = {}, threading.Barrier(2)
+    watches, barrier = {}, threading.Barrier(2)
 
     def watch(k):
         def run():
             barrier.wait()
             return nets[k](X)
 
-        seen[k] = [with_penultimate(run)[1] for _ in range(5)]
+        watches[k] = [with_penultimate(run)[1] for _ in range(5)]
 
     threads = [threading.Thread(target=watch, args=(k,)) for k in range(2)]
     for thread in threads:
@@ -123,7 +123,7 @@ def test_threads_watch_each_for_themselves():
     for thread in threads:
         thread.join()
     for k in range(2):
-        assert all(torch.equal(vectors, expected[k]) for vectors in seen[k])
+        assert all(torch.equal(vectors, expected[k]) for vectors in watches[k])
 
 
 # -- routers read it --------------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ def test_routers_of_a_model_without_a_linear_layer_read_its_logits():
     router = EMRouter(prior="global", epochs=2, hidden=4, n_points=5)
     cascade = quietly(lambda: CascadeSaver(large_trained(), AllConvolutions().eval(), calibrator=router).fit(*VAL))
     assert cascade.calibrator_._reads_logits is True
-    assert [len(made.mean) for made in cascade.calibrator_.routers_] == [10]
+    assert [len(module.mean) for module in cascade.calibrator_.routers_] == [10]
     exits = cascade.trace(TEST[0], budget=1.0).exits
     assert (
         exits.tolist() == cascade.calibrator_.exit_index(cascade.record(*TEST), cascade.operating_point(1.0)).tolist()

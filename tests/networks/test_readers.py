@@ -47,8 +47,8 @@ def test_auto_takes_a_heads_own_confidence_where_it_has_one():
 
 
 def test_an_answer_that_was_read_holds_arrays_and_what_was_asked_for():
-    made = Answer(LOGITS, LOGITS, state={"kept": LOGITS}, features=LOGITS.double())
-    answer = LogitsReader("auto")(0, made, logits=False)
+    output = Answer(LOGITS, LOGITS, state={"kept": LOGITS}, features=LOGITS.double())
+    answer = LogitsReader("auto")(0, output, logits=False)
     assert answer.logits is answer.confidence_logits is answer.state is None
     assert isinstance(answer.features, np.ndarray)
     assert LogitsReader("auto")(0, Answer(LOGITS), logits=True).features is None

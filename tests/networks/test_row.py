@@ -55,15 +55,15 @@ def batches(X, size=50):
 
 
 def test_it_is_a_network_of_all_exits():
-    made = row()
-    assert made.n_exits == len(made.stages) == len(made.heads) == 6
-    assert made.exit_names == ["small", "middle", "one", "two", "three", "full model"]
+    joined = row()
+    assert joined.n_exits == len(joined.stages) == len(joined.heads) == 6
+    assert joined.exit_names == ["small", "middle", "one", "two", "three", "full model"]
     assert row(exit_names="abcdef").exit_names == list("abcdef")
-    assert isinstance(made.heads[0], nn.Sequential)
-    assert list(made.heads)[2:] == list(branched().heads)
-    assert not made.chained
+    assert isinstance(joined.heads[0], nn.Sequential)
+    assert list(joined.heads)[2:] == list(branched().heads)
+    assert not joined.chained
     assert row(fitted_once("ztw")._network).chained
-    assert set(made.modules) >= {made.heads[0], made.heads[1]}
+    assert set(joined.modules) >= {joined.heads[0], joined.heads[1]}
 
 
 def by_hand(x, cutoffs):
@@ -94,10 +94,10 @@ def test_running_it_is_running_its_parts_by_hand():
 def test_only_survivors_go_on():
     nets = [Recording(small_trained()), Recording(middle_trained())]
     part, entered = branched(), []
-    made = Row([whole(nets[0], "small"), whole(nets[1], "middle"), part], reader=LogitsReader("max_proba"))
+    joined = Row([whole(nets[0], "small"), whole(nets[1], "middle"), part], reader=LogitsReader("max_proba"))
     prepare = part.prepare
     part.prepare = lambda x: (entered.append(len(x)), prepare(x))[1]
-    exits = execute(made, batches(TEST[0]), leaving_above(CUTOFFS), batch_size=64).exits
+    exits = execute(joined, batches(TEST[0]), leaving_above(CUTOFFS), batch_size=64).exits
     reach = [int((exits >= k).sum()) for k in range(6)]
     assert reach[0] > reach[1] > reach[2] > 0
     assert [sum(net.sizes) for net in nets] == reach[:2]
@@ -107,32 +107,32 @@ def test_only_survivors_go_on():
 
 def test_networks_that_are_off_are_passed_by():
     nets = [Recording(small_trained()), Recording(middle_trained())]
-    made = Row([whole(nets[0], "small"), whole(nets[1], "middle"), branched()], reader=LogitsReader("max_proba"))
+    joined = Row([whole(nets[0], "small"), whole(nets[1], "middle"), branched()], reader=LogitsReader("max_proba"))
     cutoffs = [np.inf, 0.7, np.inf, np.inf, 0.9, -np.inf]
-    exits = execute(made, batches(TEST[0]), leaving_above(cutoffs), batch_size=64).exits
+    exits = execute(joined, batches(TEST[0]), leaving_above(cutoffs), batch_size=64).exits
     assert nets[0].sizes == []
     assert sum(nets[1].sizes) == len(TEST[0])
     assert set(exits.tolist()) == {1, 4, 5}
-    last_alone = execute(made, batches(TEST[0]), leaving_above([np.inf] * 5 + [-np.inf]), batch_size=64)
+    last_alone = execute(joined, batches(TEST[0]), leaving_above([np.inf] * 5 + [-np.inf]), batch_size=64)
     assert sum(nets[1].sizes) == len(TEST[0])
     assert last_alone.predictions.tolist() == branched_trained()(torch.from_numpy(TEST[0])).argmax(1).tolist()
 
 
 def test_the_inputs_are_carried_for_survivors_alone_and_not_in_the_last_network():
-    made, x = row(), torch.from_numpy(TEST[0][:10])
+    joined, x = row(), torch.from_numpy(TEST[0][:10])
     with torch.inference_mode():
-        carried = made.stage(0, made.prepare(x))
-        _, onward = made.exit(0, carried)
+        carried = joined.stage(0, joined.prepare(x))
+        _, onward = joined.exit(0, carried)
         assert onward[0] is x
         assert onward[1] is None
         survivors = take(onward, np.array([2, 5, 7]))
         assert torch.equal(survivors[0], x[[2, 5, 7]])
-        _, onward = made.exit(1, made.stage(1, survivors))
+        _, onward = joined.exit(1, joined.stage(1, survivors))
         assert torch.equal(onward[0], x[[2, 5, 7]])
         for k in range(2, 6):
-            carried = made.stage(k, onward)
+            carried = joined.stage(k, onward)
             assert carried[0] is None
-            _, onward = made.exit(k, carried)
+            _, onward = joined.exit(k, carried)
             assert onward[0] is None
 
 
@@ -150,25 +150,25 @@ def test_what_is_recorded_is_what_each_part_says():
 
 
 def test_calibrated_it_leaves_online_as_offline():
-    made, labels = row(), VAL[1]
-    costs = made.costs(torch.from_numpy(VAL[0][:1]))
-    outputs = ExitOutputs.from_answers(record(made, batches(VAL[0])), labels, 10, costs)
+    joined, labels = row(), VAL[1]
+    costs = joined.costs(torch.from_numpy(VAL[0][:1]))
+    outputs = ExitOutputs.from_answers(record(joined, batches(VAL[0])), labels, 10, costs)
     calibrator = ThresholdCalibrator(search="geometric").fit(outputs)
     for point in calibrator.frontier_.points:
         policy = calibrator.policy(point=point)
-        answer = execute(made, batches(VAL[0]), policy, batch_size=64)
+        answer = execute(joined, batches(VAL[0]), policy, batch_size=64)
         assert answer.exits.tolist() == calibrator.exit_index(outputs, point).tolist()
         assert policy.path_costs[answer.exits].mean() / policy.full_cost == pytest.approx(point.cost)
 
 
 def test_heads_that_read_earlier_ones_do_so_behind_other_networks():
     part = copy.copy(fitted_once("ztw")._network)
-    made = row(part)
-    alone, together = record(part, batches(TEST[0])), record(made, batches(TEST[0]))
+    joined = row(part)
+    alone, together = record(part, batches(TEST[0])), record(joined, batches(TEST[0]))
     for ours, theirs in zip(together[2:], alone, strict=True):
         assert ours.predictions.tolist() == theirs.predictions.tolist()
     cutoffs = [0.6, np.inf, 0.5, 0.5, -np.inf]
-    exits = execute(made, batches(TEST[0]), leaving_above(cutoffs), batch_size=32).exits
+    exits = execute(joined, batches(TEST[0]), leaving_above(cutoffs), batch_size=32).exits
     leaves = [accepts(a.predictions, a.scores, c) for a, c in zip(together, cutoffs, strict=True)]
     assert exits.tolist() == np.argmax(leaves, axis=0).tolist()
 
@@ -176,9 +176,9 @@ def test_heads_that_read_earlier_ones_do_so_behind_other_networks():
 @pytest.mark.parametrize("inner", [lambda: row(), lambda: native_row()])
 def test_a_row_of_networks_is_a_network(inner):
     first = whole(small_trained(), "first")
-    nested, made = Row([first, inner()], reader=LogitsReader("max_proba")), inner()
-    assert nested.exit_names == ["first", *made.exit_names]
-    flat = Row([first, *made.networks], reader=LogitsReader("max_proba"))
+    nested, joined = Row([first, inner()], reader=LogitsReader("max_proba")), inner()
+    assert nested.exit_names == ["first", *joined.exit_names]
+    flat = Row([first, *joined.networks], reader=LogitsReader("max_proba"))
     costs, flat_costs = (network.costs(torch.from_numpy(TEST[0][:1])) for network in (nested, flat))
     assert costs.stages.tolist() == flat_costs.stages.tolist()
     assert costs.exits.tolist() == flat_costs.exits.tolist()
@@ -198,13 +198,13 @@ def native_row():
 
 
 def test_macs_of_whole_models_are_paid_where_they_are_on_and_stages_by_all():
-    made, x = row(), torch.from_numpy(TEST[0][:3])
-    costs, branches = made.costs(x), branched().costs(x)
+    joined, x = row(), torch.from_numpy(TEST[0][:3])
+    costs, branches = joined.costs(x), branched().costs(x)
     assert costs.unit == "MACs"
     assert costs.stages.tolist() == [0, 0, *branches.stages]
     assert costs.exits.tolist() == [SMALL, MIDDLE, *branches.exits]
     assert costs.full == branches.full
-    assert made.countable
+    assert joined.countable
 
 
 def test_given_costs_are_split_as_each_part_splits_its_own():
@@ -233,9 +233,9 @@ def test_seconds_of_every_part(monkeypatch):
 
 
 def test_a_part_without_macs_is_named():
-    made = Row([whole(Columns(0), "first"), whole(nn.Linear(6, 3), "last")])
+    joined = Row([whole(Columns(0), "first"), whole(nn.Linear(6, 3), "last")])
     with pytest.raises(ValueError, match=r"cost='macs' found no multiply-accumulates in first\. Use cost='latency'"):
-        made.costs(torch.zeros(1, 6), "macs")
+        joined.costs(torch.zeros(1, 6), "macs")
 
 
 # -- what cannot be ---------------------------------------------------------------------------------------------------
@@ -243,12 +243,12 @@ def test_a_part_without_macs_is_named():
 
 @pytest.mark.parametrize("several", [branched, lambda: copy.copy(fitted_once("native")._network)])
 def test_several_exits_before_the_last_network_are_refused(several):
-    made = several()
-    names = ".*".join(made.exit_names)
+    joined = several()
+    names = ".*".join(joined.exit_names)
     with pytest.raises(
         ValueError, match=f"networks before the last must have one exit each; got one with the exits .*{names}"
     ):
-        Row([made, whole(small_trained(), "last")])
+        Row([joined, whole(small_trained(), "last")])
 
 
 def test_what_is_written_are_all_parts():
@@ -262,6 +262,6 @@ def test_what_is_written_are_all_parts():
 
 
 def test_a_row_of_one_is_that_network():
-    made, net = Row([branched()], reader=LogitsReader("max_proba")), branched()
-    for ours, theirs in zip(record(made, batches(TEST[0])), record(net, batches(TEST[0])), strict=True):
+    joined, net = Row([branched()], reader=LogitsReader("max_proba")), branched()
+    for ours, theirs in zip(record(joined, batches(TEST[0])), record(net, batches(TEST[0])), strict=True):
         assert ours.scores.tobytes() == theirs.scores.tobytes()

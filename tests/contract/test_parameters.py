@@ -1,0 +1,136 @@
+"""Parameters that no estimator takes, and that a call which fails leaves no trace."""
+
+import copy
+import re
+
+import numpy as np
+import pytest
+from sklearn.exceptions import NotFittedError
+
+from adaptexit import ThresholdCalibrator
+from tests.contract.cases import KINDS, answers_of, learned, some
+
+pytestmark = pytest.mark.filterwarnings("ignore::adaptexit.SaverWarning")
+
+
+@pytest.fixture(params=KINDS)
+def name(request):
+    """What is refused depends on the kind of estimator, and not on its heads or its calibrator."""
+    return request.param
+
+
+LEARNING = {
+    "fit": lambda model, X, y: copy.copy(model).fit(X, y),
+    "calibrate": lambda model, X, y: copy.copy(model).calibrate(X, y),
+}
+
+
+# -- parameters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("call", LEARNING)
+def test_costs_that_cannot_be(case, model, call):
+    X, y = some(case)
+    n_exits = len(model.exit_names)
+    message = f"cost must be {n_exits} positive numbers, what a sample costs that each exit answers alone"
+    rising = list(range(1, n_exits + 2))
+    for cost in (
+        rising[:-2],
+        rising,
+        [0, *rising[:-2]],
+        [*rising[:-2], np.inf],
+        [np.nan] * n_exits,
+        ["a"] * n_exits,
+        5,
+    ):
+        with pytest.raises(ValueError, match=re.escape(f"{message} ({', '.join(model.exit_names)}); got {cost!r}")):
+            LEARNING[call](copy.copy(model).set_params(cost=cost), X, y)
+    with pytest.raises(ValueError, match=r"cost must be 'auto', 'macs', 'latency' or a sequence.*got 'flops'"):
+        LEARNING[call](copy.copy(model).set_params(cost="flops"), X, y)
+
+
+BAD = {
+    "confidence: text": ({"confidence": "sure"}, ValueError, "confidence must be one of .*got 'sure'"),
+    "confidence: number": ({"confidence": 3}, ValueError, "confidence must be one of .* or a callable.*got 3"),
+    "confidence: shape": ({"confidence": lambda logits: logits}, ValueError, "confidence must turn an output of B"),
+    "confidence: sum": ({"confidence": lambda logits: logits.sum()}, ValueError, r"expected shape \(\d+,\), got \(\)"),
+    "confidence: nan": ({"confidence": lambda logits: logits[:, 0] / 0}, ValueError, "exit 0 gave a score that is NaN"),
+    "calibrator: score": ({"calibrator": ThresholdCalibrator("sure")}, ValueError, "score must be one of"),
+    "calibrator: search": ({"calibrator": ThresholdCalibrator(search="no")}, ValueError, "search must be one of"),
+    "batch_size: 0": ({"batch_size": 0}, ValueError, "batch_size must be a positive integer; got 0"),
+    "batch_size: 1.5": ({"batch_size": 1.5}, ValueError, "batch_size must be a positive integer; got 1.5"),
+    "budget: low": ({"budget": 1e-4}, ValueError, "budget must be at least 0.*got 0.0001"),
+    "budget: text": ({"budget": "a"}, ValueError, "budget must be a finite relative cost.*got 'a'"),
+    "budget: 40": ({"budget": 40}, ValueError, r"got 40. Was 0\.4 meant\?"),
+    "classes: few": ({"classes": ["a"]}, ValueError, "classes must be 10 different labels, one an output; got"),
+    "classes: twice": ({"classes": list("aabcdefghi")}, ValueError, "classes must be 10 different labels"),
+    "classes: text": ({"classes": "abcdefghij"}, ValueError, "classes must be 10 different labels"),
+}
+BAD_IN_FIT = {
+    "calibrator: text": ({"calibrator": "a"}, TypeError, r"calibrator must be a Calibrator, as Threshold.*got 'a'"),
+    "calibrator: class": ({"calibrator": ThresholdCalibrator}, TypeError, "calibrator must be a Calibrator"),
+    "verbose": ({"verbose": "yes"}, ValueError, "verbose must be an integer; got 'yes'"),
+    "calibration_size: 0": ({"calibration_size": 0}, ValueError, "calibration_size must lie between 0 and 1; got 0"),
+    "calibration_size: a": ({"calibration_size": "a"}, ValueError, "calibration_size must lie between .*got 'a'"),
+    "memory_limit: 1G": ({"memory_limit": "1G"}, ValueError, "memory_limit must be a whole number, at least 0"),
+    "memory_limit: -1": ({"memory_limit": -1}, ValueError, r"memory_limit must be .*number of bytes\); got -1"),
+}
+
+
+@pytest.mark.parametrize("bad", [*BAD, *BAD_IN_FIT])
+def test_parameters_that_cannot_be(case, model, bad):
+    params, error, message = (BAD | BAD_IN_FIT)[bad]
+    for call in LEARNING if bad in BAD else ["fit"]:
+        with pytest.raises(error, match=message):
+            LEARNING[call](copy.copy(model).set_params(**params), *some(case))
+    if bad in ("batch_size: 0", "memory_limit: -1", "budget: 40"):
+        with pytest.raises(error, match=message):
+            copy.copy(model).set_params(**params).predict(case.test[0])
+
+
+# -- a failed call leaves the estimator as it was ---------------------------------------------------------------------
+
+
+def interrupted(logits):
+    raise KeyboardInterrupt
+
+
+def half_spoiled(X):
+    """The inputs with NaN in the last batch."""
+    X = X.copy()
+    X.reshape(len(X), -1)[-1, 20] = np.nan
+    return X
+
+
+FAILURES = {
+    "not finite": lambda X, y: ({"batch_size": 50}, half_spoiled(X), y),
+    "labels outside": lambda X, y: ({}, X, np.where(y == 3, np.nan, y)),
+    "empty": lambda X, y: ({}, X[:0], y[:0]),
+    "other axes": lambda X, y: ({}, X[..., None], y),
+    "budget": lambda X, y: ({"budget": 1e-4}, X, y),
+    "cost": lambda X, y: ({"cost": [1]}, X, y),
+    "classes": lambda X, y: ({"classes": ["a"]}, X, y),
+    "confidence": lambda X, y: ({"confidence": lambda logits: logits / 0}, X, y),
+    "calibrator": lambda X, y: ({"calibrator": ThresholdCalibrator("no")}, X, y),
+    "interrupted": lambda X, y: ({"confidence": interrupted}, X, y),
+}
+
+
+@pytest.mark.parametrize("failure", FAILURES)
+def test_a_failed_call_changes_nothing(case, own, failure):
+    params_before, answers, before = own.get_params(deep=False), answers_of(own, case.test[0][:100]), learned(own)
+    params, X, y = FAILURES[failure](*some(case))
+    for call in LEARNING:
+        with pytest.raises((ValueError, TypeError, RuntimeError, KeyboardInterrupt)):
+            getattr(own.set_params(**params), call)(X, y)
+        after = learned(own)
+        assert before.keys() == after.keys()
+        assert all(after[name] is value for name, value in before.items())
+    own.set_params(**params_before)
+    assert answers_of(own, case.test[0][:100]) == answers
+    unfitted = case.make().set_params(**params)
+    with pytest.raises((ValueError, TypeError, RuntimeError, KeyboardInterrupt)):
+        unfitted.fit(X, y)
+    assert learned(unfitted) == {}
+    with pytest.raises(NotFittedError):
+        unfitted.predict(X)
