@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from adaptexit import CascadeSaver, MultiExitClassifier, ParetoFrontier, Predictor
+from adaptexit import CascadeSaver, MultiExitClassifier, Predictor
 
 try:
     from examples.cifar import learning, pretrained
@@ -41,8 +41,8 @@ def main() -> None:
     cascade = CascadeSaver(base=resnet56, saver=resnet20).fit(val)
     print(cascade)
     curve = cascade.pareto(test)
-    print_point(curve, budget=0.4)
-    print_point(curve, max_drop=0.005)
+    for point in (curve.at(budget=0.4), curve.at(max_drop=0.005)):
+        print(f"test accuracy {point.accuracy:.4f} at relative cost {point.cost:.3f}")
     print_seconds(cascade.at(max_drop=0.005), resnet56, test[0])
 
     print(f"\n-- exits, fitted on {len(train[1]):,} images of train")
@@ -52,20 +52,10 @@ def main() -> None:
     minutes = (time.perf_counter() - start) / 60
     print(model)
     curve = model.pareto(test)
-    print_point(curve, budget=0.8)
-    print_point(curve, max_drop=0.005)
+    for point in (curve.at(budget=0.7), curve.at(max_drop=0.005)):
+        print(f"test accuracy {point.accuracy:.4f} at relative cost {point.cost:.3f}")
     print_seconds(model.at(max_drop=0.005), resnet56, test[0])
     print(f"fitted and calibrated in {minutes:.1f} minutes")
-
-
-def print_point(curve: ParetoFrontier, **choice: float) -> None:
-    """Test accuracy and cost at the point that a budget, or a drop that is allowed, chooses on the calibration data."""
-    ((name, value),) = choice.items()
-    point = curve.at(**choice)
-    print(
-        f"{name}={value}: test accuracy {point.accuracy:.4f} (full model {curve.full_accuracy:.4f}) at relative cost "
-        f"{point.cost:.3f}"
-    )
 
 
 def print_seconds(predictor: Predictor, net: nn.Module, images: Tensor) -> None:

@@ -44,7 +44,7 @@ def together(tasks):
 
 
 def test_threads_at_different_budgets_answer_as_one_alone(case, own, model):
-    X = case.test[0][:200]
+    X = case.test[0][:150]
     budgets = (budgets_of(model) * N_THREADS)[:N_THREADS]
     own.set_params(batch_size=64)
     expected = [model.trace(X, budget=budget) for budget in budgets]
@@ -59,7 +59,7 @@ def test_threads_at_different_budgets_answer_as_one_alone(case, own, model):
 
 
 def test_threads_that_do_different_things_do_not_meet(case, own, model):
-    X, y = case.test[0][:200], case.test[1][:200]
+    X, y = case.test[0][:150], case.test[1][:150]
     calls = {
         "predict": lambda m: m.predict(X).tolist(),
         "predict_proba": lambda m: m.predict_proba(X).round(4).tolist(),
@@ -86,14 +86,14 @@ def test_a_predictor_answers_as_before_while_the_estimator_is_calibrated(case, o
 
     def calibrate():
         try:
-            for part in (slice(0, 250), slice(250, None)):
+            for part in (slice(0, 150), slice(150, None)):
                 quietly(lambda part=part: own.calibrate(X[part], y[part]))
         finally:
             done.set()
 
     answers_meanwhile, _ = together([ask, calibrate])
     assert all(answers == expected for answers in answers_meanwhile)
-    assert own.outputs_.n_samples == len(y) - 250
+    assert own.outputs_.n_samples == len(y) - 150
 
 
 @pytest.mark.xfail(strict=True, reason="the weights of routers and scorers are swapped while they run")

@@ -192,7 +192,7 @@ def test_it_is_shown_in_few_words(case, model):
 # -- what is not ours -------------------------------------------------------------------------------------------------
 
 
-def test_modules_are_shared_and_stay_as_they_were(case):
+def test_modules_are_run_in_evaluation_mode_and_stay_as_they_were(case, model):
     estimator = case.make()
     modules = modules_of(estimator)
     for module in modules:
@@ -221,20 +221,10 @@ def test_modules_are_shared_and_stay_as_they_were(case):
         handle.remove()
     assert not any(modes)
     assert bool(modes) == bool(modules)
+    assert estimator.outputs_.scores.tobytes() == model.outputs_.scores.tobytes()
     for module, known in zip(modules, before, strict=True):
         assert_as_before(module, known)
     assert [array.tobytes() for array in (X, x_val, x_test)] == [array.tobytes() for array in data]
-
-
-def test_answers_are_those_of_evaluation_mode(case, model):
-    if case.table:
-        pytest.skip("no modules are given")
-    estimator = case.make()
-    for module in modules_of(estimator):
-        module.train()
-    quietly(lambda: estimator.fit(*case.train).calibrate(*case.val))
-    assert estimator.outputs_.scores.tobytes() == model.outputs_.scores.tobytes()
-    assert estimator.predict(case.test[0]).tolist() == model.predict(case.test[0]).tolist()
 
 
 @pytest.mark.parametrize("kind", IMAGES)
@@ -255,6 +245,7 @@ def test_modes_are_given_back_after_a_failure(kind, when):
     assert [part.training for part in module.modules()] == before
 
 
+@pytest.mark.parametrize("name", [*KINDS, *LEARNED, "ztw"], indirect=True)
 def test_random_states_are_untouched(case):
     estimator = case.make()
     before = random_states()
@@ -269,6 +260,7 @@ def test_random_states_are_untouched(case):
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
+@pytest.mark.parametrize("name", [*KINDS, *LEARNED], indirect=True)
 def test_fit_where_gradients_are_off(request, name, case, model, mode):
     if mode is torch.inference_mode and name in LEARNED:
         reason = "in inference mode calibrators cannot learn"

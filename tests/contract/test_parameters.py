@@ -8,12 +8,12 @@ import pytest
 from sklearn.exceptions import NotFittedError
 
 from adaptexit import ThresholdCalibrator
-from tests.contract.cases import KINDS, answers_of, learned, some
+from tests.contract.cases import answers_of, learned, some
 
 pytestmark = pytest.mark.filterwarnings("ignore::adaptexit.SaverWarning")
 
 
-@pytest.fixture(params=KINDS)
+@pytest.fixture(params=["two modules", "classifiers", "branched", "native"])
 def name(request):
     """What is refused depends on the kind of estimator, and not on its heads or its calibrator."""
     return request.param

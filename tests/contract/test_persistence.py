@@ -198,7 +198,11 @@ COPIES = {
 }
 
 
-@pytest.mark.parametrize("way", COPIES)
+@pytest.mark.parametrize(
+    ("name", "way"),
+    [*((kind, way) for kind in KINDS for way in COPIES), *((name, "pickle") for name in CASES if name not in KINDS)],
+    indirect=["name"],
+)
 def test_copies_answer_alike(case, model, way, tmp_path):
     model.predict(case.test[0][:1])
     other = COPIES[way](model, tmp_path)
@@ -211,6 +215,7 @@ def test_copies_answer_alike(case, model, way, tmp_path):
 
 
 @pytest.mark.parametrize("way", ["pickle", "deepcopy"])
+@pytest.mark.parametrize("name", KINDS, indirect=True)
 def test_a_copy_shares_no_weights(case, model, way, tmp_path):
     other = COPIES[way](model, tmp_path)
     answers = model.predict_anytime(case.test[0], 1.0).tolist()
@@ -255,6 +260,7 @@ def test_weights_are_written_as_they_are(case, model, saved):
 
 
 @pytest.mark.parametrize("umask", [0o022, 0o027, 0o002])
+@pytest.mark.parametrize("name", KINDS, indirect=True)
 def test_files_are_readable_by_those_whom_the_umask_allows(model, tmp_path, umask):
     before = os.umask(umask)
     try:
@@ -317,6 +323,7 @@ def test_what_is_lacking_or_too_much_is_named(case, model, saved):
         adaptexit.load(saved, **arguments, bas=1)
 
 
+@pytest.mark.parametrize("name", KINDS, indirect=True)
 def test_the_method_of_the_class(case, model, saved):
     again = case.given_again(model)
     arguments = {name: again[name] for name in config_of(saved)["given_again"]}

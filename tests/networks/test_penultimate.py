@@ -134,7 +134,7 @@ def test_features_of_a_cascade_are_those_of_its_models():
     features = model.record(*case.test).features
     with torch.inference_mode():
         for net, vectors in zip((model.saver, model.base), features, strict=True):
-            np.testing.assert_allclose(vectors, net[:-1](torch.from_numpy(TEST[0])), rtol=1e-5, atol=1e-6)
+            np.testing.assert_allclose(vectors, net[:-1](torch.from_numpy(case.test[0])), rtol=1e-5, atol=1e-6)
     assert model.calibrator_._reads_logits is False
     assert [len(router.mean) for router in model.calibrator_.routers_] == [64]
     assert not model.at().policy.needs_logits
