@@ -29,7 +29,7 @@ from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.policy import ExitAlone, Policy
 from adaptexit.core.trace import ExitTrace
 from adaptexit.data.batches import Batches, as_batches, check_source, is_stream, split_pair
-from adaptexit.data.classes import warn_of_labels
+from adaptexit.data.classes import class_indices, warn_of_labels
 from adaptexit.data.inputs import InputSpec
 from adaptexit.networks.base import Network, below
 from adaptexit.networks.readers import LogitsReader
@@ -225,7 +225,9 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
                 "labels are needed: give y, a pair (X, y), or a Dataset or DataLoader of (x, y); got y=None."
             )
         answers = predictor.predict(X)
-        true = X.labels if isinstance(X, Batches) else y
+        true = np.asarray(X.labels if isinstance(X, Batches) else y)
+        if self.classes_.dtype.kind not in "iufb" and true.dtype.kind in "iu":
+            true = self.classes_[class_indices(true, self.classes_)]  # positions of classes that have names
         return float(accuracy_score(true, answers, sample_weight=sample_weight))
 
     def _predictor(self, policy: Policy) -> Predictor:

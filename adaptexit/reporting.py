@@ -120,7 +120,7 @@ class ExitReports:
         estimator: Any = self
         defaults = {name: p.default for name, p in inspect.signature(type(self).__init__).parameters.items()}
         changed = {
-            name: value for name, value in estimator.get_params(deep=False).items() if value is not defaults[name]
+            name: value for name, value in estimator.get_params(deep=False).items() if not _is(value, defaults[name])
         }
         arguments = ", ".join(f"{name}={_short(value)}" for name, value in changed.items())
         if not hasattr(self, "calibrator_"):
@@ -133,6 +133,12 @@ class ExitReports:
             f"{point.accuracy:.4f} at relative cost {point.cost:.3f} (full model {outputs.full_accuracy:.4f}), "
             f"{len(self.calibrator_.frontier_.points)} operating points"
         )
+
+
+def _is(value: Any, default: Any) -> bool:
+    """Whether a parameter has its default; only plain values are compared, as arrays and modules may be anything."""
+    plain = isinstance(value, (str, int, float)) and type(value) is type(default)
+    return value is default or (plain and value == default)
 
 
 def _short(value: Any) -> str:

@@ -332,7 +332,6 @@ def test_classes_of_fitted_classifiers_are_their_own(kind):
         own.set_params(classes=NAMES).calibrate(*case.val)
 
 
-@pytest.mark.xfail(strict=True, reason="score compares names with the positions given")
 @pytest.mark.parametrize("source", [lambda X, y: (X, y), lambda X, y: (loader_of(X, y), None)])
 def test_positions_serve_to_score_where_classes_have_names(source):
     case, model = CASES["two modules"], fitted_once("two modules")

@@ -54,7 +54,6 @@ def test_what_is_loaded_is_what_was_saved(case, model, saved):
     assert_same(model, loaded_from(saved, case, model), *case.test)
 
 
-@pytest.mark.xfail(strict=True, reason="a default that is equal without being the same object is shown as given")
 @pytest.mark.parametrize("way", [lambda m: adaptexit.load, lambda m: pickle.loads(pickle.dumps(m))])
 def test_a_copy_is_shown_as_the_original(way, tmp_path):
     model = fitted_once("two modules")
