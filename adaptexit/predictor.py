@@ -70,7 +70,7 @@ class Predictor:
         source: Iterable[Any] = batches
         if self._verbose >= 1:
             source = tqdm(batches, total=batches.n_batches, desc="predicting")
-        with evaluating_parts(self._parts):
+        with evaluating_parts(self._parts, keep_random_state=batches.from_loader):
             return execute(
                 self.network,
                 source,

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from adaptexit.calibrators.small_modules import rows_of
+from adaptexit.staging.contexts import random_state_kept
 from adaptexit.training.loop import minimise
 
 Floats = NDArray[np.float64]
@@ -108,8 +109,7 @@ def train_schedule(
         The three terms by epoch, weights included.
     """
     n_exits, n_samples, n_classes = logits.shape
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(random_state)
+    with random_state_kept(random_state):
         scorers = [Scorer(n_classes, k) for k in range(n_exits)]
         assigner = Assigner(n_classes, n_exits, hidden)
     with torch.no_grad():

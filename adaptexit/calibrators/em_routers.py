@@ -21,6 +21,7 @@ from adaptexit.core.em import (
     halting_targets,
     reach,
 )
+from adaptexit.staging.contexts import random_state_kept
 from adaptexit.training.loop import minimise, n_epochs
 
 Floats = NDArray[np.float64]
@@ -55,8 +56,7 @@ class Router(nn.Module):
 def new_routers(features: Sequence[NDArray[Any]], hidden: int, seed: int) -> list[Router]:
     """A router for each array of features (N, d_k), standardised by them."""
     routers = []
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with random_state_kept(seed):
         for array in features:
             router = Router(array.shape[1], hidden)
             mean, spread = array.mean(axis=0, dtype=np.float64), array.std(axis=0, dtype=np.float64)

@@ -10,6 +10,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from adaptexit.staging.contexts import random_state_kept
+
 Floats = NDArray[np.float64]
 
 CHUNK = 8192
@@ -54,7 +56,7 @@ def state_arrays(prefix: str, modules: list[Any]) -> dict[str, Floats]:
 def restored(prefix: str, arrays: dict[str, Floats], make: Callable[[int], nn.Module], n: int) -> list[Any]:
     """The modules that :func:`state_arrays` took apart, made by ``make(k)`` and filled."""
     modules = []
-    with torch.random.fork_rng(devices=[]):
+    with random_state_kept():
         for k in range(n):
             module = make(k)
             names = module.state_dict()

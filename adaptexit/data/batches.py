@@ -101,6 +101,11 @@ class Batches:
         return self._example
 
     @property
+    def from_loader(self) -> bool:
+        """Whether a loader gives them, which draws from torch's random state even where it does not shuffle."""
+        return not isinstance(self.source, _Slices)
+
+    @property
     def example(self) -> Tensor:
         """The inputs of the first batch, as they were shown by :meth:`first`."""
         assert self._example is not None

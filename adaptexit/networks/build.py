@@ -22,7 +22,7 @@ from adaptexit.networks.mlp import MLP, as_mlp
 from adaptexit.networks.models import TorchModel, unspoiled
 from adaptexit.networks.native import NativeNetwork, is_native
 from adaptexit.networks.readers import logits_in
-from adaptexit.staging.contexts import evaluating
+from adaptexit.staging.contexts import evaluating, random_state_kept
 from adaptexit.staging.cuts import check_names, propose_cuts
 from adaptexit.staging.splitting import Split, from_stages, split
 
@@ -137,8 +137,7 @@ def feature_specs(parts: Split, layout: Any = None) -> list[FeatureSpec]:
 def new_heads(head: Any, specs: Sequence[FeatureSpec], model: TorchModel, n_classes: int, seed: int) -> list[Head]:
     """A head for every feature, in single precision (double where the model is) on the model's device."""
     dtype = torch.float64 if model.dtype == torch.float64 else torch.float32
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
+    with random_state_kept(seed):
         heads = [make_head(head, spec, n_classes) for spec in specs]
         for k, module in enumerate(heads):
             module.place(k)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from adaptexit.data.classes import hold_out
 from adaptexit.networks.models import is_fitted, is_scikit
+from adaptexit.staging.contexts import random_state_kept
 
 _ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU, "tanh": nn.Tanh, "logistic": nn.Sigmoid, "identity": nn.Identity,
@@ -85,7 +86,7 @@ def describe_mlp(classifier: MLPClassifier) -> dict[str, Any]:
 
 def new_mlp(described: dict[str, Any]) -> MLP:
     """A network with weights that are yet to be set; torch's random state is left as it was."""
-    with torch.random.fork_rng(devices=[]):
+    with random_state_kept():
         return MLP(**described)
 
 

@@ -27,6 +27,7 @@ from adaptexit.networks.preprocessing import (
     restored_preprocess,
 )
 from adaptexit.networks.readers import logits_in
+from adaptexit.staging.contexts import random_state_kept
 from adaptexit.staging.nested import Rows
 
 SMALLEST_PROBABILITY = 1e-12
@@ -194,7 +195,7 @@ def _timm_model(name: str, label: str, *, pretrained: bool) -> nn.Module:
             f"{label} must be the name of a timm model; got {name!r}"
             + (f". Near it are {', '.join(near)}." if near else ". See timm.list_models().")
         )
-    with torch.random.fork_rng(devices=[]):
+    with random_state_kept():
         return timm.create_model(name, pretrained=pretrained).eval()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,20 +27,51 @@ def parts_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
 
 
 class evaluating_parts:
-    """The same as :func:`evaluating` for parts that were listed before; a class, as that is entered faster."""
+    """The same as :func:`evaluating` for parts that were listed before; a class, as that is entered faster.
 
-    def __init__(self, parts: list[nn.Module]) -> None:
+    Where nothing draws random numbers, their state need not be looked at (``keep_random_state=False``).
+    """
+
+    def __init__(self, parts: list[nn.Module], keep_random_state: bool = True) -> None:
         self.training = [part for part in parts if part.training]
+        self.keeper = random_state_kept() if keep_random_state else None
 
     def __enter__(self) -> None:
         for part in self.training:
             part.training = False
-        self.state = torch.get_rng_state()
+        if self.keeper is not None:
+            self.keeper.__enter__()
 
     def __exit__(self, *_: object) -> None:
-        torch.set_rng_state(self.state)
+        if self.keeper is not None:
+            self.keeper.__exit__()
         for part in self.training:
             part.training = True
+
+
+_GENERATOR = threading.RLock()
+
+
+class random_state_kept:
+    """torch's random state of the CPU, given back after the block, which may begin with a ``seed`` of its own.
+
+    torch holds the generator's mutex while it makes the tensor of the state. If Python collects garbage just then,
+    another thread may run and wait for that mutex with the interpreter's lock in hand: both stand still for good. So
+    only one thread at a time looks at the state or sets it.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.seed = seed
+
+    def __enter__(self) -> None:
+        with _GENERATOR:
+            self.state = torch.get_rng_state()
+            if self.seed is not None:
+                torch.default_generator.manual_seed(self.seed)
+
+    def __exit__(self, *_: object) -> None:
+        with _GENERATOR:
+            torch.set_rng_state(self.state)
 
 
 @contextmanager

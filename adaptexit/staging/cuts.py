@@ -17,7 +17,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
-from adaptexit.staging.contexts import evaluating
+from adaptexit.staging.contexts import evaluating, random_state_kept
 from adaptexit.staging.cut_table import CutPoint, CutTable
 from adaptexit.staging.nested import Rows, tensors_in
 from adaptexit.staging.profiling import Call, Scan, ancestors, latencies
@@ -275,7 +275,7 @@ def _prepared(model: str | nn.Module, example: Rows | None) -> tuple[nn.Module, 
                 f"model must be the name of a timm model or an nn.Module; got {model!r}. "
                 + (f"Near it: {near}." if near else "See timm.list_models().")
             )
-        with torch.random.fork_rng(devices=[]):
+        with random_state_kept():
             model = timm.create_model(model, pretrained=False)
     module = unwrapped(model)
     if example is None:

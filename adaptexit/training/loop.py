@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from torch.optim.lr_scheduler import CosineAnnealingLR
 from tqdm import tqdm
 
+from adaptexit.staging.contexts import random_state_kept
+
 MINIBATCHES = 500
 """That "auto" epochs make at least."""
 
@@ -171,9 +173,13 @@ def _mode(modules: Sequence[nn.Module], training: bool) -> Iterator[None]:
 def _seeded(seed: int, learners: Sequence[nn.Parameter]) -> Iterator[None]:
     """Dropout and the like from ``seed``; the random states of the CPU and of the GPUs in use are given back."""
     gpus = sorted({p.device.index for p in learners if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=gpus):
-        # torch.manual_seed would seed every GPU, also those whose state is not given back.
-        torch.default_generator.manual_seed(seed)
+    states = [torch.cuda.get_rng_state(index) for index in gpus]
+    # torch.manual_seed would seed every GPU, also those whose state is not given back.
+    with random_state_kept(seed):
         for index in gpus:
             torch.cuda.default_generators[index].manual_seed(seed)
-        yield
+        try:
+            yield
+        finally:
+            for index, state in zip(gpus, states, strict=True):
+                torch.cuda.set_rng_state(state, index)

@@ -12,10 +12,7 @@ from torch import nn
 
 from tests.contract.cases import CASES, LEARNED, budgets_of, fitted_once, quietly
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore::adaptexit.SaverWarning"),
-    pytest.mark.skip(reason="torch's random state, given back around each predict, can deadlock between threads"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore::adaptexit.SaverWarning")
 N_THREADS = 8
 swapped = pytest.mark.xfail(raises=RuntimeError, reason="the weights of routers and scorers are swapped while they run")
 
