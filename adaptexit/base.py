@@ -93,6 +93,9 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
     def _restored_network(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> Network:
         """The network from what was saved of it and what the user gave again."""
 
+    def _remark(self) -> None:
+        pass  # a subclass may have something to say
+
     def _check_parameters(self) -> None:
         """Refuse at once what would be met only after models have run."""
         if self.calibrator is not None and not isinstance(self.calibrator, Calibrator):
@@ -280,7 +283,8 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
         training: ExitOutputs | None = None,
     ) -> None:
         """Fit the calibrator, and take over all that was learned at once."""
-        calibrator.fit(outputs, **({"training": training} if calibrator.needs_training else {}))
+        with torch.inference_mode(False):  # a calibrator may train something
+            calibrator.fit(outputs, **({"training": training} if calibrator.needs_training else {}))
         if self.budget is not None:
             calibrator.policy(budget=self.budget)
         if labelled:
@@ -311,7 +315,8 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
 
     def _input_batches(self, X: Any, like: InputSpec | None = None, batch_size: int | None = None) -> Batches:
         """Batches of inputs alone."""
-        return as_batches(self._validated_inputs(X), batch_size=batch_size or self.batch_size, like=like)
+        X = self._validated_inputs(X)
+        return as_batches(X, batch_size=batch_size or self.batch_size, like=like or self._inputs)
 
     def _validated(self, X: Any, y: Any, *, reset: bool) -> tuple[Any, Any]:
         if is_stream(X):
@@ -329,6 +334,7 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
     def _validated_inputs(self, X: Any) -> Any:
         if isinstance(X, tuple) and len(X) == 2 and np.ndim(X[1]) == 1 and np.ndim(X[0]) > 1:
             raise ValueError("X must be inputs alone here; got a pair, which looks like (X, y). Pass X only.")
+        check_source(X)
         return validate_data(self, X, reset=False) if self._tabular(X) else X
 
     @contextmanager

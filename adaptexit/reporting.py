@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +30,7 @@ from adaptexit.staging.contexts import evaluating
 from adaptexit.staging.cost import StageLatencies
 
 
-class ExitReports:
+class ExitReports(ABC):
     """Reports of the estimators, on their calibration data or on others."""
 
     budget: float | None
@@ -38,17 +39,19 @@ class ExitReports:
     classes_: NDArray[Any]
     _network: Network
 
-    # Of the estimator:
-
+    @abstractmethod
     def record(self, X: Any, y: Any = None) -> ExitOutputs:
-        raise NotImplementedError
+        """What every exit answers on (X, y)."""
 
+    @abstractmethod
     def _record(self, X: Any, y: Any, ordered: bool) -> ExitOutputs:
-        raise NotImplementedError
+        """The same; ``ordered`` refuses a loader that shuffles."""
 
+    @abstractmethod
     def _input_batches(self, X: Any) -> Batches:
-        raise NotImplementedError
+        """Batches of inputs alone."""
 
+    @abstractmethod
     def _remark(self) -> None:
         """Warn of what should be known before thresholds are used."""
 

@@ -141,4 +141,4 @@ def train_schedule(
     )
     with torch.inference_mode():
         shares = assignment(slice(None))[1].double().exp().mean(dim=0).numpy()
-    return scorers, shares, history
+    return [scorer.double() for scorer in scorers], shares, history

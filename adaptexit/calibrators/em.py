@@ -277,7 +277,7 @@ class EMRouter(Calibrator):
                 f"the mean log-likelihood by {gain:.2g} nats. Raise n_iter or tol.",
                 ConvergenceWarning,
             )
-        return routers, posterior
+        return [router.double() for router in routers], posterior
 
     # -- routing -------------------------------------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -31,13 +32,14 @@ def probabilities(module: nn.Module, *arrays: NDArray[Any]) -> Floats:
 
     Matrix products round differently with the size of a batch. In double precision, some 1e-16, and then rounded to
     ``STEP``, that is seen only where a probability lies within this distance of the middle of a step. So samples with
-    equal probabilities stay together wherever they are asked for.
+    equal probabilities stay together wherever they are asked for. A module in single precision is copied for that.
     """
-    exact = {name: tensor.double() for name, tensor in module.state_dict().items()}
+    parameters = module.parameters()
+    exact = module if next(parameters).dtype == torch.float64 else copy.deepcopy(module).double()
 
     def of_rows(rows: slice) -> Tensor:
         inputs = tuple(rows_of(array[rows], np.float64) for array in arrays)
-        return torch.func.functional_call(module, exact, inputs).sigmoid()
+        return exact(*inputs).sigmoid()
 
     with torch.inference_mode():
         parts = [of_rows(slice(start, start + CHUNK)) for start in range(0, max(len(arrays[0]), 1), CHUNK)]
@@ -61,5 +63,5 @@ def restored(prefix: str, arrays: dict[str, Floats], make: Callable[[int], nn.Mo
             module = make(k)
             names = module.state_dict()
             module.load_state_dict({name: rows_of(arrays[f"{prefix}_{k}.{name}"]) for name in names})
-            modules.append(module.eval())
+            modules.append(module.eval().double())
     return modules

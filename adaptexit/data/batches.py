@@ -97,7 +97,10 @@ class Batches:
                 break
             else:
                 raise ValueError("X holds no samples; give at least one.")
-        self._example = _checked(_unpack(self._begun[0])[0])
+        x = _checked(_unpack(self._begun[0])[0])
+        if self.like is not None:
+            self.like.check(x.shape)
+        self._example = x
         return self._example
 
     @property

@@ -103,7 +103,7 @@ class TorchModel(WholeModel):
         try:
             if not features:
                 return self.module(carried), None
-            output, vector = with_penultimate(lambda: self.module(carried))
+            output, vector = with_penultimate(self.module, carried)
         except Exception as error:
             error.add_note(f"This is {self.label}, run on inputs of shape {tuple(carried.shape)} and {carried.dtype}.")
             raise

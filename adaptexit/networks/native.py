@@ -39,7 +39,7 @@ class NativeNetwork(Network):
     def exit(self, k: int, carried: Rows, features: bool = False) -> tuple[Any, Rows]:
         if not features:
             return self.heads[k](carried), carried
-        output, vector = with_penultimate(lambda: self.heads[k](carried))
+        output, vector = with_penultimate(self.heads[k], carried)
         return Answer(logits_in(output), features=vector), carried
 
     def verify(self, x: Tensor) -> None:
@@ -56,7 +56,7 @@ class NativeNetwork(Network):
             carried: Any = inputs[rows].clone()
             for k in range(self.n_exits):
                 carried = self.stage(k, carried)
-                answer, right = self.heads[k](carried), logits[k][rows]
+                answer, right = logits_in(self.heads[k](carried)), logits_in(logits[k])[rows]
                 tolerance = 1e-4 * right.abs().max()
                 if answer.shape != right.shape or not torch.allclose(answer, right, rtol=1e-3, atol=tolerance):
                     raise SplitError(

@@ -13,25 +13,28 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from adaptexit.staging.nested import Rows, n_rows
+
 
 class _Watch(TorchFunctionMode):
-    """Keeps the input of the last linear layer that read one vector a sample."""
+    """Keeps the input of the last linear layer that read one vector for each of ``n`` samples."""
 
-    def __init__(self) -> None:
+    def __init__(self, n: int) -> None:
         super().__init__()
+        self.n = n
         self.vector: Tensor | None = None
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is F.linear:
             read = args[0] if args else kwargs["input"]
-            if read.ndim == 2:
+            if read.ndim == 2 and len(read) == self.n:
                 self.vector = read
         return func(*args, **kwargs)
 
 
-def with_penultimate(run: Callable[[], Any]) -> tuple[Any, Tensor | None]:
-    """What ``run()`` returns, and the vectors (B, d) that the last linear layer in it read; None without one."""
-    with _Watch() as watch:
-        output = run()
+def with_penultimate(run: Callable[[Any], Any], x: Rows) -> tuple[Any, Tensor | None]:
+    """What ``run(x)`` returns, and the vectors (B, d) that the last linear layer in it read; None without one."""
+    with _Watch(n_rows(x)) as watch:
+        output = run(x)
     return output, watch.vector

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adaptexit.exceptions import UnsupportedValueError
-from adaptexit.staging.nested import Rows, entries, join, n_bytes, rebuilt, take
+from adaptexit.staging.nested import Rows, entries, is_nest, join, n_bytes, rebuilt, take
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Static:
 
 @dataclass(frozen=True)
 class Nest:
-    """A list, tuple or dict of values, in the order of iteration."""
+    """A list, tuple, dict or dataclass of values, in the order of iteration."""
 
     parts: tuple[Layout, ...]
 
@@ -61,8 +61,8 @@ def layout_of(two: Any, three: Any) -> Layout:
         raise UnsupportedValueError(f"it is a {type(two).__name__} for 2 samples and a {type(three).__name__} for 3")
     if isinstance(two, Tensor):
         return _tensor_layout(two, three)
-    if isinstance(two, (list, tuple, dict)):
-        if len(two) != len(three) or (isinstance(two, dict) and list(two) != list(three)):
+    if is_nest(two):
+        if len(entries(two)) != len(entries(three)) or (isinstance(two, dict) and list(two) != list(three)):
             raise UnsupportedValueError(f"it is a {type(two).__name__} whose entries change with the samples")
         return Nest(tuple(layout_of(*pair) for pair in zip(entries(two), entries(three), strict=True)))
     if type(two) is int and two != three and two % 2 == 0 and three * 2 == two * 3:
@@ -107,7 +107,7 @@ def copied(value: Any) -> Any:
     """The same value with its tensors cloned."""
     if isinstance(value, Tensor):
         return value.clone()
-    if isinstance(value, (list, tuple, dict)):
+    if is_nest(value):
         return rebuilt(value, [copied(entry) for entry in entries(value)])
     return value
 

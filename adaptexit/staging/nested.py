@@ -1,14 +1,14 @@
 """What travels from stage to stage: tensors (or arrays) whose first axis is the samples, alone or nested.
 
-Nesting is by tuples, lists and dicts; every leaf holds the same samples in the same order. A leaf may also be an object
-that knows how: with ``taken``, ``joined``, ``n_rows`` and ``nbytes``. None is an empty nesting.
+Nesting is by tuples, lists, dicts and dataclasses; every leaf holds the same samples in the same order. A leaf may also
+be an object that knows how: with ``taken``, ``joined``, ``n_rows`` and ``nbytes``. None is an empty nesting.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from itertools import repeat
 from typing import Any
 
@@ -20,18 +20,37 @@ from torch import Tensor
 Rows = Any
 
 
+def is_nest(value: Any) -> bool:
+    """Whether values lie in it, rather than that it is one."""
+    if isinstance(value, (tuple, list, dict)):
+        return True
+    return is_dataclass(value) and not (isinstance(value, type) or hasattr(value, "taken"))
+
+
 def entries(value: Any) -> list[Any]:
-    """What a list, tuple or dict holds."""
-    return list(value.values()) if isinstance(value, dict) else list(value)
+    """What a list, tuple, dict or dataclass holds."""
+    if isinstance(value, dict):
+        return list(value.values())
+    return list(value) if isinstance(value, (tuple, list)) else [getattr(value, name) for name in _names(value)]
+
+
+def _names(value: Any) -> list[str]:
+    """The fields of a dataclass that have been set."""
+    return [field.name for field in fields(value) if hasattr(value, field.name)]
 
 
 def rebuilt(like: Any, parts: list[Any]) -> Any:
-    """A list, tuple or dict of the same kind, with other entries."""
+    """A list, tuple, dict or dataclass of the same kind, with other entries."""
     if isinstance(like, dict) and is_dataclass(like):  # transformers' outputs, which refuse to be updated
         return type(like)(**dict(zip(like, parts, strict=True)))
     if isinstance(like, dict):
         twin = copy.copy(like)  # of the same class, with what a defaultdict or a user's own holds beside its entries
         twin.update(zip(like, parts, strict=True))
+        return twin
+    if not isinstance(like, (tuple, list)):
+        twin = copy.copy(like)  # made without its __init__, which may do anything
+        for name, part in zip(_names(like), parts, strict=True):
+            object.__setattr__(twin, name, part)
         return twin
     return type(like)(*parts) if hasattr(like, "_fields") else type(like)(parts)
 
@@ -40,7 +59,7 @@ def mapped(rows: Rows, function: Callable[..., Any], *others: Rows) -> Rows:
     """What a function makes of every leaf (and of the same leaf of others), nested as the leaves were."""
     if rows is None:
         return None
-    if isinstance(rows, (dict, tuple, list)):
+    if is_nest(rows):
         groups = zip(entries(rows), *map(entries, others), strict=True)
         return rebuilt(rows, [mapped(group[0], function, *group[1:]) for group in groups])
     return function(rows, *others)
@@ -59,7 +78,7 @@ def n_rows(rows: Rows) -> int:
 
 
 def _first_leaf(rows: Rows) -> Any:
-    if not isinstance(rows, (tuple, list, dict)):
+    if not is_nest(rows):
         return rows
     return next((leaf for leaf in map(_first_leaf, entries(rows)) if leaf is not None), None)
 
@@ -68,10 +87,8 @@ def n_bytes(rows: Rows) -> int:
     """Memory that the samples take."""
     if rows is None:
         return 0
-    if isinstance(rows, (tuple, list)):
-        return sum(map(n_bytes, rows))
-    if isinstance(rows, dict):
-        return sum(map(n_bytes, rows.values()))
+    if is_nest(rows):
+        return sum(map(n_bytes, entries(rows)))
     return int(rows.nbytes)
 
 
@@ -86,7 +103,7 @@ def take(rows: Rows, samples: NDArray[Any] | slice) -> Rows:
         return rows[index if rows.is_cpu else index.to(rows.device)]
     if type(rows) is tuple:
         return tuple(map(take, rows, repeat(samples)))
-    if isinstance(rows, (tuple, list, dict)):
+    if is_nest(rows):
         return rebuilt(rows, [take(entry, samples) for entry in entries(rows)])
     return rows[samples] if isinstance(rows, np.ndarray) else rows.taken(samples)
 
@@ -98,17 +115,15 @@ def join(parts: Sequence[Rows]) -> Rows:
         return first
     if isinstance(first, Tensor):
         return torch.cat(tuple(parts))
-    if isinstance(first, (tuple, list, dict)):
+    if is_nest(first):
         return rebuilt(first, [join(group) for group in zip(*map(entries, parts), strict=True)])
     return np.concatenate(parts) if isinstance(first, np.ndarray) else first.joined(parts[1:])
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """The tensors in nested lists, tuples and dicts."""
+    """The tensors in nested lists, tuples, dicts and dataclasses."""
     if isinstance(value, Tensor):
         yield value
-    elif isinstance(value, (list, tuple)):
-        for part in value:
+    elif is_nest(value):
+        for part in entries(value):
             yield from tensors_in(part)
-    elif isinstance(value, dict):
-        yield from tensors_in(list(value.values()))

@@ -14,10 +14,9 @@ from tests.contract.cases import CASES, LEARNED, budgets_of, fitted_once, quietl
 
 pytestmark = pytest.mark.filterwarnings("ignore::adaptexit.SaverWarning")
 N_THREADS = 8
-swapped = pytest.mark.xfail(raises=RuntimeError, reason="the weights of routers and scorers are swapped while they run")
 
 
-@pytest.fixture(params=[pytest.param(name, marks=swapped if name in LEARNED else ()) for name in CASES])
+@pytest.fixture(params=CASES)
 def name(request):
     return request.param
 
@@ -96,7 +95,6 @@ def test_a_predictor_answers_as_before_while_the_estimator_is_calibrated(case, o
     assert own.outputs_.n_samples == len(y) - 150
 
 
-@pytest.mark.xfail(strict=True, reason="the weights of routers and scorers are swapped while they run")
 @pytest.mark.parametrize("learned", LEARNED)
 def test_what_a_calibrator_has_learned_stays_as_it_is_while_it_is_asked(learned):
     """Another thread may ask the same module at any moment."""

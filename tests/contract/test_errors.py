@@ -107,13 +107,8 @@ def test_things_that_are_no_data(model, kind):
             call(model, thing, np.zeros(1, dtype=int))
 
 
-unsaid = pytest.mark.xfail(strict=True, reason="a table is looked at by scikit-learn before its source is")
-
-
 @pytest.mark.parametrize("kind", ["path", "Path", "picture", "pictures"])
-@pytest.mark.parametrize(
-    "call", [pytest.param(call, marks=unsaid if call in (*ANSWERING, "score") else ()) for call in READING]
-)
+@pytest.mark.parametrize("call", READING)
 @pytest.mark.parametrize("table", ["classifiers", "perceptron"])
 def test_things_that_are_no_table(table, call, kind):
     thing, message = NO_DATA[kind]
@@ -136,17 +131,14 @@ def test_one_input_alone(case, model, call):
         READING[call](model, X[0], y[:1])
 
 
-unchecked = pytest.mark.xfail(strict=True, reason="the first batch is run before it is looked at")
-
-
 @on_images
 @pytest.mark.parametrize(
     ("call", "source"),
     [
         *((call, source) for call in (*ANSWERING, "record") for source in ("array", "loader")),
         ("calibrate", "array"),
-        pytest.param("calibrate", "loader", marks=unchecked),
-        pytest.param("latencies", "array", marks=unchecked),
+        ("calibrate", "loader"),
+        ("latencies", "array"),
     ],
 )
 def test_inputs_of_other_channels_or_axes(case, model, call, source):

@@ -101,7 +101,6 @@ def test_it_answers_through_its_stages_as_through_its_forward(forward, error, me
         MultiExitClassifier(net).fit(*VAL)
 
 
-@pytest.mark.xfail(strict=True, raises=(AttributeError, TypeError), reason="what heads return is compared as tensors")
 @pytest.mark.parametrize("form", ["record", "strict dict"])
 def test_its_heads_may_return_objects(form):
     net = native_net()

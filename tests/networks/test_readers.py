@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from adaptexit import CascadeSaver, EMRouter, MultiExitClassifier, SplitError, ThresholdCalibrator, load
+from adaptexit import CascadeSaver, EMRouter, MultiExitClassifier, ThresholdCalibrator, load
 from adaptexit.core.answer import Answer
 from adaptexit.core.scores import SCORES
 from adaptexit.networks.models import build_model
@@ -135,10 +135,7 @@ def test_models_that_return_objects_make_a_cascade(form):
     assert cascade.calibrator_._reads_logits is False
 
 
-untold = pytest.mark.xfail(strict=True, raises=SplitError, reason="only logits in a dict are verified")
-
-
-@pytest.mark.parametrize("form", [pytest.param(form, marks=untold if form == "record" else ()) for form in FORMS])
+@pytest.mark.parametrize("form", FORMS)
 def test_models_that_return_objects_make_a_backbone(form, tmp_path):
     exits = [f"net.{name}" for name in EXITS]
     model = branched(wrapped(form, NETS["backbone"]), exits=exits).fit(*TRAIN).calibrate(*VAL)
