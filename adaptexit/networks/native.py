@@ -57,7 +57,7 @@ class NativeNetwork(Network):
             for k in range(self.n_exits):
                 carried = self.stage(k, carried)
                 answer, right = logits_in(self.heads[k](carried)), logits_in(logits[k])[rows]
-                tolerance = 1e-4 * right.abs().max()
+                tolerance = 1e-4 * float(right.abs().max())
                 if answer.shape != right.shape or not torch.allclose(answer, right, rtol=1e-3, atol=tolerance):
                     raise SplitError(
                         f"exit {k} of the network answers otherwise through its stages and heads than through its "
