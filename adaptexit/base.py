@@ -38,7 +38,7 @@ from adaptexit.predictor import Predictor
 from adaptexit.reporting import ExitReports
 from adaptexit.staging.contexts import evaluating
 from adaptexit.staging.executor import record
-from adaptexit.utils.validation import check_whole, checked_number
+from adaptexit.utils.validation import check_whole, checked_relative_cost
 
 CostName = Literal["auto", "macs", "latency"]
 ConfidenceName = Literal["auto", "max_proba", "entropy", "margin"]
@@ -105,7 +105,7 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
         if not (isinstance(self.calibration_size, Real) and 0 < self.calibration_size < 1):
             raise ValueError(f"calibration_size must lie between 0 and 1; got {self.calibration_size!r}.")
         if self.budget is not None:
-            checked_number("budget", self.budget, "a finite relative cost (0.4 is 40% of the full model)")
+            checked_relative_cost("budget", self.budget, dearest=10.0)  # as far as is known before anything ran
         if not isinstance(self.verbose, (int, np.integer)):
             raise ValueError(f"verbose must be an integer; got {self.verbose!r}.")
 
@@ -165,11 +165,15 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
                 raise ValueError(f"give at most one of budget, max_drop and policy; got {budget=}, {max_drop=} too.")
             return self._predictor(policy)
         key = repr((budget, max_drop, self.budget, self.batch_size, self.memory_limit, self.verbose))
-        if key not in self._prepared:
+        predictor = self._prepared.get(key)
+        if predictor is None:
             if budget is None and max_drop is None:
                 budget = self.budget
-            self._prepared[key] = self._predictor(self.calibrator_.policy(budget=budget, max_drop=max_drop))
-        return self._prepared[key]
+            predictor = self._predictor(self.calibrator_.policy(budget=budget, max_drop=max_drop))
+            if len(self._prepared) >= 64:  # budgets come and go where a load changes
+                self._prepared.clear()
+            self._prepared[key] = predictor
+        return predictor
 
     def predict(self, X: Any, budget: float | None = None, max_drop: float | None = None) -> NDArray[Any]:
         """Labels (N,), every sample leaving as early as the operating point allows.
@@ -199,9 +203,9 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
             For a limit below the cheapest exit.
         """
         check_is_fitted(self)
-        limit = checked_number("limit", limit, "a finite relative cost (0.4 is 40% of the full model)")
         costs = self.outputs_.pricing
         alone = costs.alone() / costs.full
+        limit = checked_relative_cost("limit", limit, float(alone.max()), TOLERANCE)
         within = np.flatnonzero(alone <= limit + TOLERANCE)
         if not len(within):
             raise ValueError(

@@ -186,6 +186,7 @@ class CascadeSaver(AdaptiveClassifier):
         """Calibrate anew on other data (as for :meth:`fit`); the models stay as they are."""
         check_is_fitted(self)
         with unchanged_on_failure(self):
+            self._check_parameters()
             return self._calibrate(self._network, self._labelled_batches(X, y, needed=True))
 
     def _given(self) -> list[tuple[Any, Any, str]]:

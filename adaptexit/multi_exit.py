@@ -245,6 +245,7 @@ class MultiExitClassifier(AdaptiveClassifier):
         """Calibrate on other data (as for :meth:`fit`); the backbone and its heads stay as they are."""
         check_is_fitted(self)
         with unchanged_on_failure(self):
+            self._check_parameters()
             batches = self._labelled_batches(X, y, needed=False)
             classes = known_classes(self.classes, len(self.classes_), self._fitted_classes)
             calibrator, network = self._fresh_calibrator(), self._with_reader(self._network)

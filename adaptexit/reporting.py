@@ -150,5 +150,7 @@ def _short(value: Any) -> str:
         return type(value).__name__
     if isinstance(value, (list, tuple)):
         return f"[{', '.join(map(_short, value))}]"
+    if inspect.isroutine(value):
+        return value.__name__
     text = repr(value)
     return text if len(text) <= 80 and "\n" not in text else type(value).__name__

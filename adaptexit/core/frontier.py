@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike, NDArray
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.routing import exit_index, summarise, switched_on
 from adaptexit.utils.frames import as_frame
-from adaptexit.utils.validation import checked_number
+from adaptexit.utils.validation import checked_number, checked_relative_cost
 
 if TYPE_CHECKING:
     import pandas
@@ -25,10 +25,6 @@ Floats = NDArray[np.float64]
 
 TOLERANCE = 1e-9
 """Slack in comparing accuracies and relative costs, far below one sample in any data set."""
-
-
-MOST_BUDGET = 2.0
-"""Budget above which a percentage or an absolute cost was probably meant, where no point is that dear."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -124,14 +120,7 @@ class ParetoFrontier:
             raise ValueError(f"give exactly one of budget and max_drop; got budget={budget!r}, max_drop={max_drop!r}.")
         calibrated = self.chosen_on or self
         if budget is not None:
-            budget = checked_number("budget", budget, "a finite relative cost (0.4 is 40% of the full model)")
-            most = max(MOST_BUDGET, float(calibrated.cost.max()))
-            if budget > most + TOLERANCE:
-                meant = f"Was {budget / 100:.4g} meant?" if budget <= 100 else "Divide a cost by the full model's."
-                raise ValueError(
-                    f"budget must be a relative cost, at most {most:.4g}: 1 is the plain full model; got {budget:.4g}. "
-                    f"{meant}"
-                )
+            budget = checked_relative_cost("budget", budget, float(calibrated.cost.max()), TOLERANCE)
             within = calibrated.cost <= budget + TOLERANCE
             if not within.any():
                 raise ValueError(

@@ -171,7 +171,7 @@ class ParetoDisplay:
             ax.axvline(self.chosen[0], color="black", linewidth=0.8, linestyle=":")
         ax.axhline(self.fixed_accuracy[-1], color="grey", linewidth=0.8, linestyle="--")
         ax.set(xlabel="mean relative cost (full model = 1)", ylabel="accuracy")
-        ax.legend(loc="lower right", fontsize="small")
+        ax.legend(loc="best", fontsize="small")
         self.ax_, self.figure_ = ax, ax.figure
         return self
 

@@ -20,6 +20,22 @@ def checked_number(name: str, value: Any, meaning: str, least: float = -np.inf) 
     return number
 
 
+MOST_BUDGET = 2.0
+"""Relative cost above which a percentage or an absolute cost was probably meant, where nothing is that dear."""
+
+
+def checked_relative_cost(name: str, value: Any, dearest: float, slack: float = 0.0) -> float:
+    """A cost in units of the full model's; one above all that there is is asked about, as 40 was probably 0.4."""
+    cost = checked_number(name, value, "a finite relative cost (0.4 is 40% of the full model)")
+    most = max(MOST_BUDGET, dearest)
+    if cost > most + slack:
+        meant = f"Was {cost / 100:.4g} meant?" if cost <= 100 else "Divide a cost by the full model's."
+        raise ValueError(
+            f"{name} must be a relative cost, at most {most:.4g}: 1 is the plain full model; got {cost:.4g}. {meant}"
+        )
+    return cost
+
+
 def check_whole(name: str, value: Any, least: int = 1, other: str = "") -> None:
     """Refuse what is no whole number of at least ``least``; ``other`` says in the error what else may be."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value < least:

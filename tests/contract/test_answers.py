@@ -250,7 +250,7 @@ def test_anytime_the_deepest_exit_within_the_limit_answers(case, model):
     X, y = case.test
     alone = model.outputs_.alone_costs() / model.outputs_.full_cost
     predictions = model.record(X, y).predictions
-    for limit in (*alone, *(alone * 0.999), 50.0):
+    for limit in (*alone, *(alone * 0.999), 2.0):
         if limit < alone.min():
             with pytest.raises(ValueError, match=f"limit must be at least {alone.min():.4g}.*cheapest exit; got"):
                 model.predict_anytime(X, limit)
@@ -351,3 +351,11 @@ def test_calibration_data_may_lack_a_class(case, own, model):
 def test_answers_are_repeated(case, model):
     X = case.test[0][:100]
     assert answers_of(model, X) == answers_of(model, X)
+
+
+def test_prepared_points_do_not_pile_up(case, own):
+    point = own.operating_point(budget=1.0)
+    for budget in np.linspace(point.cost, 1.5, 200):
+        assert own.at(budget=float(budget)).policy.point.cost <= budget
+    assert len(own._prepared) <= 64
+    assert own.at(budget=1.5) is own.at(budget=1.5)

@@ -295,3 +295,5 @@ def test_budgets_that_cannot_be(case, model, call):
     for limit in (float("nan"), float("inf"), None, "0.4", [0.4, 0.5]):
         with pytest.raises(ValueError, match="limit must be a finite relative cost"):
             model.predict_anytime(X, limit)
+    with pytest.raises(ValueError, match=r"limit must be a relative cost, at most .*got 40. Was 0\.4 meant\?"):
+        model.predict_anytime(X, 40)

@@ -166,6 +166,10 @@ def test_latencies(case, model, monkeypatch):
             model.latencies(case.test[0], batch_sizes=wrong)
 
 
+def largest(logits):
+    return logits.softmax(1).amax(1)
+
+
 def test_it_is_shown_in_few_words(case, model):
     unfitted, fitted = repr(case.make()), repr(model)
     assert "\n" not in unfitted
@@ -187,6 +191,7 @@ def test_it_is_shown_in_few_words(case, model):
     budgeted = case.make(budget=0.4, verbose=0)
     assert "budget=0.4" in repr(budgeted)
     assert "verbose" not in repr(budgeted)
+    assert "confidence=largest" in repr(case.make(confidence=largest))
 
 
 # -- what is not ours -------------------------------------------------------------------------------------------------

@@ -65,8 +65,6 @@ BAD = {
     "classes: few": ({"classes": ["a"]}, ValueError, "classes must be 10 different labels, one an output; got"),
     "classes: twice": ({"classes": list("aabcdefghi")}, ValueError, "classes must be 10 different labels"),
     "classes: text": ({"classes": "abcdefghij"}, ValueError, "classes must be 10 different labels"),
-}
-BAD_IN_FIT = {
     "calibrator: text": ({"calibrator": "a"}, TypeError, r"calibrator must be a Calibrator, as Threshold.*got 'a'"),
     "calibrator: class": ({"calibrator": ThresholdCalibrator}, TypeError, "calibrator must be a Calibrator"),
     "verbose": ({"verbose": "yes"}, ValueError, "verbose must be an integer; got 'yes'"),
@@ -77,15 +75,28 @@ BAD_IN_FIT = {
 }
 
 
-@pytest.mark.parametrize("bad", [*BAD, *BAD_IN_FIT])
+@pytest.mark.parametrize("bad", BAD)
 def test_parameters_that_cannot_be(case, model, bad):
-    params, error, message = (BAD | BAD_IN_FIT)[bad]
-    for call in LEARNING if bad in BAD else ["fit"]:
+    params, error, message = BAD[bad]
+    for call in LEARNING:
         with pytest.raises(error, match=message):
             LEARNING[call](copy.copy(model).set_params(**params), *some(case))
     if bad in ("batch_size: 0", "memory_limit: -1", "budget: 40"):
         with pytest.raises(error, match=message):
             copy.copy(model).set_params(**params).predict(case.test[0])
+
+
+def test_a_budget_in_percent_is_asked_about_before_anything_runs(case, model):
+    looks = []
+
+    def confidence(logits):
+        looks.append(len(logits))
+        return logits[:, 0]
+
+    for call in LEARNING:
+        with pytest.raises(ValueError, match=r"budget must be a relative cost, at most 10: .*Was 0\.4 meant\?"):
+            LEARNING[call](copy.copy(model).set_params(budget=40, confidence=confidence), *some(case))
+    assert looks == []
 
 
 # -- a failed call leaves the estimator as it was ---------------------------------------------------------------------
