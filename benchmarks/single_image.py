@@ -5,6 +5,8 @@ where ``exits="auto"`` puts them. Nobody leaves, so that every figure is pure co
 with the same heads (the mean over the positions and one linear layer) in both:
 
 - **predict**: ``model.at(policy=...).predict(x)``, everything from the checks of the input to the label;
+- **exits alone**: the same stages and heads one after another, nothing read from their outputs: what no way of asking
+  can go below;
 - **hooks**: the same exits by forward hooks, as earlyon 0.3.0 attaches them (left out where it is not installed).
 
 Medians and quartiles over interleaved rounds; differences are taken within a round, and a second timing of the plain
@@ -19,19 +21,18 @@ import argparse
 import copy
 import os
 import warnings
+from functools import partial
 from typing import Any
 
 import numpy as np
-import timm
 import torch
 from torch import Tensor, nn
 
 from adaptexit import FrozenRecipe, MultiExitClassifier
-from adaptexit.backbones import resnet56_cifar
-from adaptexit.core.answer import Answer
 from adaptexit.core.frontier import evaluate
-from adaptexit.heads.base import Head
-from adaptexit.heads.layout import FeatureSpec, pooled
+from adaptexit.heads import Head
+from adaptexit.heads.layout import pooled
+from adaptexit.networks.base import Network
 from adaptexit.predictor import Predictor
 from benchmarks.common import (
     describe_machine,
@@ -41,13 +42,7 @@ from benchmarks.common import (
     summarised,
     write_result,
 )
-
-CUTS = {
-    "resnet18": ("layer1", "layer2", "layer3"),
-    "vit_tiny_patch16_224": ("blocks.2", "blocks.5", "blocks.8"),
-    "mobilenetv3_large_100": ("blocks.1", "blocks.3", "blocks.4"),
-    "resnet56_cifar": ("layer1", "layer2.3", "layer2"),
-}
+from benchmarks.staging import CUTS, LinearHead, new_model, noise_images
 
 try:
     from earlyon.core.types import EarlyExitConfig, ExitPoint
@@ -57,14 +52,6 @@ except ImportError:
     custom_ee = None
 
 N_IMAGES = 64
-
-
-def model_and_images(name: str) -> tuple[nn.Module, Tensor]:
-    """A model with random weights, and noise of the size that it takes."""
-    torch.manual_seed(0)
-    module = resnet56_cifar() if name == "resnet56_cifar" else timm.create_model(name)
-    side = 32 if name == "resnet56_cifar" else 224
-    return module.eval(), torch.randn(N_IMAGES, 3, side, side, generator=torch.Generator().manual_seed(1))
 
 
 def nobody_leaves(module: nn.Module, cuts: tuple[str, ...], images: Tensor, head: Any) -> tuple[Predictor, list[Head]]:
@@ -79,22 +66,6 @@ def nobody_leaves(module: nn.Module, cuts: tuple[str, ...], images: Tensor, head
     cutoffs = np.array([2.0] * len(cuts) + [-np.inf])  # above every probability
     point = evaluate(model.outputs_, cutoffs, cutoffs)
     return model.at(policy=model.calibrator_.policy(point=point)), [copy.deepcopy(h) for h in list(model.heads_)[:-1]]
-
-
-class LinearHead(Head):
-    """Mean over the positions and one linear layer: as little as a head can do."""
-
-    def __init__(self, spec: FeatureSpec, n_classes: int) -> None:
-        super().__init__(spec, n_classes)
-        self.linear = nn.Linear(spec.channels, n_classes)
-
-    def reduce(self, feature: Tensor) -> Tensor:
-        """Means over the positions, (B, C)."""
-        return pooled(feature, self.spec)
-
-    def answer(self, reduced: Tensor, state: Any = None) -> Answer:
-        """Logits from means (B, C)."""
-        return Answer(self.linear(reduced))
 
 
 class LogitsOf(nn.Module):
@@ -133,20 +104,31 @@ def hooked(module: nn.Module, cuts: tuple[str, ...], images: Tensor, heads: list
 
 def measured(name: str, rounds: int) -> list[dict[str, Any]]:
     """Milliseconds of one call, and what they are beyond the plain model's."""
-    module, images = model_and_images(name)
+    module, images = new_model(name), noise_images(name, N_IMAGES)
     image = images[:1]
 
     def plain() -> None:
         with torch.inference_mode():
             module(image)
 
+    def exits_alone(network: Network) -> None:
+        with torch.inference_mode():
+            carried = image
+            for k in range(network.n_exits):
+                carried = network.exit(k, network.advance(carried, k - 1, k))[1]
+
     results = []
     for kind, head in (("own heads", "auto"), ("same linear heads", LinearHead)):
         predictor, heads = nobody_leaves(module, CUTS[name], images, head)
-        calls = {"plain": plain, "plain again (noise)": plain, "predict": lambda p=predictor: p.predict(image)}
+        calls = {
+            "plain": plain,
+            "plain again (noise)": plain,
+            "exits alone": partial(exits_alone, predictor.network),
+            "predict": partial(predictor.predict, image),
+        }
         wrapper = hooked(module, CUTS[name], images, None if kind == "own heads" else heads)
         if wrapper is not None:
-            calls["hooks"] = lambda w=wrapper: w(image)
+            calls["hooks"] = partial(wrapper, image)
         timings = interleaved(calls, rounds, warmup=10)
         base = np.array(timings["plain"]["seconds"])
         beyond = {

@@ -1,5 +1,6 @@
 """What would give wrong answers without an error, and is looked for before any answer is given."""
 
+import re
 from functools import partial
 
 import numpy as np
@@ -71,6 +72,14 @@ def test_a_stage_that_comes_twice_runs_twice():
     with torch.inference_mode():
         expected = whole(torch.from_numpy(TEST[0])).softmax(1).numpy()
     np.testing.assert_allclose(fitted.predict_proba(TEST[0], budget=1.0), expected, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("exits", [1, ["0"]])
+def test_a_network_given_as_its_stages_has_its_exits(exits):
+    stages = [nn.Flatten().eval(), nn.Linear(64, 10).eval()]
+    message = f"exits must be 'auto' for a network given as its stages; got {exits!r}."
+    with pytest.raises(ValueError, match=re.escape(message)):
+        MultiExitClassifier(stages, exits=exits, recipe=QUICK).fit(*TRAIN)
 
 
 class Reluctant(nn.Module):
