@@ -66,7 +66,7 @@ def test_scores_say_who_is_right_better_than_the_largest_probability():
 
 
 def test_shares_follow_the_budget():
-    cheap, dear = (EENetScheduler(budget).fit(OUTPUTS) for budget in (0.3, 0.8))
+    cheap, dear = (EENetScheduler(budget, epochs=150, n_points=10).fit(OUTPUTS) for budget in (0.3, 0.8))
     costs = np.array([0.1, 0.3, 1.0])
     assert cheap.shares_ @ costs == pytest.approx(0.3, abs=0.06)
     assert dear.shares_ @ costs == pytest.approx(0.8, abs=0.06)
@@ -210,7 +210,7 @@ def test_budgets_are_served_by_points_within_them():
 
 
 def test_a_schedule_for_each_budget():
-    model = EENetScheduler(0.5, n_points=10).fit(OUTPUTS)
+    model = EENetScheduler(0.5, **QUICK).fit(OUTPUTS)
     fresh = recorded(seed=1)
     sweep = model.pareto(fresh, refit=True, budgets=[0.8, 0.5])
     assert [point.params["budget"] for point in sweep.points] == [0.5, 0.8]

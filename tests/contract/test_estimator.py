@@ -105,6 +105,7 @@ def test_given_costs_are_what_each_exit_costs_alone(case, own):
         assert trace.costs.tolist() == passed[trace.exits].tolist()
 
 
+@pytest.mark.parametrize("name", KINDS, indirect=True)
 def test_costs_that_are_measured(case, own, monkeypatch):
     monkeypatch.setattr("adaptexit.networks.base.measure_latency", partial(measure_latency, min_seconds=0.002))
     own.set_params(cost="latency", calibrator=ThresholdCalibrator(search="geometric"))
@@ -150,6 +151,7 @@ def test_stages_and_heads_answer_by_hand_as_the_estimator(kind):
             assert head(x).argmax(1).tolist() == expected[k].tolist()
 
 
+@pytest.mark.parametrize("name", KINDS, indirect=True)
 def test_latencies(case, model, monkeypatch):
     monkeypatch.setattr("adaptexit.networks.base.measure_latency", partial(measure_latency, min_seconds=0.002))
     measured = model.latencies(case.test[0], batch_sizes=(1, 40))
@@ -197,6 +199,7 @@ def test_it_is_shown_in_few_words(case, model):
 # -- what is not ours -------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("name", KINDS, indirect=True)
 def test_modules_are_run_in_evaluation_mode_and_stay_as_they_were(case, model):
     estimator = case.make()
     modules = modules_of(estimator)

@@ -23,6 +23,7 @@ from tests.contract.cases import (
     CASES,
     IMAGES,
     KINDS,
+    LEARNED,
     assert_as_before,
     assert_same,
     config_of,
@@ -63,6 +64,7 @@ def test_a_copy_is_shown_as_the_original(way, tmp_path):
     assert repr(other) == repr(model)
 
 
+@pytest.mark.parametrize("name", [*KINDS, *LEARNED, "ztw"], indirect=True)
 def test_a_loaded_one_can_be_calibrated_and_saved_again(case, own, model, saved, tmp_path):
     before = random_states()
     loaded = loaded_from(saved, case, model)

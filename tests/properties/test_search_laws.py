@@ -380,8 +380,8 @@ def test_duplicating_the_samples_doubles_the_shared_policies(outputs):
 def test_an_increasing_map_of_the_scores_changes_no_exit(search, data):
     outputs = data.draw(exit_outputs(min_exits=1, max_exits=3))
     image = outputs.with_scores(np.stack([data.draw(increasing_maps())(row) for row in outputs.scores]))
-    before, _ = search_thresholds(outputs, search, n_points=4)
-    after, _ = search_thresholds(image, search, n_points=4)
+    before, _ = search_thresholds(outputs, search, n_points=3)
+    after, _ = search_thresholds(image, search, n_points=3)
     assert len(before.points) == len(after.points)
     for one, other in zip(before.points, after.points, strict=True):
         assert exit_index(outputs, one.cutoffs).tolist() == exit_index(image, other.cutoffs).tolist()

@@ -69,10 +69,7 @@ OPTIONS = {
     "torchvision/inception_v3": {"init_weights": False},
 }
 
-FAST = [
-    "torchvision/resnet18", "vit_tiny_patch16_224", "swin_tiny_patch4_window7_224", "coat_lite_tiny",
-    "hrnet_w18_small", "torchvision/densenet121", "levit_128s", "mobilevit_xxs",
-]  # fmt: skip
+FAST = ["torchvision/resnet18", "vit_tiny_patch16_224", "coat_lite_tiny", "levit_128s", "mobilevit_xxs"]
 """Of both libraries, some that are traced with values beside the graph, some with many live values."""
 
 REFUSED = dict.fromkeys(

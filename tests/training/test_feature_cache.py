@@ -500,6 +500,7 @@ for where in ("run", "header", "move"):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_killed_run_is_not_trusted_and_cleared_away(tmp_path):
     run = subprocess.run(

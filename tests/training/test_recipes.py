@@ -118,7 +118,7 @@ def untrained(monkeypatch):
 
 @pytest.mark.parametrize("make", ALL)
 def test_heads_learn_what_the_full_model_answers(make):
-    recipe = make().set_params(epochs=25, batch_size=64, lr=3e-3)
+    recipe = make().set_params(epochs=12, batch_size=64, lr=6e-3)
     heads, history = taught(recipe)
     fresh = np.arange(1, 1200, 2)
     right = [np.mean(out.logits.argmax(1).numpy() == Y[fresh]) for out in answers(heads, fresh)]
@@ -145,7 +145,7 @@ def test_labels_are_not_looked_at_unless_asked(make):
 
 @pytest.mark.parametrize("make", [partial(CalexNetRecipe, distillation=False), PTEERecipe, ZTWRecipe, BoostNetRecipe])
 def test_labels_are_learned_where_asked(make):
-    recipe = make().set_params(epochs=25, batch_size=64, lr=3e-3, learn_from="labels")
+    recipe = make().set_params(epochs=12, batch_size=64, lr=6e-3, learn_from="labels")
     heads = heads_for(recipe)
     recipe.train(heads, cache_for(heads), LESSON, (Y[LESSON] + 5) % 10)
     out = answers(heads, LESSON)[-1]
