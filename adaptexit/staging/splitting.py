@@ -72,7 +72,7 @@ def from_stages(stages: Sequence[nn.Module], example: Tensor) -> Split:
 
 
 def _verified_split(source: TracedModel | Chain, inputs: Tensor) -> Split:
-    with exact_arithmetic(), evaluating([source.module]), torch.no_grad():
+    with exact_arithmetic, evaluating([source.module]), torch.no_grad():
         return Split(source, inputs)
 
 
