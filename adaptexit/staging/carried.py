@@ -6,7 +6,7 @@ along one axis, an integer that counts them, something that does not change, or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -36,7 +36,9 @@ class Count:
 
 @dataclass(frozen=True)
 class Static:
-    """The same for any samples."""
+    """The same for any samples; where a later stage writes into it, each block of a divided batch needs its own."""
+
+    written: bool = False
 
 
 @dataclass(frozen=True)
@@ -101,6 +103,28 @@ def _tensor_layout(two: Tensor, three: Tensor) -> Layout:
     if two.shape[dim] % 2 or two.shape[dim] // 2 * 3 != three.shape[dim]:
         raise UnsupportedValueError(f"it is a tensor with no whole number of rows a sample, {shapes}")
     return Along(dim, two.shape[dim] // 2)
+
+
+def writes_into(tensor: Tensor) -> int:
+    """How often a tensor was written into, also with the values that it had; 0 where torch does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def statics_in(value: Any, layout: Layout) -> Iterator[Tensor]:
+    """The tensors in a value that are the same for any samples."""
+    if isinstance(layout, Nest):
+        for entry, part in zip(entries(value), layout.parts, strict=True):
+            yield from statics_in(entry, part)
+    elif isinstance(layout, Static) and isinstance(value, Tensor):
+        yield value
+
+
+def with_written(value: Any, layout: Layout, written: Collection[int]) -> Layout:
+    """The layout, with those static tensors marked whose ``id`` is among ``written``."""
+    if isinstance(layout, Nest):
+        parts = zip(entries(value), layout.parts, strict=True)
+        return Nest(tuple(with_written(entry, part, written) for entry, part in parts))
+    return Static(written=True) if isinstance(layout, Static) and id(value) in written else layout
 
 
 def copied(value: Any) -> Any:
@@ -219,7 +243,7 @@ class _Pick:
             # Advanced indexing, as index_select would give up channels_last.
             return value[(slice(None),) * layout.dim + (where,)]
         if isinstance(layout, Static):
-            return value
+            return value.clone() if layout.written else value
         if isinstance(layout, Count):
             return layout.per_sample * self.n
         return rebuilt(value, list(map(self, entries(value), layout.parts)))

@@ -11,7 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from adaptexit.exceptions import DifferenceError, SplitError
-from adaptexit.staging.carried import Carried, Layout, Live, copied
+from adaptexit.staging.carried import (
+    Carried,
+    Layout,
+    Live,
+    Nest,
+    Static,
+    copied,
+    statics_in,
+    with_written,
+    writes_into,
+)
 from adaptexit.staging.nested import tensors_in
 
 N_VERIFIED = 6
@@ -122,6 +132,32 @@ def difference_from_model(
     alone = _stages(run, inputs[:1].clone(), last)
     worst = max(worst, _difference(alone.feature, module(inputs[:1].clone()), "one sample alone"))
     return max(worst, _difference(alone.feature, _rows(reference, layouts[last], np.array([0])), "one sample alone"))
+
+
+def with_writes_noted(
+    run: Callable[[int, Any], Carried], layouts: Sequence[tuple[Layout, ...]], inputs: Tensor
+) -> list[tuple[Layout, ...]]:
+    """The layouts of what is carried over each cut, with the static tensors marked that a later stage writes into."""
+    if not any(isinstance(layout, (Static, Nest)) for row in layouts for layout in row):
+        return list(layouts)
+    lives: list[Live] = []
+    counts: list[dict[int, int]] = []
+    carried: Any = inputs[:2].clone()
+    for k in range(len(layouts)):
+        carried = run(k, carried)
+        lives.append(carried.live)
+        statics = [t for pair in zip(carried.live.values, layouts[k], strict=True) for t in statics_in(*pair)]
+        counts.append({id(tensor): writes_into(tensor) for tensor in statics})
+    run(len(layouts), carried)
+    return [_marked(live, before) for live, before in zip(lives, counts, strict=True)]
+
+
+def _marked(live: Live, before: dict[int, int]) -> tuple[Layout, ...]:
+    """Its layouts, with the statics marked that were written into since their writes were counted ``before``."""
+    pairs = list(zip(live.values, live.layouts, strict=True))
+    # What was made in inference mode has no count, and may be written into.
+    written = {id(t) for p in pairs for t in statics_in(*p) if t.is_inference() or writes_into(t) != before[id(t)]}
+    return tuple(with_written(*pair, written) for pair in pairs)
 
 
 def _rows(value: Any, layout: Layout | None, samples: NDArray[Any]) -> Any:
