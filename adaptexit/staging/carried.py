@@ -6,7 +6,7 @@ along one axis, an integer that counts them, something that does not change, or 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,13 +110,20 @@ def writes_into(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def statics_in(value: Any, layout: Layout) -> Iterator[Tensor]:
-    """The tensors in a value that are the same for any samples."""
+def leaves(value: Any, layout: Layout) -> Iterator[tuple[Any, Layout]]:
+    """What lies in a value once its nests are opened, each with its layout."""
     if isinstance(layout, Nest):
         for entry, part in zip(entries(value), layout.parts, strict=True):
-            yield from statics_in(entry, part)
-    elif isinstance(layout, Static) and isinstance(value, Tensor):
-        yield value
+            yield from leaves(entry, part)
+    else:
+        yield value, layout
+
+
+def with_leaves(value: Any, layout: Layout, function: Callable[[Any, Layout], Any]) -> Any:
+    """A value with what a function makes of each leaf and its layout in its place."""
+    if isinstance(layout, Nest):
+        return rebuilt(value, [with_leaves(*pair, function) for pair in zip(entries(value), layout.parts, strict=True)])
+    return function(value, layout)
 
 
 def with_written(value: Any, layout: Layout, written: Collection[int]) -> Layout:

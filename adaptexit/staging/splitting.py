@@ -19,6 +19,7 @@ from adaptexit.staging.carried import Carried, Layout, Live, layout_of
 from adaptexit.staging.contexts import evaluating, exact_arithmetic
 from adaptexit.staging.cuts import check_names, unwrapped
 from adaptexit.staging.pieces import CarriedValue, Chain, StageFunction, TracedModel
+from adaptexit.staging.row_order import check_row_orders
 from adaptexit.staging.verify import difference_from_model, distinct, shuffled, with_writes_noted
 
 _ILL_CONDITIONED = 1e-2
@@ -107,7 +108,9 @@ class Split:
         pieces = source.compiled((inputs[:2], inputs[2:5]))
         self._functions: list[StageFunction] | None = pieces.functions
         self._layouts = [_layouts(cut, values) for cut, values in zip(self.cuts, pieces.carried, strict=True)]
-        self.difference = self._verified([_layout_or_none(*pair) for pair in pieces.features], inputs)
+        features = [_layout_or_none(*pair) for pair in pieces.features]
+        self.difference = self._verified(features, inputs)
+        check_row_orders(self.run, self.cuts, features, inputs)
         self.example = shuffled(inputs)
 
     def _verified(self, features: list[Layout | None], inputs: Tensor) -> float:

@@ -18,7 +18,7 @@ from adaptexit.staging.carried import (
     Nest,
     Static,
     copied,
-    statics_in,
+    leaves,
     with_written,
     writes_into,
 )
@@ -117,21 +117,21 @@ def difference_from_model(
     if not all(torch.isfinite(t).all() for t in tensors_in(reference) if t.is_floating_point()):
         raise SplitError("the model's answers to the example are NaN or infinite, so its stages cannot be verified.")
     features: list[Any] = []
-    _stages(run, inputs.clone(), last, lambda k, feature: features.append(copied(feature)))
+    run_up_to(run, inputs.clone(), last, lambda k, feature: features.append(copied(feature)))
     worst = _difference(features[last], reference, "all stages in a row")
     for k, cut in enumerate(cuts):
         for samples in _STAYING:
-            carried = _stages(run, inputs.clone(), k)
+            carried = run_up_to(run, inputs.clone(), k)
             carried = carried.taken(samples[:2]).joined([carried.taken(samples[2:])])
             where = f"{len(samples)} of {len(inputs)} samples going on after {cut!r}"
             for after in range(k + 1, last + 1):
                 carried = run(after, carried)
-                expected = _rows(features[after], layouts[after], samples)
+                expected = rows_of(features[after], layouts[after], samples)
                 worst = max(worst, _difference(carried.feature, expected, where))
     # One sample alone may take other kernels than many: the model does so too, and both must agree.
-    alone = _stages(run, inputs[:1].clone(), last)
+    alone = run_up_to(run, inputs[:1].clone(), last)
     worst = max(worst, _difference(alone.feature, module(inputs[:1].clone()), "one sample alone"))
-    return max(worst, _difference(alone.feature, _rows(reference, layouts[last], np.array([0])), "one sample alone"))
+    return max(worst, _difference(alone.feature, rows_of(reference, layouts[last], np.array([0])), "one sample alone"))
 
 
 def with_writes_noted(
@@ -146,31 +146,39 @@ def with_writes_noted(
     for k in range(len(layouts)):
         carried = run(k, carried)
         lives.append(carried.live)
-        statics = [t for pair in zip(carried.live.values, layouts[k], strict=True) for t in statics_in(*pair)]
-        counts.append({id(tensor): writes_into(tensor) for tensor in statics})
+        counts.append({id(tensor): writes_into(tensor) for tensor in _static_tensors(carried.live)})
     run(len(layouts), carried)
     return [_marked(live, before) for live, before in zip(lives, counts, strict=True)]
 
 
+def leaves_of(live: Live) -> list[tuple[Any, Layout]]:
+    """What lies in carried values once their nests are opened, each with its layout."""
+    return [leaf for pair in zip(live.values, live.layouts, strict=True) for leaf in leaves(*pair)]
+
+
+def _static_tensors(live: Live) -> list[Tensor]:
+    return [value for value, layout in leaves_of(live) if isinstance(layout, Static) and isinstance(value, Tensor)]
+
+
 def _marked(live: Live, before: dict[int, int]) -> tuple[Layout, ...]:
     """Its layouts, with the statics marked that were written into since their writes were counted ``before``."""
-    pairs = list(zip(live.values, live.layouts, strict=True))
     # What was made in inference mode has no count, and may be written into.
-    written = {id(t) for p in pairs for t in statics_in(*p) if t.is_inference() or writes_into(t) != before[id(t)]}
-    return tuple(with_written(*pair, written) for pair in pairs)
+    written = {id(t) for t in _static_tensors(live) if t.is_inference() or writes_into(t) != before[id(t)]}
+    return tuple(with_written(*pair, written) for pair in zip(live.values, live.layouts, strict=True))
 
 
-def _rows(value: Any, layout: Layout | None, samples: NDArray[Any]) -> Any:
+def rows_of(value: Any, layout: Layout | None, samples: NDArray[Any]) -> Any:
     """What stages should answer for some of the samples; None where that cannot be told from the answer for all."""
     return None if layout is None else Live((value,), (layout,), N_VERIFIED).taken(samples).values[0]
 
 
-def _stages(
+def run_up_to(
     run: Callable[[int, Any], Carried],
     carried: Any,
     last: int,
     look: Callable[[int, Any], None] = lambda k, feature: None,
 ) -> Carried:
+    """What stage ``last`` returns, all features shown on the way."""
     for k in range(last + 1):
         carried = run(k, carried)
         look(k, carried.feature)
