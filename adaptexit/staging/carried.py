@@ -6,7 +6,7 @@ along one axis, an integer that counts them, something that does not change, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adaptexit.exceptions import UnsupportedValueError
-from adaptexit.staging.nested import Rows, entries, is_nest, join, n_bytes, rebuilt, take
+from adaptexit.staging.nested import Rows, entries, is_nest, join, kind, n_bytes, rebuilt, take
 
 
 @dataclass(frozen=True)
@@ -179,6 +179,11 @@ class Live:
         """Memory of the tensors that grow with the samples."""
         return sum(map(_size, self.values, self.layouts))
 
+    @property
+    def kind(self) -> Hashable:
+        """What those have in common that can be joined."""
+        return tuple(map(_kind, self.values, self.layouts))
+
 
 @dataclass(slots=True)
 class Carried:
@@ -222,6 +227,11 @@ class Carried:
     def nbytes(self) -> int:
         """Memory of what goes on."""
         return self.live.nbytes + (0 if self.state is None else n_bytes(self.state))
+
+    @property
+    def kind(self) -> Hashable:
+        """What those have in common that can be joined."""
+        return self.live.kind, kind(self.state)
 
 
 class _Pick:
@@ -304,3 +314,19 @@ def _size(value: Any, layout: Layout) -> int:
     if isinstance(layout, Nest):
         return sum(map(_size, entries(value), layout.parts))
     return 0
+
+
+def _kind(value: Any, layout: Layout) -> Hashable:
+    if isinstance(layout, Along):
+        return value.dtype, value.shape[: layout.dim], value.shape[layout.dim + 1 :]
+    if isinstance(layout, Nest):
+        return tuple(map(_kind, entries(value), layout.parts))
+    if isinstance(layout, Count):
+        return None
+    if isinstance(value, Tensor):  # what belongs to a grid of 4x8 patches has the shape of that for 8x4
+        return value.dtype, value.shape, hash(value.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
+    try:
+        hash(value)
+    except TypeError:
+        return type(value).__qualname__
+    return value
