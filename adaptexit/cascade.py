@@ -32,7 +32,6 @@ from adaptexit.networks.models import (
     restore_model,
     unspoiled,
 )
-from adaptexit.networks.preprocessing import TimmPreprocess
 from adaptexit.networks.row import Row
 from adaptexit.staging.contexts import evaluating
 from adaptexit.staging.executor import MEMORY_LIMIT
@@ -227,7 +226,7 @@ class CascadeSaver(AdaptiveClassifier):
             classes = self._known_classes(models, example)
             costs = network.costs(example, self.cost)
         outputs = self._recorded(network, batches, classes, costs, calibrator, "calibrating")
-        resizes = all(isinstance(getattr(model, "preprocess", None), TimmPreprocess) for model in models)
+        resizes = all(getattr(getattr(model, "preprocess", None), "resizes", False) for model in models)
         self._calibrated(network, calibrator, outputs, classes, InputSpec.of(example, resizes), labelled=True)
         self.saver_reports_ = saver_reports(calibrator.rescored(outputs))
         _warn_of_savers(self.saver_reports_, network.exit_names, costs)

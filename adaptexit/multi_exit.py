@@ -34,7 +34,6 @@ from adaptexit.networks.build import (
 from adaptexit.networks.mlp import as_mlp, describe_mlp, fitted_mlp, mlp_of, restored_mlp
 from adaptexit.networks.models import TorchModel, build_model, is_fitted, restore_model
 from adaptexit.networks.native import is_native, native_network
-from adaptexit.networks.preprocessing import TimmPreprocess
 from adaptexit.staging.contexts import evaluating
 from adaptexit.staging.executor import MEMORY_LIMIT
 from adaptexit.training.cached_answers import answers_on, record_features
@@ -349,7 +348,7 @@ class MultiExitClassifier(AdaptiveClassifier):
         classes: NDArray[Any],
     ) -> MultiExitClassifier:
         model: Any = network.model  # type: ignore[attr-defined]
-        inputs = InputSpec.of(batches.example, isinstance(model.preprocess, TimmPreprocess))
+        inputs = InputSpec.of(batches.example, getattr(model.preprocess, "resizes", False))
         self._calibrated(
             network, calibrator, outputs, classes, inputs,
             labelled=batches.labelled, training=self.training_outputs_,
