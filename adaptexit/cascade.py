@@ -18,9 +18,10 @@ from adaptexit.calibrators.base import Calibrator
 from adaptexit.core.costs import Costs
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.saver import JobCurve, SaverReport, job_curve, saver_reports
-from adaptexit.data.batches import Batches, as_batches, check_source, check_table, is_stream, split_pair
+from adaptexit.data.batches import Batches, as_batches
 from adaptexit.data.classes import hold_out, known_classes
 from adaptexit.data.inputs import InputSpec
+from adaptexit.data.sources import check_source, check_table, is_stream, split_pair
 from adaptexit.exceptions import SaverWarning, warn
 from adaptexit.networks.base import Network, below
 from adaptexit.networks.models import (

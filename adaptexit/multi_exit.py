@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 from adaptexit.base import AdaptiveClassifier, ConfidenceName, CostName
 from adaptexit.calibrators.base import Calibrator
 from adaptexit.core.outputs import ExitOutputs
-from adaptexit.data.batches import Batches, as_batches, check_source, check_table, is_stream, split_pair
+from adaptexit.data.batches import Batches, as_batches
 from adaptexit.data.classes import class_indices, hold_out, known_classes
 from adaptexit.data.inputs import InputSpec
+from adaptexit.data.sources import check_source, check_table, is_stream, split_pair
 from adaptexit.exceptions import CalibrationWarning, warn
 from adaptexit.heads.by_name import HeadName
 from adaptexit.networks.base import Network, below
@@ -233,7 +233,7 @@ class MultiExitClassifier(AdaptiveClassifier):
                 classes = known_classes(self.classes, logits_width(model, example[:8]), self._fitted_classes)
                 if not is_stream(X) and y is not None:
                     # Refused before the backbone runs over everything.
-                    class_indices(np.asarray(y.cpu() if isinstance(y, Tensor) else y), classes)
+                    class_indices(y, classes)
                 network = self._with_reader(self._built(model, example, len(classes), seed))
             self.self_calibrated_ = True
             if isinstance(network, BranchedNetwork):
