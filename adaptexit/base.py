@@ -26,9 +26,10 @@ from adaptexit.core.frontier import TOLERANCE
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.policy import ExitAlone, Policy
 from adaptexit.core.trace import ExitTrace
-from adaptexit.data.batches import Batches, as_batches, is_stream, split_pair
+from adaptexit.data.batches import Batches, as_batches
 from adaptexit.data.classes import class_indices, warn_of_labels
 from adaptexit.data.inputs import InputSpec
+from adaptexit.data.sources import is_stream, split_pair
 from adaptexit.networks.base import Network, below
 from adaptexit.networks.readers import LogitsReader
 from adaptexit.persistence import load, save

@@ -18,9 +18,10 @@ from adaptexit.calibrators.base import Calibrator
 from adaptexit.core.costs import Costs
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.saver import JobCurve, SaverReport, job_curve, saver_reports
-from adaptexit.data.batches import Batches, as_batches, check_source, check_table, is_stream, split_pair
+from adaptexit.data.batches import Batches, as_batches
 from adaptexit.data.classes import hold_out, known_classes
 from adaptexit.data.inputs import InputSpec
+from adaptexit.data.sources import check_source, check_table, is_stream, split_pair
 from adaptexit.exceptions import SaverWarning, warn
 from adaptexit.networks.base import Network, below
 from adaptexit.networks.models import (
@@ -32,7 +33,6 @@ from adaptexit.networks.models import (
     restore_model,
     unspoiled,
 )
-from adaptexit.networks.preprocessing import TimmPreprocess
 from adaptexit.networks.row import Row
 from adaptexit.staging.contexts import evaluating
 from adaptexit.staging.executor import MEMORY_LIMIT
@@ -227,7 +227,7 @@ class CascadeSaver(AdaptiveClassifier):
             classes = self._known_classes(models, example)
             costs = network.costs(example, self.cost)
         outputs = self._recorded(network, batches, classes, costs, calibrator, "calibrating")
-        resizes = all(isinstance(getattr(model, "preprocess", None), TimmPreprocess) for model in models)
+        resizes = all(getattr(getattr(model, "preprocess", None), "resizes", False) for model in models)
         self._calibrated(network, calibrator, outputs, classes, InputSpec.of(example, resizes), labelled=True)
         self.saver_reports_ = saver_reports(calibrator.rescored(outputs))
         _warn_of_savers(self.saver_reports_, network.exit_names, costs)

@@ -23,7 +23,7 @@ class SaverWarning(UserWarning):
 
 
 class InputWarning(UserWarning):
-    """Inputs differ from those of ``fit`` in a way that the model takes, but that nothing was calibrated on."""
+    """Inputs are taken, but differ from those of ``fit``, or may not be what the model was trained on."""
 
 
 class SplitWarning(UserWarning):

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.utils.validation import check_is_fitted
@@ -15,9 +14,10 @@ from torch import Tensor, nn
 from adaptexit.base import AdaptiveClassifier, ConfidenceName, CostName
 from adaptexit.calibrators.base import Calibrator
 from adaptexit.core.outputs import ExitOutputs
-from adaptexit.data.batches import Batches, as_batches, check_source, check_table, is_stream, split_pair
+from adaptexit.data.batches import Batches, as_batches
 from adaptexit.data.classes import class_indices, hold_out, known_classes
 from adaptexit.data.inputs import InputSpec
+from adaptexit.data.sources import check_source, check_table, is_stream, split_pair
 from adaptexit.exceptions import CalibrationWarning, warn
 from adaptexit.heads.by_name import HeadName
 from adaptexit.networks.base import Network, below
@@ -34,7 +34,6 @@ from adaptexit.networks.build import (
 from adaptexit.networks.mlp import as_mlp, describe_mlp, fitted_mlp, mlp_of, restored_mlp
 from adaptexit.networks.models import TorchModel, build_model, is_fitted, restore_model
 from adaptexit.networks.native import is_native, native_network
-from adaptexit.networks.preprocessing import TimmPreprocess
 from adaptexit.staging.contexts import evaluating
 from adaptexit.staging.executor import MEMORY_LIMIT
 from adaptexit.training.cached_answers import answers_on, record_features
@@ -234,7 +233,7 @@ class MultiExitClassifier(AdaptiveClassifier):
                 classes = known_classes(self.classes, logits_width(model, example[:8]), self._fitted_classes)
                 if not is_stream(X) and y is not None:
                     # Refused before the backbone runs over everything.
-                    class_indices(np.asarray(y.cpu() if isinstance(y, Tensor) else y), classes)
+                    class_indices(y, classes)
                 network = self._with_reader(self._built(model, example, len(classes), seed))
             self.self_calibrated_ = True
             if isinstance(network, BranchedNetwork):
@@ -349,7 +348,7 @@ class MultiExitClassifier(AdaptiveClassifier):
         classes: NDArray[Any],
     ) -> MultiExitClassifier:
         model: Any = network.model  # type: ignore[attr-defined]
-        inputs = InputSpec.of(batches.example, isinstance(model.preprocess, TimmPreprocess))
+        inputs = InputSpec.of(batches.example, getattr(model.preprocess, "resizes", False))
         self._calibrated(
             network, calibrator, outputs, classes, inputs,
             labelled=batches.labelled, training=self.training_outputs_,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
@@ -12,26 +11,22 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL.Image import Image
 from torch import Tensor
-from torch.utils.data import (
-    DataLoader,
-    Dataset,
-    IterableDataset,
-    RandomSampler,
-    SubsetRandomSampler,
-    WeightedRandomSampler,
-)
+from torch.utils.data import DataLoader, IterableDataset
 
-from adaptexit.data.classes import class_indices
+from adaptexit.data.classes import as_labels, class_indices
 from adaptexit.data.inputs import InputSpec
-
-_SHUFFLING = (RandomSampler, SubsetRandomSampler, WeightedRandomSampler)
-
-_TO_TENSORS = (
-    "Turn them into tensors: give the data set transform=torchvision.transforms.v2.Compose([v2.ToImage(), "
-    "v2.ToDtype(torch.float32, scale=True)]), or use torchvision.transforms.functional.to_tensor(image)[None] for one."
+from adaptexit.data.sources import (
+    TO_TENSORS,
+    ForeignDataset,
+    are_images,
+    check_order,
+    check_source,
+    from_columns,
+    is_foreign,
+    is_stream,
 )
+from adaptexit.utils.validation import check_plain
 
 
 @dataclass
@@ -66,14 +61,14 @@ class Batches:
             batches = iter(self.source) if isinstance(self.source, _Slices) else self._opened()
         self._begun = None
         for batch in batches:
-            x, y = _unpack(batch)
+            x, y = _unpack(batch, self.needs_labels)
             if self.needs_labels or (self.needs_labels is None and y is not None):
                 if y is None:
                     raise ValueError(
                         "the data loader or dataset must give (x, y) pairs here; it gave x alone. Give y as an "
                         "array beside it, or a dataset with labels."
                     )
-                self._labels.append(np.atleast_1d(np.asarray(y)))
+                self._labels.append(np.atleast_1d(as_labels(y)))
             x = _checked(x)
             if self.like is not None:
                 self.like.check(x.shape)
@@ -85,7 +80,7 @@ class Batches:
         except TypeError as error:
             # The default collation's own words; a worker's error has its traceback, which may pass through PIL's files.
             if "found <class 'PIL." in str(error):
-                raise TypeError(f"X gives PIL images, which cannot be batched. {_TO_TENSORS}") from error
+                raise TypeError(f"X gives PIL images, which cannot be batched. {TO_TENSORS}") from error
             raise
 
     def first(self) -> Tensor:
@@ -97,7 +92,7 @@ class Batches:
                 break
             else:
                 raise ValueError("X holds no samples; give at least one.")
-        x = _checked(_unpack(self._begun[0])[0])
+        x = _checked(_unpack(self._begun[0], False)[0])
         if self.like is not None:
             self.like.check(x.shape)
         self._example = x
@@ -132,46 +127,6 @@ class Batches:
         return bool(self._labels)
 
 
-def split_pair(X: Any, y: Any) -> tuple[Any, Any]:
-    """(X, y) given as one pair, taken apart where no y is given beside it."""
-    return X if y is None and isinstance(X, tuple) and len(X) == 2 else (X, y)
-
-
-def is_stream(X: Any) -> bool:
-    """Whether X is a Dataset or DataLoader rather than an array or tensor."""
-    return isinstance(X, (DataLoader, Dataset))
-
-
-def check_source(X: Any) -> None:
-    """Refuse what no data come from, before anything else is said of it.
-
-    Raises
-    ------
-    TypeError
-        For paths, PIL images, and anything that is neither an array, a tensor, a Dataset nor a DataLoader.
-    """
-    if isinstance(X, (str, bytes, os.PathLike)):
-        raise TypeError(
-            f"X must be an array or tensor of shape (N, ...), a Dataset or a DataLoader; got the path {X!r}. For a "
-            "folder of images give torchvision.datasets.ImageFolder(path, transform)."
-        )
-    if _are_images(X):
-        raise TypeError(f"X must be an array or tensor of shape (N, ...); got PIL images. {_TO_TENSORS}")
-
-
-def _are_images(x: Any) -> bool:
-    """Whether these are PIL images, one or a sequence."""
-    return isinstance(x, Image) or (isinstance(x, (list, tuple)) and len(x) > 0 and isinstance(x[0], Image))
-
-
-def check_table(X: Any, where: str) -> None:
-    """Refuse a Dataset or DataLoader where an array is needed, which ``where`` says."""
-    if is_stream(X):
-        raise ValueError(
-            f"X must be an array where {where}; got a {type(X).__name__}. Give arrays, or a classifier that is fitted."
-        )
-
-
 def as_batches(
     X: Any,
     y: Any = None,
@@ -186,7 +141,8 @@ def as_batches(
     Parameters
     ----------
     X : array or tensor (N, ...), Dataset or DataLoader
-        Datasets and loaders give (x, y), (x,) or x.
+        Datasets and loaders give (x, y), (x,), x, or rows with an image's and a label's column. A list of (x, y), or
+        anything that has a length and gives such rows by number, is a Dataset too.
     y : array (N,), optional
         Labels, for arrays and tensors only.
     batch_size : int
@@ -213,9 +169,10 @@ def as_batches(
             raise ValueError(
                 f"y is taken from X where X is a {type(X).__name__} of (x, y); got y beside it. Leave y out."
             )
-        loader = X if isinstance(X, DataLoader) else DataLoader(X, batch_size=int(batch_size))
+        rows = ForeignDataset(X, labels) if is_foreign(X) else X
+        loader = X if isinstance(X, DataLoader) else DataLoader(rows, batch_size=int(batch_size))
         if ordered:
-            _check_order(loader)
+            check_order(loader)
         size = loader.batch_size or getattr(loader.batch_sampler, "batch_size", None) or int(batch_size)
         n_batches = None if isinstance(loader.dataset, IterableDataset) else len(loader)
         return Batches(loader, size, n_batches, labels, like)
@@ -229,7 +186,7 @@ def as_batches(
             raise ValueError(
                 "labels are needed: give y, a pair (X, y), or a Dataset or DataLoader of (x, y); got y=None."
             )
-        targets = np.asarray(y.cpu() if isinstance(y, Tensor) else y)
+        targets = as_labels(y)
         if targets.shape != (n,):
             raise ValueError(f"y must have shape ({n},), one label a sample of X; got shape {targets.shape}.")
     if like is not None:
@@ -256,9 +213,9 @@ class _Slices:
 
 
 def _as_array(X: Any) -> Any:
+    check_source(X)
     if isinstance(X, Tensor):
         return X.detach()
-    check_source(X)
     if isinstance(X, (dict, set)) or not hasattr(X, "__len__"):
         raise TypeError(
             f"X must be an array or tensor of shape (N, ...), a Dataset or a DataLoader; got {type(X).__name__}."
@@ -276,7 +233,7 @@ def _as_array(X: Any) -> Any:
     return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
-def _unpack(batch: Any) -> tuple[Any, Any]:
+def _unpack(batch: Any, labels: bool | None) -> tuple[Any, Any]:
     _refuse_images(batch)
     if isinstance(batch, (tuple, list)):
         if len(batch) == 1:
@@ -284,31 +241,21 @@ def _unpack(batch: Any) -> tuple[Any, Any]:
         if len(batch) == 2:
             return batch[0], batch[1]
         raise ValueError(f"a batch must be x, (x,) or (x, y); got {len(batch)} items.")
-    if isinstance(batch, dict):
-        raise TypeError("a batch must be x, (x,) or (x, y); got a dict. Wrap the data set to give pairs.")
+    if isinstance(batch, Mapping):
+        return from_columns(batch, labels)
     return batch, None
 
 
 def _refuse_images(x: Any) -> None:
-    if _are_images(x):
-        raise TypeError(f"X gives PIL images, which no model takes. {_TO_TENSORS}")
+    if are_images(x):
+        raise TypeError(f"X gives PIL images, which no model takes. {TO_TENSORS}")
 
 
 def _checked(x: Any) -> Tensor:
     _refuse_images(x)
+    check_plain("X", x)
     x = torch.as_tensor(x)
     # The sum is finite only if every entry is; a finite batch whose sum overflows is looked at entry by entry.
     if x.is_floating_point() and not math.isfinite(x.sum()) and not bool(torch.isfinite(x).all()):
         raise ValueError("X must be finite; it contains NaN or infinity. Clean or impute the data first.")
     return x
-
-
-def _check_order(loader: DataLoader[Any]) -> None:
-    sampler = getattr(loader.batch_sampler, "sampler", loader.sampler)
-    if isinstance(sampler, _SHUFFLING) or getattr(sampler, "shuffle", False):
-        raise ValueError(
-            "X must keep its order, since answers come in input order; got a DataLoader that shuffles. "
-            "Build it with shuffle=False."
-        )
-    if getattr(loader.batch_sampler, "drop_last", loader.drop_last):
-        raise ValueError("X must keep every sample; got a DataLoader with drop_last=True. Build it without.")

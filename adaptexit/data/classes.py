@@ -7,9 +7,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from sklearn.model_selection import train_test_split
+from torch import Tensor
 
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.exceptions import LabelWarning, warn
+from adaptexit.utils.validation import check_plain
 
 MANY_LABELS = 50
 """Calibration samples from which on a backbone that is no better than guessing is remarked on."""
@@ -48,6 +50,15 @@ def known_classes(given: Any, width: int, fitted: NDArray[Any] | None) -> NDArra
     if fitted is not None and not np.array_equal(classes, fitted):
         raise ValueError(f"classes must be those of the fitted classifiers, {fitted.tolist()}; got {classes.tolist()}.")
     return classes
+
+
+def as_labels(y: Any) -> NDArray[Any]:
+    """Labels as an array, from whatever holds them."""
+    check_plain("y", y)
+    try:
+        return np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y)
+    except ValueError as error:
+        raise ValueError(f"y must be one label a sample; got entries of different lengths: {error}") from error
 
 
 def class_indices(labels: NDArray[Any], classes: NDArray[Any]) -> NDArray[np.intp]:

@@ -9,8 +9,9 @@ import numpy as np
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import validate_data
 
-from adaptexit.data.batches import Batches, as_batches, check_source, is_stream, split_pair
+from adaptexit.data.batches import Batches, as_batches
 from adaptexit.data.inputs import InputSpec
+from adaptexit.data.sources import check_source, is_stream, split_pair
 
 
 class TakesData(ABC):

@@ -60,6 +60,15 @@ def checked_settings(epochs: Any, lr: Any, weight_decay: Any, batch_size: Any) -
     }
 
 
+def check_plain(name: str, values: Any) -> None:
+    """Refuse what would be read otherwise than it is meant: masked entries and complex numbers."""
+    if isinstance(values, np.ma.MaskedArray):
+        raise TypeError(f"{name} must be a plain array; got a masked one. Leave masked entries out, or fill them in.")
+    dtype = getattr(values, "dtype", None)
+    if getattr(dtype, "is_complex", False) or getattr(dtype, "kind", "") == "c":
+        raise TypeError(f"{name} must be real numbers; got {dtype}. Give real and imaginary parts apart.")
+
+
 def check_shape(array: NDArray[Any], shape: tuple[int, ...], name: str) -> None:
     """Refuse an array of another shape."""
     if array.shape != shape:

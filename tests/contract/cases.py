@@ -150,6 +150,7 @@ SOURCES = {
     "shuffled": lambda X, y: (loader_of(X, y, shuffle=True), None),
     "double": lambda X, y: (X.astype(np.float64), y),
     "lists": lambda X, y: (X.tolist(), y.tolist()),
+    "list of pairs": lambda X, y: (list(zip(X, y, strict=True)), None),
 }
 """Ways to give inputs and labels; a loader that shuffles serves where order does not matter."""
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data.loader import MultiEpochsDataLoader
 from torch.utils.data import (
     BatchSampler,
     DataLoader,
@@ -19,8 +20,9 @@ from torch.utils.data import (
 )
 
 from adaptexit import InputWarning
-from adaptexit.data.batches import as_batches, check_source, is_stream, split_pair
+from adaptexit.data.batches import as_batches
 from adaptexit.data.inputs import InputSpec
+from adaptexit.data.sources import check_source, is_stream, split_pair
 
 N = 11
 X = np.random.default_rng(0).normal(size=(N, 2, 3)).astype(np.float32)
@@ -39,6 +41,19 @@ class Pairs(Dataset):
     def __getitem__(self, i):
         if i >= N:
             raise IndexError
+        return self.form(X[i], Y[i])
+
+
+class ByNumber:
+    """A data set of no library."""
+
+    def __init__(self, form):
+        self.form = form
+
+    def __len__(self):
+        return N
+
+    def __getitem__(self, i):
         return self.form(X[i], Y[i])
 
 
@@ -81,6 +96,20 @@ SOURCES = {
     "batch sampler": lambda folder: (
         DataLoader(Pairs(), batch_sampler=BatchSampler(SequentialSampler(Pairs()), 4, drop_last=False)),
         None,
+    ),
+    "several epochs": lambda folder: (MultiEpochsDataLoader(Pairs(), batch_size=4), None),
+    "list of pairs": lambda folder: (list(zip(X, Y, strict=True)), None),
+    "list of pairs of tensors": lambda folder: (
+        [[torch.from_numpy(x), torch.tensor(y)] for x, y in zip(X, Y, strict=True)], None,
+    ),
+    "list of pairs of lists": lambda folder: ([(x.tolist(), int(y)) for x, y in zip(X, Y, strict=True)], None),
+    "rows by number": lambda folder: (ByNumber(lambda x, y: (x, y)), None),
+    "rows with columns": lambda folder: (ByNumber(lambda x, y: {"image": x, "label": y, "id": None}), None),
+    "rows of lists": lambda folder: (ByNumber(lambda x, y: {"pixel_values": x.tolist(), "labels": int(y)}), None),
+    "list of rows": lambda folder: ([{"img": x, "label": y} for x, y in zip(X, Y, strict=True)], None),
+    "dataset with columns": lambda folder: (Pairs(lambda x, y: {"image": x, "label": y}), None),
+    "loader with columns": lambda folder: (
+        DataLoader(Pairs(lambda x, y: {"pixel_values": x, "image": 0, "labels": y}), batch_size=4), None,
     ),
     "no batching": lambda folder: (
         DataLoader([(torch.from_numpy(X[i : i + 3]), torch.from_numpy(Y[i : i + 3])) for i in range(0, N, 3)],
@@ -231,6 +260,38 @@ def test_streams_are_datasets_and_loaders():
 
 # -- order ------------------------------------------------------------------------------------------------------------
 
+
+class Repeated:
+    """A sampler around another one."""
+
+    def __init__(self, sampler):
+        self.sampler = sampler
+
+    def __len__(self):
+        return len(self.sampler)
+
+    def __iter__(self):
+        return iter(self.sampler)
+
+
+class Shard(Repeated):
+    """The same under another name."""
+
+    def __init__(self, batch_sampler):
+        super().__init__(None)
+        self.batch_sampler = batch_sampler
+
+    def __len__(self):
+        return len(self.batch_sampler)
+
+    def __iter__(self):
+        return iter(self.batch_sampler)
+
+
+def shuffled_batches():
+    return BatchSampler(RandomSampler(Pairs()), 4, False)
+
+
 SHUFFLED = {
     "shuffle": lambda: DataLoader(Pairs(), batch_size=4, shuffle=True),
     "random sampler": lambda: DataLoader(Pairs(), batch_size=4, sampler=RandomSampler(Pairs())),
@@ -238,10 +299,14 @@ SHUFFLED = {
     "weighted": lambda: DataLoader(Pairs(), batch_size=4, sampler=WeightedRandomSampler([1.0] * N, N)),
     "batch sampler": lambda: DataLoader(Pairs(), batch_sampler=BatchSampler(RandomSampler(Pairs()), 4, False)),
     "no batching": lambda: DataLoader(Pairs(lambda x, y: (x[None], [y])), batch_size=None, shuffle=True),
+    "several epochs": lambda: MultiEpochsDataLoader(Pairs(), batch_size=4, shuffle=True),
+    "sampler in a sampler": lambda: DataLoader(Pairs(), batch_sampler=Repeated(Repeated(shuffled_batches()))),
+    "batch sampler inside": lambda: DataLoader(Pairs(), batch_sampler=Shard(shuffled_batches())),
 }
 DROPPING = {
     "drop_last": lambda: DataLoader(Pairs(), batch_size=4, drop_last=True),
     "batch sampler": lambda: DataLoader(Pairs(), batch_sampler=BatchSampler(SequentialSampler(Pairs()), 4, True)),
+    "several epochs": lambda: MultiEpochsDataLoader(Pairs(), batch_size=4, drop_last=True),
 }
 
 
@@ -311,7 +376,6 @@ def test_things_that_are_no_data(given):
     [
         (["a", "b"], "dtype <U1"),
         (np.array([X, None], dtype=object), "dtype object"),
-        (np.zeros(3, dtype=complex), "dtype complex128"),
         (np.array(["2020-01-01"], dtype="M8[D]"), "dtype datetime64"),
         ([X[0], X[0, :, :2]], "different shapes"),
     ],

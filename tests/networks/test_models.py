@@ -4,14 +4,12 @@ import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
 from sklearn.dummy import DummyClassifier
 from sklearn.exceptions import NotFittedError
 from sklearn.linear_model import LinearRegression, LogisticRegression
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from sklearn.svm import LinearSVC
-from timm.data import create_transform
 from timm.models import save_for_hf
 from torch import nn
 
@@ -25,104 +23,6 @@ from adaptexit.networks.models import (
 )
 from adaptexit.networks.preprocessing import TimmPreprocess
 from adaptexit.staging.contexts import evaluating
-
-PREPROCESS = TimmPreprocess((40, 40), (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), "bicubic")
-
-
-def picture(height, width, seed=0, low=0, high=256):
-    """A PIL image and the same as a tensor (1, 3, H, W), uint8."""
-    image = Image.fromarray(np.random.default_rng(seed).integers(low, high, (height, width, 3), dtype=np.uint8))
-    return image, torch.from_numpy(np.array(image)).permute(2, 0, 1)[None]
-
-
-def timm_transform(preprocess, crop_pct=1.0):
-    return create_transform(
-        (3, *preprocess.size),
-        interpolation=preprocess.interpolation,
-        mean=preprocess.mean,
-        std=preprocess.std,
-        crop_pct=crop_pct,
-    )
-
-
-# -- preprocessing ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("shape", [(40, 40), (60, 40), (40, 77)])
-def test_images_whose_shorter_side_fits_are_treated_as_by_timm(shape):
-    image, pixels = picture(*shape)
-    expected = timm_transform(PREPROCESS)(image)[None]
-    assert expected.shape == (1, 3, 40, 40)
-    torch.testing.assert_close(PREPROCESS(pixels / 255), expected, rtol=0, atol=1e-6)
-    torch.testing.assert_close(PREPROCESS(pixels), expected, rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-@pytest.mark.parametrize("shape", [(20, 20), (55, 55), (130, 91), (30, 80), (80, 27)])
-def test_other_sizes_are_resized_as_by_timm(shape, interpolation):
-    preprocess = TimmPreprocess((40, 40), PREPROCESS.mean, PREPROCESS.std, interpolation)
-    image, pixels = picture(*shape, low=60, high=200)
-    expected = timm_transform(preprocess)(image)[None]
-    grey_level = 1 / 255 / min(PREPROCESS.std)
-    torch.testing.assert_close(preprocess(pixels / 255), expected, rtol=0, atol=1.5 * grey_level)
-
-
-def test_resized_images_stay_within_0_and_1():
-    plain = TimmPreprocess((40, 40), (0.0,) * 3, (1.0,) * 3, "bicubic")
-    x = plain(picture(20, 20)[1] / 255)
-    assert x.min() == 0.0
-    assert x.max() == 1.0
-
-
-def test_an_input_size_that_is_not_square():
-    preprocess = TimmPreprocess((30, 50), (0.5,), (0.5,), "bilinear")
-    ramp = torch.linspace(0, 1, 100).expand(1, 1, 90, 100)
-    out = preprocess(ramp)
-    assert out.shape == (1, 1, 30, 50)
-    torch.testing.assert_close(out[0, 0, 0], out[0, 0, 29])
-    assert (out[0, 0, 0].diff() > 0).all()
-
-
-def test_a_batch_is_preprocessed_image_by_image():
-    batch = torch.cat([picture(50, 60, seed)[1] for seed in range(3)])
-    assert torch.equal(PREPROCESS(batch)[1:2], PREPROCESS(batch[1:2]))
-
-
-@pytest.mark.parametrize("dtype", [torch.float16, torch.float64])
-def test_other_floats_become_single_precision(dtype):
-    x = picture(40, 40)[1] / 255
-    assert PREPROCESS(x.to(dtype)).dtype == torch.float32
-    torch.testing.assert_close(PREPROCESS(x.to(dtype)), PREPROCESS(x), rtol=0, atol=5e-3)
-
-
-def test_the_input_is_not_changed():
-    x = torch.rand(1, 3, 40, 40)
-    before = x.clone()
-    PREPROCESS(x)
-    assert torch.equal(x, before)
-
-
-@pytest.mark.parametrize("value", [-0.5, 1.5, 255.0])
-def test_values_outside_0_and_1(value):
-    x = torch.full((1, 3, 40, 40), 0.5)
-    x[0, 0, 0, 0] = value
-    with pytest.raises(ValueError, match=r"X must hold images in \[0, 1\] \(or uint8\).*got values from.*normalised"):
-        PREPROCESS(x)
-
-
-@pytest.mark.parametrize("shape", [(2, 1, 40, 40), (2, 40, 40, 3), (3, 40, 40), (2, 12)])
-def test_images_of_another_shape(shape):
-    with pytest.raises(ValueError, match=r"X must be images of shape \(N, 3, H, W\) for this model; got shape \("):
-        PREPROCESS(torch.zeros(shape))
-
-
-def test_the_data_config_of_a_timm_model():
-    net = timm.create_model("test_vit", num_classes=3)
-    known = TimmPreprocess.of(net)
-    config = net.pretrained_cfg
-    assert known.size == config["input_size"][1:]
-    assert (known.mean, known.std, known.interpolation) == (config["mean"], config["std"], config["interpolation"])
-
 
 # -- building ---------------------------------------------------------------------------------------------------------
 
