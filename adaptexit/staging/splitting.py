@@ -105,13 +105,15 @@ class Split:
         self.stages = nn.ModuleList(Stage(self, k) for k in range(len(source.cuts) + 1))
         self._parts: list[nn.Module] | None = None
         self.cuts = source.cuts
+        self._like = next((p for p in source.module.parameters() if p.is_floating_point()), None)
+        self._made_for = None if self._like is None else (self._like.dtype, self._like.device)
+        self.example = shuffled(inputs)
         pieces = source.compiled((inputs[:2], inputs[2:5]))
         self._functions: list[StageFunction] | None = pieces.functions
         self._layouts = [_layouts(cut, values) for cut, values in zip(self.cuts, pieces.carried, strict=True)]
         features = [_layout_or_none(*pair) for pair in pieces.features]
         self.difference = self._verified(features, inputs)
         check_row_orders(self.run, self.cuts, features, inputs)
-        self.example = shuffled(inputs)
 
     def _verified(self, features: list[Layout | None], inputs: Tensor) -> float:
         """The largest difference from the model; float32 that is off by more than rounding is tried in float64."""
@@ -121,7 +123,7 @@ class Split:
         except DifferenceError as error:
             if inputs.dtype != torch.float32 or error.difference > _ILL_CONDITIONED:
                 raise
-            twin = copy.deepcopy(self)  # the functions of the stages are shared
+            twin = copy.deepcopy(self)  # whose stages are made anew, for its precision
             twin.module.double()
             try:
                 difference_from_model(twin.module, twin.run, self.cuts, features, inputs.double())
@@ -157,6 +159,7 @@ class Split:
 
     def _made_anew(self) -> list[StageFunction]:
         self._functions = self._rebuilt()
+        self._made_for = None if self._like is None else (self._like.dtype, self._like.device)
         return self._functions
 
     def run(self, k: int, carried: Any, *, checked: bool = True) -> Carried:
@@ -169,6 +172,8 @@ class Split:
         if k == 0:
             if checked:
                 self._check_mode()
+            if self._like is not None and self._made_for != (self._like.dtype, self._like.device):
+                functions = self._made_anew()  # what the model's Python reads of either stands in them
             n, state = len(carried), None
             feature, live = functions[0](self._source.module, carried)
         else:
@@ -203,7 +208,7 @@ class Split:
 
     def _rebuilt(self) -> list[StageFunction]:
         """The functions made anew, for the device and precision that the module has by now."""
-        like = next((p for p in self.module.parameters() if p.is_floating_point()), None)
+        like = self._like
         example = self.example if like is None else self.example.to(like.device)
         if like is not None and example.is_floating_point():
             example = example.to(like.dtype)
