@@ -7,7 +7,6 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from numbers import Real
 from typing import Any, Literal, Self
 
@@ -16,8 +15,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
 from sklearn.metrics import accuracy_score
-from sklearn.utils.multiclass import check_classification_targets
-from sklearn.utils.validation import check_is_fitted, validate_data
+from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -31,7 +29,7 @@ from adaptexit.core.trace import ExitTrace
 from adaptexit.data.batches import Batches, as_batches
 from adaptexit.data.classes import class_indices, warn_of_labels
 from adaptexit.data.inputs import InputSpec
-from adaptexit.data.sources import check_source, is_stream, split_pair
+from adaptexit.data.sources import is_stream, split_pair
 from adaptexit.networks.base import Network, below
 from adaptexit.networks.readers import LogitsReader
 from adaptexit.persistence import load, save
@@ -39,6 +37,7 @@ from adaptexit.predictor import Predictor
 from adaptexit.reporting import ExitReports
 from adaptexit.staging.contexts import evaluating
 from adaptexit.staging.executor import record
+from adaptexit.utils.learning import twin_of
 from adaptexit.utils.validation import check_whole, checked_relative_cost
 
 CostName = Literal["auto", "macs", "latency"]
@@ -72,7 +71,6 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
     cost: CostName | Sequence[float]
     budget: float | None
     calibration_size: float
-    batch_size: int
     memory_limit: int
     verbose: int
     classes_: NDArray[Any]
@@ -80,15 +78,11 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
     outputs_: ExitOutputs
     labelled_: bool
     _network: Network
-    _inputs: InputSpec
     _prepared: dict[str, Predictor]
+    _confidence: Any
     _label_hint = ""
 
     # -- what a subclass provides --------------------------------------------------------------------------------------
-
-    @abstractmethod
-    def _tabular(self, X: Any) -> bool:
-        """Whether X is a table, validated as scikit-learn does."""
 
     @abstractmethod
     def _restored_network(self, state: dict[str, Any], tensors: dict[str, Tensor]) -> Network:
@@ -161,19 +155,21 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
         """
         check_is_fitted(self)
         self._remark()
+        self._check_confidence()
         if policy is not None:
             if budget is not None or max_drop is not None:
                 raise ValueError(f"give at most one of budget, max_drop and policy; got {budget=}, {max_drop=} too.")
-            return self._predictor(policy)
+            return twin_of(self)._predictor(policy)
         key = repr((budget, max_drop, self.budget, self.batch_size, self.memory_limit, self.verbose))
         predictor = self._prepared.get(key)
         if predictor is None:
+            own = twin_of(self)  # calibrate may run in another thread
             if budget is None and max_drop is None:
-                budget = self.budget
-            predictor = self._predictor(self.calibrator_.policy(budget=budget, max_drop=max_drop))
-            if len(self._prepared) >= 64:  # budgets come and go where a load changes
-                self._prepared.clear()
-            self._prepared[key] = predictor
+                budget = own.budget
+            predictor = own._predictor(own.calibrator_.policy(budget=budget, max_drop=max_drop))
+            if len(own._prepared) >= 64:  # budgets come and go where a load changes
+                own._prepared.clear()
+            own._prepared[key] = predictor
         return predictor
 
     def predict(self, X: Any, budget: float | None = None, max_drop: float | None = None) -> NDArray[Any]:
@@ -204,7 +200,8 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
             For a limit below the cheapest exit.
         """
         check_is_fitted(self)
-        costs = self.outputs_.pricing
+        own = twin_of(self)
+        costs = own.outputs_.pricing
         alone = costs.alone() / costs.full
         limit = checked_relative_cost("limit", limit, float(alone.max()), TOLERANCE)
         within = np.flatnonzero(alone <= limit + TOLERANCE)
@@ -212,7 +209,7 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
             raise ValueError(
                 f"limit must be at least {alone.min():.4g}, the relative cost of the cheapest exit; got {limit:.4g}."
             )
-        return self._predictor(ExitAlone.of(int(within[-1]), costs)).predict(X)
+        return own._predictor(ExitAlone.of(int(within[-1]), costs)).predict(X)
 
     def score(
         self,
@@ -239,9 +236,14 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
         return float(accuracy_score(true, answers, sample_weight=sample_weight))
 
     def _predictor(self, policy: Policy) -> Predictor:
-        batches = partial(self._input_batches, like=self._inputs, batch_size=self.batch_size)
+        """A policy bound to what this has learned; of a twin, so that it stays when this is calibrated anew."""
         return Predictor(
-            self._network, policy, self.classes_, batches, memory_limit=self.memory_limit, verbose=self.verbose
+            self._network,
+            policy,
+            self.classes_,
+            self._input_batches,
+            memory_limit=self.memory_limit,
+            verbose=self.verbose,
         )
 
     # -- recording and calibrating -----------------------------------------------------------------------------------
@@ -252,10 +254,10 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
 
     def _record(self, X: Any, y: Any, ordered: bool) -> ExitOutputs:
         check_is_fitted(self)
-        batches = self._labelled_batches(X, y, needed=self.labelled_, ordered=ordered)
-        return self._recorded(
-            self._network, batches, self.classes_, self.outputs_.pricing, self.calibrator_, "recording"
-        )
+        self._check_confidence()
+        own = twin_of(self)
+        batches = own._labelled_batches(X, y, needed=own.labelled_, ordered=ordered)
+        return own._recorded(own._network, batches, own.classes_, own.outputs_.pricing, own.calibrator_, "recording")
 
     def _fresh_calibrator(self) -> Calibrator:
         return ThresholdCalibrator() if self.calibrator is None else clone(self.calibrator)
@@ -287,7 +289,7 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
         labelled: bool,
         training: ExitOutputs | None = None,
     ) -> None:
-        """Fit the calibrator, and take over all that was learned at once."""
+        """Fit the calibrator, and keep all that was learned."""
         with torch.inference_mode(False):  # a calibrator may train something
             calibrator.fit(outputs, **({"training": training} if calibrator.needs_training else {}))
         if self.budget is not None:
@@ -296,51 +298,21 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
             warn_of_labels(outputs, network.exit_names[-1], self._label_hint)
         self.__dict__.update(
             _network=network, _inputs=inputs, _prepared={}, classes_=classes, calibrator_=calibrator, outputs_=outputs,
-            labelled_=labelled,
+            labelled_=labelled, _confidence=self.confidence,
         )  # fmt: skip
+
+    def _check_confidence(self) -> None:
+        if self.confidence is not self._confidence and self.confidence != self._confidence:
+            raise ValueError(
+                f"confidence was {self._confidence!r} when the thresholds were found; got {self.confidence!r} since. "
+                "Call calibrate, which finds thresholds for it."
+            )
 
     def _with_reader(self, network: Network) -> Network:
         """The network under the confidence asked for; the one in use elsewhere stays as it is."""
         reading = copy.copy(network)
         reading.reader = LogitsReader(self.confidence)
         return reading
-
-    # -- data ----------------------------------------------------------------------------------------------------------
-
-    def _labelled_batches(self, X: Any, y: Any, *, needed: bool, ordered: bool = False, reset: bool = False) -> Batches:
-        """Batches of (X, y); labels are needed, or taken where there are any."""
-        X, y = split_pair(X, y)
-        check_source(X)
-        if needed or y is not None:
-            X, y = self._validated(X, y, reset=reset)
-        else:
-            X = self._validated_inputs(X)
-        like = None if reset or not hasattr(self, "_inputs") else self._inputs
-        return as_batches(X, y, batch_size=self.batch_size, labels=needed or None, ordered=ordered, like=like)
-
-    def _input_batches(self, X: Any, like: InputSpec | None = None, batch_size: int | None = None) -> Batches:
-        """Batches of inputs alone."""
-        X = self._validated_inputs(X)
-        return as_batches(X, batch_size=batch_size or self.batch_size, like=like or self._inputs)
-
-    def _validated(self, X: Any, y: Any, *, reset: bool) -> tuple[Any, Any]:
-        if is_stream(X):
-            return X, y
-        if y is None:
-            raise ValueError(
-                "requires y to be passed, but the target y is None: give y, a pair (X, y), or a Dataset or DataLoader "
-                "of (x, y)."
-            )
-        if self._tabular(X):
-            X, y = validate_data(self, X, y, reset=reset)
-            check_classification_targets(y)
-        return X, y
-
-    def _validated_inputs(self, X: Any) -> Any:
-        if isinstance(X, tuple) and len(X) == 2 and np.ndim(X[1]) == 1 and np.ndim(X[0]) > 1:
-            raise ValueError("X must be inputs alone here; got a pair, which looks like (X, y). Pass X only.")
-        check_source(X)
-        return validate_data(self, X, reset=False) if self._tabular(X) else X
 
     @contextmanager
     def _progress(self, batches: Batches, doing: str) -> Iterator[Iterable[Any]]:
@@ -388,7 +360,7 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
         self.classes_ = np.array(state["classes"], dtype=state["classes_dtype"])
         self._network = self._with_reader(self._restored_network(state, tensors))
         self._inputs = InputSpec(tuple(state["inputs"]["shape"]), state["inputs"]["resizes"])
-        self._prepared, self.labelled_ = {}, state["labelled"]
+        self._prepared, self.labelled_, self._confidence = {}, state["labelled"], self.confidence
         self.calibrator_, self.outputs_ = calibrator, outputs
         for name, value in state["table"].items():
             setattr(self, name, np.array(value, dtype=object) if isinstance(value, list) else value)

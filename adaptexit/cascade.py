@@ -36,7 +36,7 @@ from adaptexit.networks.models import (
 from adaptexit.networks.row import Row
 from adaptexit.staging.contexts import evaluating
 from adaptexit.staging.executor import MEMORY_LIMIT
-from adaptexit.utils.rollback import unchanged_on_failure
+from adaptexit.utils.learning import learned_at_once
 
 
 class CascadeSaver(AdaptiveClassifier):
@@ -156,6 +156,7 @@ class CascadeSaver(AdaptiveClassifier):
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
+    @learned_at_once
     def fit(self, X: Any, y: Any = None) -> CascadeSaver:
         """Build the models, fit those that are not, and calibrate.
 
@@ -169,25 +170,24 @@ class CascadeSaver(AdaptiveClassifier):
         ValueError, TypeError
             For bad data or parameters; the estimator is then left as it was.
         """
-        with unchanged_on_failure(self):
-            self._check_parameters()
-            X, y = split_pair(X, y)
-            check_source(X)
-            X, y = self._validated(X, y, reset=True)
-            entries = self._given()
-            models, X, y = self._fit_classifiers(entries, X, y)
-            network = Row(
-                [build_model(model, how, label, self.device) for model, how, label in models],
-                [label for _, _, label in entries],
-            )
-            return self._calibrate(network, as_batches(X, y, batch_size=self.batch_size, labels=True, ordered=False))
+        self._check_parameters()
+        X, y = split_pair(X, y)
+        check_source(X)
+        X, y = self._validated(X, y, reset=True)
+        entries = self._given()
+        models, X, y = self._fit_classifiers(entries, X, y)
+        network = Row(
+            [build_model(model, how, label, self.device) for model, how, label in models],
+            [label for _, _, label in entries],
+        )
+        return self._calibrate(network, as_batches(X, y, batch_size=self.batch_size, labels=True, ordered=False))
 
+    @learned_at_once
     def calibrate(self, X: Any, y: Any = None) -> CascadeSaver:
         """Calibrate anew on other data (as for :meth:`fit`); the models stay as they are."""
         check_is_fitted(self)
-        with unchanged_on_failure(self):
-            self._check_parameters()
-            return self._calibrate(self._network, self._labelled_batches(X, y, needed=True))
+        self._check_parameters()
+        return self._calibrate(self._network, self._labelled_batches(X, y, needed=True))
 
     def _given(self) -> list[tuple[Any, Any, str]]:
         """(model, preprocessing, name in errors) of every saver, then the base."""

@@ -38,7 +38,7 @@ from adaptexit.staging.contexts import evaluating
 from adaptexit.staging.executor import MEMORY_LIMIT
 from adaptexit.training.cached_answers import answers_on, record_features
 from adaptexit.training.recipes import Recipe, RecipeName, recipe_of
-from adaptexit.utils.rollback import unchanged_on_failure
+from adaptexit.utils.learning import learned_at_once
 from adaptexit.utils.validation import check_whole
 
 
@@ -196,6 +196,7 @@ class MultiExitClassifier(AdaptiveClassifier):
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
+    @learned_at_once
     def fit(self, X: Any, y: Any = None) -> MultiExitClassifier:
         """Cut the backbone, train its heads, and calibrate on the part of the data held out from that.
 
@@ -211,9 +212,8 @@ class MultiExitClassifier(AdaptiveClassifier):
         ValueError, TypeError
             For bad data or parameters (SplitError where the backbone cannot be cut); the estimator is left as it was.
         """
-        with unchanged_on_failure(self), torch.inference_mode(False), torch.enable_grad():
-            recipe = self._checked_recipe()
-            seed = seed_of(self.random_state)
+        with torch.inference_mode(False), torch.enable_grad():
+            recipe, seed = self._checked_recipe(), seed_of(self.random_state)
             X, y = split_pair(X, y)
             check_source(X)
             mlp = as_mlp(self.backbone)
@@ -240,17 +240,17 @@ class MultiExitClassifier(AdaptiveClassifier):
                 return self._train(network, recipe, batches, classes, seed)
             return self._take_trained(network, batches, classes, seed)
 
+    @learned_at_once
     def calibrate(self, X: Any, y: Any = None) -> MultiExitClassifier:
         """Calibrate on other data (as for :meth:`fit`); the backbone and its heads stay as they are."""
         check_is_fitted(self)
-        with unchanged_on_failure(self):
-            self._check_parameters()
-            batches = self._labelled_batches(X, y, needed=False)
-            classes = known_classes(self.classes, len(self.classes_), self._fitted_classes)
-            calibrator, network = self._fresh_calibrator(), self._with_reader(self._network)
-            outputs = self._outputs_on(network, batches, calibrator, classes)
-            self.self_calibrated_ = False
-            return self._keep(network, calibrator, outputs, batches, classes)
+        self._check_parameters()
+        batches = self._labelled_batches(X, y, needed=False)
+        classes = known_classes(self.classes, len(self.classes_), self._fitted_classes)
+        calibrator, network = self._fresh_calibrator(), self._with_reader(self._network)
+        outputs = self._outputs_on(network, batches, calibrator, classes)
+        self.self_calibrated_ = False
+        return self._keep(network, calibrator, outputs, batches, classes)
 
     def _checked_recipe(self) -> Recipe:
         """The recipe; what could not be met before the backbone has run is refused at once."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,13 +24,13 @@ from adaptexit.core.metrics import (
     survivor_shift,
 )
 from adaptexit.core.outputs import ExitOutputs
-from adaptexit.data.batches import Batches
+from adaptexit.data.validated import TakesData
 from adaptexit.networks.base import Network
 from adaptexit.staging.contexts import evaluating
 from adaptexit.staging.cost import StageLatencies
 
 
-class ExitReports(ABC):
+class ExitReports(TakesData):
     """Reports of the estimators, on their calibration data or on others."""
 
     budget: float | None
@@ -46,10 +46,6 @@ class ExitReports(ABC):
     @abstractmethod
     def _record(self, X: Any, y: Any, ordered: bool) -> ExitOutputs:
         """The same; ``ordered`` refuses a loader that shuffles."""
-
-    @abstractmethod
-    def _input_batches(self, X: Any) -> Batches:
-        """Batches of inputs alone."""
 
     @abstractmethod
     def _remark(self) -> None:

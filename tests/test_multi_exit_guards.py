@@ -317,7 +317,7 @@ def test_the_precision_of_products_is_given_back(chosen):
         if chosen is not None:
             matmul.fp32_precision = chosen
         mine = precisions()
-        with exact_arithmetic():
+        with exact_arithmetic:
             assert precisions() == ["ieee"] * 3
         assert precisions() == mine
     finally:

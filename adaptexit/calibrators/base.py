@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Iterable
 from typing import Any, Literal
 
@@ -18,6 +17,7 @@ from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.policy import ThresholdPolicy, recorded_scores
 from adaptexit.core.routing import exit_index
 from adaptexit.core.scores import resolve_score, widened
+from adaptexit.utils.learning import twin_of
 
 Memory = NDArray[Any] | None
 ScoreName = Literal["recorded", "max_proba", "entropy", "margin"]
@@ -85,16 +85,18 @@ class Calibrator(BaseEstimator):
     def exit_index(self, outputs: ExitOutputs, point: OperatingPoint | None = None) -> NDArray[np.intp]:
         """The exit of every sample, shape (N,), on recorded outputs."""
         check_is_fitted(self)
-        check_outputs(outputs, self.point_.cutoffs)
-        return exit_index(self.rescored(outputs), (self.point_ if point is None else point).cutoffs)
+        own = twin_of(self)
+        check_outputs(outputs, own.point_.cutoffs)
+        return exit_index(own.rescored(outputs), (own.point_ if point is None else point).cutoffs)
 
     def pareto(self, outputs: ExitOutputs | None = None) -> ParetoFrontier:
         """The calibrated frontier, or every point of it re-evaluated on other outputs, in the same order."""
         check_is_fitted(self)
         if outputs is None:
             return self.frontier_
-        check_outputs(outputs, self.point_.cutoffs)
-        return self.frontier_.on(self.rescored(outputs)).beside(outputs)
+        own = twin_of(self)
+        check_outputs(outputs, own.point_.cutoffs)
+        return own.frontier_.on(own.rescored(outputs)).beside(outputs)
 
     # -- online ----------------------------------------------------------------------------------------------------
 
@@ -128,13 +130,13 @@ class Calibrator(BaseEstimator):
         check_is_fitted(self)
         if sum(choice is not None for choice in (budget, max_drop, point)) > 1:
             raise ValueError(f"give at most one of budget, max_drop and point; got {budget=}, {max_drop=}, {point=}.")
+        own = twin_of(self)  # a policy outlives the next fit, which replaces what scores are made with
         if point is None:
-            own = budget is None and max_drop is None
-            point = self.point_ if own else self.frontier_.at(budget=budget, max_drop=max_drop)
-        # Of a copy: fit replaces what scores are made with, and a policy outlives the next fit.
-        scoring = recorded_scores if self._keeps_scores else copy.copy(self).scores
+            in_use = budget is None and max_drop is None
+            point = own.point_ if in_use else own.frontier_.at(budget=budget, max_drop=max_drop)
+        scoring = recorded_scores if own._keeps_scores else own.scores
         return ThresholdPolicy.of(
-            point, self.costs_, scoring, needs_logits=self._decides_on_logits, needs_features=self.needs_features
+            point, own.costs_, scoring, needs_logits=own._decides_on_logits, needs_features=own.needs_features
         )
 
     @property

@@ -14,6 +14,7 @@ from adaptexit.core.frontier import OperatingPoint, evaluate
 from adaptexit.core.margins import BOUNDS, MARGINS, Bound, Rule, class_precision, margin_thresholds
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.exceptions import CalibrationWarning, warn
+from adaptexit.utils.learning import learned_at_once
 from adaptexit.utils.validation import check_switch, check_whole, checked_number
 
 MOST_NAMED = 5
@@ -98,6 +99,7 @@ class CPMCalibrator(ScoreCalibrator):
         """The margins that a recipe's paper leaves by: on survivors or on all samples, as ``recipe.cascade_aware``."""
         return cls(margin, **({"cascade_aware": recipe.cascade_aware} | settings))
 
+    @learned_at_once
     def fit(self, outputs: ExitOutputs, y: None = None) -> CPMCalibrator:
         """Find the thresholds of every margin on calibration outputs.
 

@@ -15,7 +15,7 @@ from adaptexit.core.answer import Answer
 from adaptexit.core.frontier import ParetoFrontier, evaluate
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.search.shares import frontier_of_shares
-from adaptexit.utils.rollback import unchanged_on_failure
+from adaptexit.utils.learning import learned_at_once
 from adaptexit.utils.validation import check_whole, checked_number, checked_settings
 
 if TYPE_CHECKING:
@@ -113,6 +113,7 @@ class EENetScheduler(Calibrator):
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
+    @learned_at_once
     def fit(self, outputs: ExitOutputs, y: None = None) -> EENetScheduler:
         """Learn scores and shares on calibration outputs, which need logits, and find thresholds for every budget.
 
@@ -126,12 +127,11 @@ class EENetScheduler(Calibrator):
         self._check(outputs)
         budget = self._reachable(outputs, self.budget)
         schedule = self._learned(outputs, budget)
-        with unchanged_on_failure(self):
-            self._take(outputs, schedule)
-            self.history_ = schedule[2]
-            budgets = np.linspace(self._least(outputs), 1.0, self.n_points)
-            frontier, point = frontier_of_shares(self.rescored(outputs), self.shares_, budgets.tolist(), budget)
-            self._keep(frontier.points, point, outputs)
+        self._take(outputs, schedule)
+        self.history_ = schedule[2]
+        budgets = np.linspace(self._least(outputs), 1.0, self.n_points)
+        frontier, point = frontier_of_shares(self.rescored(outputs), self.shares_, budgets.tolist(), budget)
+        self._keep(frontier.points, point, outputs)
         return self
 
     def _take(self, outputs: ExitOutputs, schedule: tuple[list[Scorer], Floats, Any]) -> None:

@@ -18,7 +18,7 @@ from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import widened
 from adaptexit.core.search import SEARCHES, SearchName, search_thresholds
 from adaptexit.exceptions import warn
-from adaptexit.utils.rollback import unchanged_on_failure
+from adaptexit.utils.learning import learned_at_once
 from adaptexit.utils.validation import check_switch, check_whole, checked_number, checked_settings
 
 if TYPE_CHECKING:
@@ -166,6 +166,7 @@ class EMRouter(Calibrator):
 
     # -- learning ------------------------------------------------------------------------------------------------------
 
+    @learned_at_once
     def fit(self, outputs: ExitOutputs, y: None = None, *, training: ExitOutputs | None = None) -> EMRouter:
         """Train the routers and find thresholds for every budget.
 
@@ -197,16 +198,13 @@ class EMRouter(Calibrator):
         in_macs = outputs.cost_unit == "MACs"
         costs = self._exit_costs(outputs, inputs, in_macs)
         routers, posterior = self._learned(log_p, inputs, float(self.cost_weight) * costs)
-        with unchanged_on_failure(self):
-            self.routers_, self.posterior_, self._in_macs = routers, posterior, in_macs
-            self._reads_logits = reads_logits
-            self._fit_data = (log_p, inputs, costs, outputs)
-            halting = self.rescored(outputs)
-            frontier, _ = search_thresholds(
-                halting, self.search, n_points=self.n_points, random_state=self.random_state
-            )
-            point = self._at_threshold(halting)
-            self._keep([*frontier.points, point], point, outputs)
+        self.routers_, self.posterior_, self._in_macs = routers, posterior, in_macs
+        self._reads_logits = reads_logits
+        self._fit_data = (log_p, inputs, costs, outputs)
+        halting = self.rescored(outputs)
+        frontier, _ = search_thresholds(halting, self.search, n_points=self.n_points, random_state=self.random_state)
+        point = self._at_threshold(halting)
+        self._keep([*frontier.points, point], point, outputs)
         return self
 
     def _at_threshold(self, outputs: ExitOutputs, **params: Any) -> OperatingPoint:

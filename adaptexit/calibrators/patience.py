@@ -13,6 +13,7 @@ from adaptexit.core.answer import Answer
 from adaptexit.core.baselines import confirmations
 from adaptexit.core.frontier import OperatingPoint, evaluate
 from adaptexit.core.outputs import ExitOutputs
+from adaptexit.utils.learning import learned_at_once
 from adaptexit.utils.validation import check_whole
 
 
@@ -40,6 +41,7 @@ class PatienceCalibrator(Calibrator):
     def __init__(self, patience: int = 1) -> None:
         self.patience = patience
 
+    @learned_at_once
     def fit(self, outputs: ExitOutputs, y: None = None) -> PatienceCalibrator:
         """See what every patience gives on calibration outputs.
 

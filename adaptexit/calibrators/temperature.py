@@ -15,6 +15,7 @@ from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import max_proba, widened
 from adaptexit.core.search import SearchName
 from adaptexit.core.temperature import fit_temperature
+from adaptexit.utils.learning import learned_at_once
 
 
 class TemperatureCalibrator(ThresholdCalibrator):
@@ -53,6 +54,7 @@ class TemperatureCalibrator(ThresholdCalibrator):
             "max_proba", search, budget=budget, max_drop=max_drop, n_points=n_points, random_state=random_state
         )
 
+    @learned_at_once
     def fit(self, outputs: ExitOutputs, y: None = None) -> TemperatureCalibrator:
         """Fit the temperatures on calibration outputs with logits and labels, then search the frontier.
 

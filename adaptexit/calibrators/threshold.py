@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from adaptexit.calibrators.base import ScoreCalibrator, ScoreName, check_outputs
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.search import SEARCHES, SearchName, SearchReport, search_thresholds
+from adaptexit.utils.learning import learned_at_once
 from adaptexit.utils.validation import checked_number
 
 
@@ -73,6 +74,7 @@ class ThresholdCalibrator(ScoreCalibrator):
         self.n_points = n_points
         self.random_state = random_state
 
+    @learned_at_once
     def fit(self, outputs: ExitOutputs, y: None = None) -> ThresholdCalibrator:
         """Search the frontier on calibration outputs and choose the point in use.
 

@@ -13,9 +13,9 @@ from adaptexit.core.answer import Answer
 from adaptexit.heads.base import Head
 from adaptexit.heads.layout import pooled
 from adaptexit.networks.base import Network, State, named_tensors
-from adaptexit.networks.models import TorchModel, writes_into
+from adaptexit.networks.models import TorchModel
 from adaptexit.networks.readers import logits_in
-from adaptexit.staging.carried import Carried
+from adaptexit.staging.carried import Carried, writes_into
 from adaptexit.staging.contexts import evaluating
 from adaptexit.staging.nested import Rows, tensors_in
 from adaptexit.staging.splitting import Split

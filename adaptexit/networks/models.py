@@ -27,6 +27,7 @@ from adaptexit.networks.preprocessing import (
     restored_preprocess,
 )
 from adaptexit.networks.readers import logits_in
+from adaptexit.staging.carried import writes_into
 from adaptexit.staging.contexts import random_state_kept
 from adaptexit.staging.nested import Rows
 
@@ -197,11 +198,6 @@ def _timm_model(name: str, label: str, *, pretrained: bool) -> nn.Module:
         )
     with random_state_kept():
         return timm.create_model(name, pretrained=pretrained).eval()
-
-
-def writes_into(tensor: Tensor) -> int:
-    """How often a tensor was written into, also with the values that it had; 0 where torch does not count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 @contextmanager

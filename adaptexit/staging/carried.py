@@ -6,7 +6,7 @@ along one axis, an integer that counts them, something that does not change, or 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from adaptexit.exceptions import UnsupportedValueError
-from adaptexit.staging.nested import Rows, entries, is_nest, join, n_bytes, rebuilt, take
+from adaptexit.staging.nested import Rows, entries, is_nest, join, kind, n_bytes, rebuilt, take
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,9 @@ class Count:
 
 @dataclass(frozen=True)
 class Static:
-    """The same for any samples."""
+    """The same for any samples; where a later stage writes into it, each block of a divided batch needs its own."""
+
+    written: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,35 @@ def _tensor_layout(two: Tensor, three: Tensor) -> Layout:
     return Along(dim, two.shape[dim] // 2)
 
 
+def writes_into(tensor: Tensor) -> int:
+    """How often a tensor was written into, also with the values that it had; 0 where torch does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def leaves(value: Any, layout: Layout) -> Iterator[tuple[Any, Layout]]:
+    """What lies in a value once its nests are opened, each with its layout."""
+    if isinstance(layout, Nest):
+        for entry, part in zip(entries(value), layout.parts, strict=True):
+            yield from leaves(entry, part)
+    else:
+        yield value, layout
+
+
+def with_leaves(value: Any, layout: Layout, function: Callable[[Any, Layout], Any]) -> Any:
+    """A value with what a function makes of each leaf and its layout in its place."""
+    if isinstance(layout, Nest):
+        return rebuilt(value, [with_leaves(*pair, function) for pair in zip(entries(value), layout.parts, strict=True)])
+    return function(value, layout)
+
+
+def with_written(value: Any, layout: Layout, written: Collection[int]) -> Layout:
+    """The layout, with those static tensors marked whose ``id`` is among ``written``."""
+    if isinstance(layout, Nest):
+        parts = zip(entries(value), layout.parts, strict=True)
+        return Nest(tuple(with_written(entry, part, written) for entry, part in parts))
+    return Static(written=True) if isinstance(layout, Static) and id(value) in written else layout
+
+
 def copied(value: Any) -> Any:
     """The same value with its tensors cloned."""
     if isinstance(value, Tensor):
@@ -148,6 +179,11 @@ class Live:
         """Memory of the tensors that grow with the samples."""
         return sum(map(_size, self.values, self.layouts))
 
+    @property
+    def kind(self) -> Hashable:
+        """What those have in common that can be joined."""
+        return tuple(map(_kind, self.values, self.layouts))
+
 
 @dataclass(slots=True)
 class Carried:
@@ -192,6 +228,11 @@ class Carried:
         """Memory of what goes on."""
         return self.live.nbytes + (0 if self.state is None else n_bytes(self.state))
 
+    @property
+    def kind(self) -> Hashable:
+        """What those have in common that can be joined."""
+        return self.live.kind, kind(self.state)
+
 
 class _Pick:
     """Rows of some samples out of one value after another."""
@@ -219,7 +260,7 @@ class _Pick:
             # Advanced indexing, as index_select would give up channels_last.
             return value[(slice(None),) * layout.dim + (where,)]
         if isinstance(layout, Static):
-            return value
+            return value.clone() if layout.written else value
         if isinstance(layout, Count):
             return layout.per_sample * self.n
         return rebuilt(value, list(map(self, entries(value), layout.parts)))
@@ -273,3 +314,19 @@ def _size(value: Any, layout: Layout) -> int:
     if isinstance(layout, Nest):
         return sum(map(_size, entries(value), layout.parts))
     return 0
+
+
+def _kind(value: Any, layout: Layout) -> Hashable:
+    if isinstance(layout, Along):
+        return value.dtype, value.shape[: layout.dim], value.shape[layout.dim + 1 :]
+    if isinstance(layout, Nest):
+        return tuple(map(_kind, entries(value), layout.parts))
+    if isinstance(layout, Count):
+        return None
+    if isinstance(value, Tensor):  # what belongs to a grid of 4x8 patches has the shape of that for 8x4
+        return value.dtype, value.shape, hash(value.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
+    try:
+        hash(value)
+    except TypeError:
+        return type(value).__qualname__
+    return value

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch.backends import mha
 from torch.utils.flop_counter import FlopCounterMode
 
+from adaptexit.staging.contexts import unfused_attention
 from adaptexit.staging.nested import Rows, n_rows
 from adaptexit.utils.frames import as_frame
 
@@ -55,15 +55,11 @@ def count_macs(function: Callable[[Rows], Any], rows: Rows) -> float:
     Counted outside inference mode and with the fused attention path off: inside that path nothing would be counted.
     Element-wise work, pooling and normalisation are not MACs.
     """
-    fastpath = mha.get_fastpath_enabled()
-    mha.set_fastpath_enabled(False)
-    try:
+    with unfused_attention:
         try:
             flops = _counted_flops(function, rows, gradients=False)
         except AssertionError:  # the counter follows modules by gradients where one is given a view of a parameter
             flops = _counted_flops(function, rows, gradients=True)
-    finally:
-        mha.set_fastpath_enabled(fastpath)
     return flops / 2 / n_rows(rows)
 
 

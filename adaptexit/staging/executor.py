@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from itertools import pairwise
 from math import isfinite
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from adaptexit.core.answer import Answer
 from adaptexit.core.policy import Policy
-from adaptexit.staging.nested import Rows, join, n_bytes, n_rows, take
+from adaptexit.staging.nested import Rows, join, kind, n_bytes, n_rows, take
 from adaptexit.utils.validation import check_whole
 
 MEMORY_LIMIT = 1 << 30
@@ -64,14 +64,16 @@ class _Survivors(NamedTuple):
 
 @dataclass
 class _Queue:
-    """Survivors that wait for an exit's stages to run."""
+    """Survivors of one shape that wait for an exit's stages to run."""
 
     parts: list[_Survivors] = field(default_factory=list)
     count: int = 0
+    n_bytes: int = 0
 
     def put(self, part: _Survivors) -> None:
         self.parts.append(part)
         self.count += len(part.samples)
+        self.n_bytes += n_bytes(part.carried)
 
     def get(self, at_most: int) -> _Survivors:
         """The samples that came first, up to ``at_most``."""
@@ -85,11 +87,46 @@ class _Queue:
             parts.append(part)
             room -= len(part.samples)
         self.count -= at_most - room
+        self.n_bytes = sum(n_bytes(part.carried) for part in self.parts)
         return _Survivors.together(parts)
+
+
+Place = tuple[int, Hashable]
+"""An exit, and the shape of what waits for it."""
+
+
+class _Queues:
+    """Survivors that wait for exits' stages to run: before each exit, those of one shape together."""
+
+    def __init__(self, exits: list[int]) -> None:
+        self.before: dict[int, dict[Hashable, _Queue]] = {k: {} for k in exits}
+
+    def put(self, k: int, part: _Survivors) -> None:
+        self.before[k].setdefault(kind(part.carried), _Queue()).put(part)
+
+    def get(self, place: Place, at_most: int) -> _Survivors:
+        k, shape = place
+        part = self.before[k][shape].get(at_most)
+        if not self.before[k][shape].count:
+            del self.before[k][shape]
+        return part
+
+    def deepest(self, at_least: int) -> Place | None:
+        """The deepest exit for which so many samples of one shape wait."""
+        for k in reversed(self.before):
+            for shape, queue in self.before[k].items():
+                if queue.count >= at_least:
+                    return k, shape
+        return None
+
+    def fullest(self) -> Place:
+        """Where most memory waits."""
+        places = [(k, shape) for k, row in self.before.items() for shape in row]
+        return max(places, key=lambda place: self.before[place[0]][place[1]].n_bytes)
 
     @property
     def n_bytes(self) -> int:
-        return sum(n_bytes(part.carried) for part in self.parts)
+        return sum(queue.n_bytes for row in self.before.values() for queue in row.values())
 
 
 def execute(
@@ -105,8 +142,9 @@ def execute(
     """Answer every sample of ``batches`` at the first exit where the policy lets it leave.
 
     The survivors of successive batches wait until they fill a batch of ``batch_size`` and then go on together, deepest
-    exit first, so that deep stages do not run on a handful of samples; a single batch goes straight through. Exits that
-    the policy does not run are not run. Answers do not depend on how samples are batched.
+    exit first, so that deep stages do not run on a handful of samples; those of another shape wait apart. A single
+    batch goes straight through. Exits that the policy does not run are not run. Answers do not depend on how samples
+    are batched.
 
     Parameters
     ----------
@@ -216,31 +254,28 @@ def _in_queues(
     merge: bool,
 ) -> int:
     """Batch after batch, survivors waiting for others before each exit that is run; the number of samples."""
-    queues = {k: _Queue() for k in running[1:]}
+    queues = _Queues(running[1:])
     following = dict(pairwise(running))
 
     def go(k: int, part: _Survivors) -> None:
         if (onward := run(k, part)) is not None:
-            queues[following[k]].put(onward)
-
-    def drain(full: int) -> None:
-        """Run, deepest first, every exit for which at least ``full`` samples wait."""
-        while ready := [k for k in reversed(running[1:]) if queues[k].count >= full]:
-            go(ready[0], queues[ready[0]].get(batch_size))
+            queues.put(following[k], onward)
 
     n_samples = 0
     for x in batches:
         # Looked at before the next batch, not after the last: what is left then runs in any case.
-        while n_samples and sum(queue.n_bytes for queue in queues.values()) > memory_limit:
-            fullest = max(queues, key=lambda k: queues[k].n_bytes)
-            go(fullest, queues[fullest].get(batch_size))
+        while n_samples and queues.n_bytes > memory_limit:
+            place = queues.fullest()
+            go(place[0], queues.get(place, batch_size))
         count = n_rows(x)
         go(running[0], _Survivors(np.arange(n_samples, n_samples + count), x, None))
         n_samples += count
-        drain(batch_size if merge else 1)
+        while (full := queues.deepest(batch_size if merge else 1)) is not None:
+            go(full[0], queues.get(full, batch_size))
     for k in running[1:]:  # shallow first: what survives here can still fill a batch further on
-        while queues[k].count:
-            go(k, queues[k].get(batch_size))
+        for shape in list(queues.before[k]):
+            while shape in queues.before[k]:
+                go(k, queues.get((k, shape), batch_size))
     return n_samples
 
 

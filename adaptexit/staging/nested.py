@@ -1,13 +1,14 @@
 """What travels from stage to stage: tensors (or arrays) whose first axis is the samples, alone or nested.
 
 Nesting is by tuples, lists, dicts and dataclasses; every leaf holds the same samples in the same order. A leaf may also
-be an object that knows how: with ``taken``, ``joined``, ``n_rows`` and ``nbytes``. None is an empty nesting.
+be an object that knows how: with ``taken``, ``joined``, ``n_rows`` and ``nbytes``, and with ``kind`` where not all can
+be joined. None is an empty nesting.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import repeat
 from typing import Any
@@ -90,6 +91,17 @@ def n_bytes(rows: Rows) -> int:
     if is_nest(rows):
         return sum(map(n_bytes, entries(rows)))
     return int(rows.nbytes)
+
+
+def kind(rows: Rows) -> Hashable:
+    """What two have in common that can be joined: type, precision and shape of what they hold, samples left out."""
+    if isinstance(rows, (Tensor, np.ndarray)):
+        return rows.dtype, rows.shape[1:]
+    if rows is None:
+        return None
+    if is_nest(rows):
+        return (type(rows), *map(kind, entries(rows)))
+    return getattr(rows, "kind", None)
 
 
 def take(rows: Rows, samples: NDArray[Any] | slice) -> Rows:

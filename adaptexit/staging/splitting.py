@@ -19,7 +19,8 @@ from adaptexit.staging.carried import Carried, Layout, Live, layout_of
 from adaptexit.staging.contexts import evaluating, exact_arithmetic
 from adaptexit.staging.cuts import check_names, unwrapped
 from adaptexit.staging.pieces import CarriedValue, Chain, StageFunction, TracedModel
-from adaptexit.staging.verify import difference_from_model, distinct, shuffled
+from adaptexit.staging.row_order import check_row_orders
+from adaptexit.staging.verify import difference_from_model, distinct, shuffled, with_writes_noted
 
 _ILL_CONDITIONED = 1e-2
 """Differences up to this may be rounding in single precision; double precision tells."""
@@ -72,7 +73,7 @@ def from_stages(stages: Sequence[nn.Module], example: Tensor) -> Split:
 
 
 def _verified_split(source: TracedModel | Chain, inputs: Tensor) -> Split:
-    with exact_arithmetic(), evaluating([source.module]), torch.no_grad():
+    with exact_arithmetic, evaluating([source.module]), torch.no_grad():
         return Split(source, inputs)
 
 
@@ -107,12 +108,15 @@ class Split:
         pieces = source.compiled((inputs[:2], inputs[2:5]))
         self._functions: list[StageFunction] | None = pieces.functions
         self._layouts = [_layouts(cut, values) for cut, values in zip(self.cuts, pieces.carried, strict=True)]
-        self.difference = self._verified([_layout_or_none(*pair) for pair in pieces.features], inputs)
+        features = [_layout_or_none(*pair) for pair in pieces.features]
+        self.difference = self._verified(features, inputs)
+        check_row_orders(self.run, self.cuts, features, inputs)
         self.example = shuffled(inputs)
 
     def _verified(self, features: list[Layout | None], inputs: Tensor) -> float:
         """The largest difference from the model; float32 that is off by more than rounding is tried in float64."""
         try:
+            self._layouts = with_writes_noted(self.run, self._layouts, inputs)
             return difference_from_model(self.module, self.run, self.cuts, features, inputs)
         except DifferenceError as error:
             if inputs.dtype != torch.float32 or error.difference > _ILL_CONDITIONED:

@@ -11,7 +11,17 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from adaptexit.exceptions import DifferenceError, SplitError
-from adaptexit.staging.carried import Carried, Layout, Live, copied
+from adaptexit.staging.carried import (
+    Carried,
+    Layout,
+    Live,
+    Nest,
+    Static,
+    copied,
+    leaves,
+    with_written,
+    writes_into,
+)
 from adaptexit.staging.nested import tensors_in
 
 N_VERIFIED = 6
@@ -107,34 +117,68 @@ def difference_from_model(
     if not all(torch.isfinite(t).all() for t in tensors_in(reference) if t.is_floating_point()):
         raise SplitError("the model's answers to the example are NaN or infinite, so its stages cannot be verified.")
     features: list[Any] = []
-    _stages(run, inputs.clone(), last, lambda k, feature: features.append(copied(feature)))
+    run_up_to(run, inputs.clone(), last, lambda k, feature: features.append(copied(feature)))
     worst = _difference(features[last], reference, "all stages in a row")
     for k, cut in enumerate(cuts):
         for samples in _STAYING:
-            carried = _stages(run, inputs.clone(), k)
+            carried = run_up_to(run, inputs.clone(), k)
             carried = carried.taken(samples[:2]).joined([carried.taken(samples[2:])])
             where = f"{len(samples)} of {len(inputs)} samples going on after {cut!r}"
             for after in range(k + 1, last + 1):
                 carried = run(after, carried)
-                expected = _rows(features[after], layouts[after], samples)
+                expected = rows_of(features[after], layouts[after], samples)
                 worst = max(worst, _difference(carried.feature, expected, where))
     # One sample alone may take other kernels than many: the model does so too, and both must agree.
-    alone = _stages(run, inputs[:1].clone(), last)
+    alone = run_up_to(run, inputs[:1].clone(), last)
     worst = max(worst, _difference(alone.feature, module(inputs[:1].clone()), "one sample alone"))
-    return max(worst, _difference(alone.feature, _rows(reference, layouts[last], np.array([0])), "one sample alone"))
+    return max(worst, _difference(alone.feature, rows_of(reference, layouts[last], np.array([0])), "one sample alone"))
 
 
-def _rows(value: Any, layout: Layout | None, samples: NDArray[Any]) -> Any:
+def with_writes_noted(
+    run: Callable[[int, Any], Carried], layouts: Sequence[tuple[Layout, ...]], inputs: Tensor
+) -> list[tuple[Layout, ...]]:
+    """The layouts of what is carried over each cut, with the static tensors marked that a later stage writes into."""
+    if not any(isinstance(layout, (Static, Nest)) for row in layouts for layout in row):
+        return list(layouts)
+    lives: list[Live] = []
+    counts: list[dict[int, int]] = []
+    carried: Any = inputs[:2].clone()
+    for k in range(len(layouts)):
+        carried = run(k, carried)
+        lives.append(carried.live)
+        counts.append({id(tensor): writes_into(tensor) for tensor in _static_tensors(carried.live)})
+    run(len(layouts), carried)
+    return [_marked(live, before) for live, before in zip(lives, counts, strict=True)]
+
+
+def leaves_of(live: Live) -> list[tuple[Any, Layout]]:
+    """What lies in carried values once their nests are opened, each with its layout."""
+    return [leaf for pair in zip(live.values, live.layouts, strict=True) for leaf in leaves(*pair)]
+
+
+def _static_tensors(live: Live) -> list[Tensor]:
+    return [value for value, layout in leaves_of(live) if isinstance(layout, Static) and isinstance(value, Tensor)]
+
+
+def _marked(live: Live, before: dict[int, int]) -> tuple[Layout, ...]:
+    """Its layouts, with the statics marked that were written into since their writes were counted ``before``."""
+    # What was made in inference mode has no count, and may be written into.
+    written = {id(t) for t in _static_tensors(live) if t.is_inference() or writes_into(t) != before[id(t)]}
+    return tuple(with_written(*pair, written) for pair in zip(live.values, live.layouts, strict=True))
+
+
+def rows_of(value: Any, layout: Layout | None, samples: NDArray[Any]) -> Any:
     """What stages should answer for some of the samples; None where that cannot be told from the answer for all."""
     return None if layout is None else Live((value,), (layout,), N_VERIFIED).taken(samples).values[0]
 
 
-def _stages(
+def run_up_to(
     run: Callable[[int, Any], Carried],
     carried: Any,
     last: int,
     look: Callable[[int, Any], None] = lambda k, feature: None,
 ) -> Carried:
+    """What stage ``last`` returns, all features shown on the way."""
     for k in range(last + 1):
         carried = run(k, carried)
         look(k, carried.feature)

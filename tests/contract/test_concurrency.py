@@ -119,3 +119,64 @@ def test_threads_leave_random_states_and_modes(case, own):
     together([lambda: own.predict(X)] * 4)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert [part.training for part in own.heads_.modules()] == modes
+
+
+def test_whoever_asks_during_a_calibration_is_answered_by_the_old_or_the_new_one(case, own):
+    """The estimator itself, whose thresholds, scores and temperatures belong together at every moment."""
+    X, y = case.test[0][:60], case.test[1]
+    halves = (slice(0, 150), slice(150, None))
+    allowed = set()
+    for half in halves:
+        quietly(lambda half=half: own.calibrate(case.test[0][half], y[half]))
+        allowed.add(answer_of(own, X))
+    done = threading.Event()
+
+    def ask():
+        answers = set()
+        while not done.is_set():
+            answers.add(answer_of(own, X))
+        return answers
+
+    def calibrate():
+        try:
+            for half in halves * 2:
+                quietly(lambda half=half: own.calibrate(case.test[0][half], y[half]))
+        finally:
+            done.set()
+
+    first, second, _ = together([ask, ask, calibrate])
+    assert first | second <= allowed
+
+
+def answer_of(model, X):
+    trace = model.trace(X)
+    return tuple(trace.labels.tolist()), tuple(trace.exits.tolist()), tuple(trace.costs.tolist())
+
+
+@pytest.mark.parametrize("name", ["two modules", "EM routers", "EENet"], indirect=True)
+def test_a_calibrator_fitted_anew_is_the_old_or_the_new_one(model):
+    outputs = model.outputs_
+    samples = [outputs.take(np.arange(0, outputs.n_samples, 2)), outputs.take(np.arange(1, outputs.n_samples, 2))]
+    calibrator = copy.copy(model.calibrator_)
+    allowed = set()
+    for part in samples:
+        allowed.add(tuple(quietly(lambda part=part: calibrator.fit(part)).exit_index(outputs).tolist()))
+    done = threading.Event()
+
+    def ask():
+        answers = set()
+        while not done.is_set():
+            policy = calibrator.policy()
+            assert policy.path_costs.tolist() == pytest.approx(calibrator.costs_.paths(policy.point.on).tolist())
+            answers.add(tuple(calibrator.exit_index(outputs).tolist()))
+        return answers
+
+    def fit():
+        try:
+            for part in samples * 3:
+                quietly(lambda part=part: calibrator.fit(part))
+        finally:
+            done.set()
+
+    first, second, _ = together([ask, ask, fit])
+    assert first | second <= allowed

@@ -8,7 +8,7 @@ import pytest
 from sklearn.exceptions import NotFittedError
 
 from adaptexit import ThresholdCalibrator
-from tests.contract.cases import answers_of, learned, some
+from tests.contract.cases import answers_of, learned, quietly, some
 
 pytestmark = pytest.mark.filterwarnings("ignore::adaptexit.SaverWarning")
 
@@ -145,3 +145,19 @@ def test_a_failed_call_changes_nothing(case, own, failure):
     assert learned(unfitted) == {}
     with pytest.raises(NotFittedError):
         unfitted.predict(X)
+
+
+@pytest.mark.parametrize("call", ["at", "predict", "predict_proba", "trace", "score", "record", "pareto"])
+def test_a_confidence_changed_since_the_thresholds_were_found(case, own, call):
+    X, y = some(case)
+    asked = {
+        "at": lambda: own.at(budget=1.0), "predict": lambda: own.predict(X), "trace": lambda: own.trace(X),
+        "predict_proba": lambda: own.predict_proba(X), "score": lambda: own.score(X, y),
+        "record": lambda: own.record(X, y), "pareto": lambda: own.pareto(X, y),
+    }  # fmt: skip
+    asked[call]()
+    own.set_params(confidence="entropy")
+    with pytest.raises(ValueError, match=r"confidence was .* thresholds were found; got 'entropy' since"):
+        asked[call]()
+    quietly(lambda: own.calibrate(*case.val))
+    asked[call]()

@@ -5,6 +5,7 @@ import pytest
 import timm
 import torch
 from torch import nn
+from torch.utils.data import DataLoader
 
 from adaptexit import FrozenRecipe, MultiExitClassifier, ThresholdCalibrator
 from adaptexit.core.scores import softmax
@@ -277,3 +278,21 @@ def test_one_exit(model):
     assert fitted.outputs_.stage_costs.tolist() == [sum(STAGE_MACS[:2]), sum(STAGE_MACS[2:])]
     assert fitted.exit_names == ["two", "full model"]
     assert fitted.score(*TEST) > 0.9
+
+
+# -- images of several sizes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::adaptexit.InputWarning")
+def test_a_loader_may_give_batches_of_several_sizes(model):
+    x = torch.from_numpy(TEST[0][:120])
+    batches = [
+        torch.nn.functional.interpolate(x[i : i + 10], size=size)
+        for i, size in zip(range(0, 120, 10), [(8, 8), (8, 12), (12, 8)] * 4, strict=True)
+    ]
+    fitted = branched(calibrator=Fixed([0.6, 0.7, 0.8, -np.inf])).fit(*TRAIN).calibrate(*VAL)
+    traced = fitted.trace(DataLoader(batches, batch_size=None))
+    singles = [fitted.trace(image[None]) for batch in batches for image in batch]
+    assert traced.exits.tolist() == [int(single.exits[0]) for single in singles]
+    assert traced.labels.tolist() == [int(single.labels[0]) for single in singles]
+    assert len(set(traced.exits.tolist())) >= 3

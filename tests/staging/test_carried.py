@@ -269,6 +269,28 @@ def test_other_errors_of_joining_are_not_taken_for_sizes():
         one.joined([other])
 
 
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda samples, size: grown(samples, (2, size), 1, 2),
+        lambda samples, size: [{"side": size}, len(samples)],
+        lambda samples, size: torch.ones(4, size),
+        lambda samples, size: torch.arange(4) * size,
+        lambda samples, size: (size, 2.5, None, "text", slice(size)),
+    ],
+    ids=["grows", "number", "shape", "content", "nested"],
+)
+def test_values_that_can_be_merged_are_of_one_kind(make):
+    eight, more, ten = (
+        live_of(lambda samples, size=size: make(samples, size), samples)
+        for size, samples in ((8, [0, 1]), (8, [4, 5, 6]), (10, [0, 1]))
+    )
+    assert eight.kind == more.kind != ten.kind
+    assert Carried(eight).kind == Carried(more).kind != Carried(eight, None, {"left": torch.ones(2, 3)}).kind
+    assert len({eight.kind, more.kind, ten.kind}) == 2
+    assert eight.joined([more]).n == 5
+
+
 # -- size --------------------------------------------------------------------------------------------------------------
 
 

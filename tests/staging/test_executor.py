@@ -101,6 +101,55 @@ def test_per_class_cutoffs_are_asked_for_each_class():
     assert answers.exits.tolist() == np.where(leaves, 0, 1).tolist()
 
 
+# -- batches of several shapes -----------------------------------------------------------------------------------------
+
+
+def of_two_widths(n_exits, sizes):
+    """Batches of samples, every other one wider by two numbers that no exit reads."""
+    wide = torch.zeros(500, 2, dtype=torch.float64)
+    parts = batched(samples(203, n_exits), sizes)
+    return [torch.cat([x, wide[: len(x)]], dim=1) if i % 2 else x for i, x in enumerate(parts)]
+
+
+@pytest.mark.parametrize("sizes", [[1], [8], [5, 1, 7], [20]])
+@pytest.mark.parametrize("merge", [True, False])
+@pytest.mark.parametrize("memory_limit", [0, 2000, 1 << 30])
+def test_samples_of_another_shape_are_answered_as_one_at_a_time(sizes, merge, memory_limit):
+    batches, model, cutoffs = of_two_widths(3, sizes), column_model(3), [0.9, 1.0, -np.inf]
+    answers = run(model, batches, cutoffs, merge=merge, memory_limit=memory_limit, keep_logits=True)
+    singles = [run(column_model(3), [x[i : i + 1]], cutoffs, keep_logits=True) for x in batches for i in range(len(x))]
+    assert answers.predictions.tolist() == [int(single.predictions[0]) for single in singles]
+    assert answers.exits.tolist() == [int(single.exits[0]) for single in singles]
+    assert len(set(answers.exits.tolist())) == 3
+    assert np.array_equal(answers.logits, np.concatenate([single.logits for single in singles]))
+
+
+def test_survivors_of_one_shape_are_merged_into_full_batches():
+    model, batches = column_model(2), of_two_widths(2, [8])
+    answers = run(model, batches, [0.9, -np.inf])
+    shape = np.repeat(np.arange(len(batches)) % 2, [len(x) for x in batches])
+    reached = [int(np.sum((answers.exits == 1) & (shape == i))) for i in range(2)]
+    assert min(reached) > 8
+    assert all(n % 8 for n in reached)
+    full = sum(n // 8 for n in reached)
+    assert sorted(model.heads[1].sizes, reverse=True) == [8] * full + sorted([n % 8 for n in reached], reverse=True)
+
+
+def test_waiting_samples_of_all_shapes_count_as_memory():
+    held = []
+    model, batches = column_model(2), of_two_widths(2, [4])
+    memory_limit = 10 * (2 * N_CLASSES + 2) * 8
+
+    def source():
+        for x in batches:
+            held.append(sum(map(len, batches[: len(held)])) - sum(model.heads[1].sizes))
+            yield x
+
+    run(model, source(), [np.inf, -np.inf], batch_size=50, memory_limit=memory_limit)
+    assert max(held) <= 10 + 2 * 4
+    assert sum(model.heads[1].sizes) == 203
+
+
 # -- how samples are batched ------------------------------------------------------------------------------------------
 
 

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from adaptexit.staging.nested import join, n_bytes, n_rows, take, tensors_in
+from adaptexit.staging.nested import join, kind, n_bytes, n_rows, take, tensors_in
 
 
 def nested(start, stop):
@@ -124,3 +124,16 @@ def test_tensors_in_nested_values():
     tensors = list(tensors_in([one, (2, {"a": two, "b": "text", "c": [None, three]}), np.zeros(4)]))
     assert [id(tensor) for tensor in tensors] == [id(one), id(two), id(three)]
     assert list(tensors_in("text")) == []
+
+
+def test_rows_that_can_be_joined_are_of_one_kind():
+    rows = [{"x": torch.ones(n, 3), "y": (np.ones((n, 2)), None)} for n in (1, 4)]
+    assert kind(rows[0]) == kind(rows[1])
+    assert hash(kind(rows[0])) == hash(kind(rows[1]))
+    others = [
+        {"x": torch.ones(4, 5), "y": (np.ones((4, 2)), None)},
+        {"x": torch.ones(4, 3).double(), "y": (np.ones((4, 2)), None)},
+        {"x": torch.ones(4, 3), "y": (np.ones((4, 2)), np.ones(4))},
+        {"x": torch.ones(4, 3), "y": [np.ones((4, 2)), None]},
+    ]
+    assert len({kind(other) for other in [*rows, *others]}) == 5
