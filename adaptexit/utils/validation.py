@@ -66,7 +66,9 @@ def check_plain(name: str, values: Any) -> None:
         raise TypeError(f"{name} must be a plain array; got a masked one. Leave masked entries out, or fill them in.")
     dtype = getattr(values, "dtype", None)
     if getattr(dtype, "is_complex", False) or getattr(dtype, "kind", "") == "c":
-        raise TypeError(f"{name} must be real numbers; got {dtype}. Give real and imaginary parts apart.")
+        raise ValueError(  # in scikit-learn's words, which it checks estimators for
+            f"Complex data not supported: {name} must be real numbers; got {dtype}. Give the two parts apart."
+        )
 
 
 def check_shape(array: NDArray[Any], shape: tuple[int, ...], name: str) -> None:
