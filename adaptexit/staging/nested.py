@@ -7,7 +7,7 @@ be an object that knows how: with ``taken``, ``joined``, ``n_rows`` and ``nbytes
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import repeat
 from typing import Any
@@ -127,3 +127,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif is_nest(value):
         for part in entries(value):
             yield from tensors_in(part)
+
+
+def storages(tensors: Iterable[Tensor]) -> frozenset[int]:
+    """What tells the memory of dense tensors from that of others, as long as they live."""
+    return frozenset(t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided)
