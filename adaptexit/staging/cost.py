@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from adaptexit.exceptions import warn
+from adaptexit.exceptions import CostWarning, warn
 from adaptexit.staging.contexts import unfused_attention
 from adaptexit.staging.formulas import flop_counter
 from adaptexit.staging.nested import Rows, n_rows
@@ -65,7 +65,7 @@ def count_macs(function: Callable[[Rows], Any], rows: Rows, *, roots: Iterable[n
         warn(
             f"the multiply-accumulates of {', '.join(_described(*finding, names) for finding in findings)} cannot be "
             "counted and are left out of the cost. Use cost='latency' or give the costs.",
-            UserWarning,
+            CostWarning,
         )
     return macs
 

@@ -7,6 +7,7 @@ import torchvision
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
+from adaptexit import CostWarning
 from adaptexit.networks.models import TorchModel
 from adaptexit.networks.row import Row
 from adaptexit.staging.cost import count_macs
@@ -159,7 +160,7 @@ def in_numpy(x, weight):
 )
 def test_a_leaf_that_cannot_be_counted_is_named(function, operator):
     net = nn.Sequential(nn.Linear(6, 6), nn.Sequential(Weighted(function), nn.ReLU()))
-    with pytest.warns(UserWarning, match=rf"of 1.0 \(Weighted\){operator} cannot be counted") as caught:
+    with pytest.warns(CostWarning, match=rf"of 1.0 \(Weighted\){operator} cannot be counted") as caught:
         macs = count_macs(net, torch.zeros(2, 6), roots=[net])
     assert macs == 36
     (warning,) = caught
@@ -170,7 +171,7 @@ def test_a_cost_that_leaves_something_out_says_so_and_other_costs_do_not():
     net = nn.Sequential(nn.Linear(6, 6), Weighted(in_numpy, 3)).eval()
     network = Row([TorchModel(nn.Linear(6, 3).eval(), None, "small"), TorchModel(net, None, "large")])
     for cost in ("auto", "macs"):
-        with pytest.warns(UserWarning, match=r"of 1 \(Weighted\) cannot be counted"):
+        with pytest.warns(CostWarning, match=r"of 1 \(Weighted\) cannot be counted"):
             network.costs(torch.zeros(2, 6), cost)
     for cost in ("latency", [1.0, 2.0]):
         network.costs(torch.zeros(2, 6), cost)
