@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -11,6 +11,9 @@ import torch
 from torch import Tensor, nn
 
 _CONTAINERS = (dict, list, set, deque)
+
+_OF_TORCH = frozenset(vars(nn.Module())) - {"_buffers", "_modules", "_parameters"}
+"""What every module has beside those: its hooks and its mode."""
 
 
 @contextmanager
@@ -20,10 +23,12 @@ def state_restored(module: nn.Module) -> Iterator[None]:
     What did not change is not touched, as other threads may use it. Modes are their users' business
     (:class:`adaptexit.staging.contexts.evaluating_parts`).
     """
-    holders = [(holder, _contents(holder)) for holder in _holders(module)]
-    values = [value for _, contents in holders for value in _entries(contents)]
-    tensors = {id(value): value for value in [*values, *module.buffers()] if _may_be_written(value)}
-    copies = [(tensor, _version(tensor), tensor.detach().clone()) for tensor in tensors.values()]
+    holders = _holders(module)
+    values = [*module.buffers()]
+    for _, contents in holders:
+        values += contents.values() if isinstance(contents, dict) else contents
+    tensors = {id(v): v for v in values if isinstance(v, Tensor) and not isinstance(v, nn.Parameter)}
+    copies = [(t, 0 if t.is_inference() else t._version, t.detach().clone()) for t in tensors.values()]
     try:
         yield
     finally:
@@ -31,58 +36,46 @@ def state_restored(module: nn.Module) -> Iterator[None]:
             _put_back(holder, contents)
         with torch.no_grad():
             for tensor, version, copied in copies:
-                if _version(tensor) != version or (tensor.is_inference() and not torch.equal(tensor, copied)):
+                # Inference tensors do not count what is written into them.
+                if not torch.equal(tensor, copied) if tensor.is_inference() else tensor._version != version:
                     tensor.detach().copy_(copied)
 
 
-def _holders(module: nn.Module) -> Iterator[Any]:
-    """Attributes of a module's parts, of objects that these hold, and all containers in them."""
+def _holders(module: nn.Module) -> list[tuple[Any, Any]]:
+    """Attributes of a module's parts, of objects that these hold, and all containers in them, each with a copy."""
     parts = list(module.modules())
     classes = {cls for part in parts for cls in type(part).__mro__ if cls.__module__.partition(".")[0] != "torch"}
     waiting: list[tuple[Any, bool]] = [(vars(part), False) for part in parts]
     waiting += [(value, True) for cls in classes for value in vars(cls).values() if isinstance(value, _CONTAINERS)]
-    seen: set[int] = set()
+    seen = {id(value) for part in parts for name, value in vars(part).items() if name in _OF_TORCH}
+    holders = []
     while waiting:
         holder, in_object = waiting.pop()
         if id(holder) in seen:
             continue
         seen.add(id(holder))
+        contents = dict(holder) if isinstance(holder, dict) else list(holder)
         if not isinstance(holder, tuple):
-            yield holder
-        for value in _entries(_contents(holder)):
+            holders.append((holder, contents))
+        for value in contents.values() if isinstance(contents, dict) else contents:
             if isinstance(value, (*_CONTAINERS, tuple)):
                 waiting.append((value, in_object))
             elif not in_object and hasattr(value, "__dict__") and not callable(value) and not isinstance(value, Tensor):
                 waiting.append((vars(value), True))  # a cache, say; what objects in objects hold is left alone
-
-
-def _contents(holder: Any) -> Any:
-    """A copy of a container, made in one go; without a module's mode."""
-    if isinstance(holder, dict):
-        return {key: value for key, value in dict(holder).items() if key != "training"}
-    return list(holder)
-
-
-def _entries(contents: Any) -> Iterable[Any]:
-    return contents.values() if isinstance(contents, dict) else contents
+    return holders
 
 
 def _put_back(holder: Any, contents: Any) -> None:
-    now = _contents(holder)
+    """What a container held before, save a module's mode."""
     if isinstance(holder, dict):
+        now = dict(holder)
         for key in now.keys() - contents.keys():
             del holder[key]
         for key, value in contents.items():
-            if key not in now or now[key] is not value:
+            if key != "training" and (key not in now or now[key] is not value):
                 holder[key] = value
-    elif len(now) != len(contents) or any(one is not other for one, other in zip(now, contents, strict=True)):
+        return
+    entries = list(holder)
+    if len(entries) != len(contents) or any(one is not other for one, other in zip(entries, contents, strict=True)):
         holder.clear()
         (holder.update if isinstance(holder, set) else holder.extend)(contents)
-
-
-def _may_be_written(value: Any) -> bool:
-    return isinstance(value, Tensor) and not isinstance(value, nn.Parameter)
-
-
-def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
