@@ -73,8 +73,8 @@ def trace(module: nn.Module, cuts: Iterable[str], batches: tuple[Tensor, Tensor]
     SplitError
         If the forward cannot be traced.
     """
-    tracer = _Tracer(set(cuts), batches)
     with TRACING, evaluating([module]), torch.no_grad(), state_restored(module):
+        tracer = _Tracer(set(cuts), batches)  # which sees how modules are called when no other thread traces
         call, getattribute = tracer.plain_call, tracer.plain_getattr
         try:
             graph = tracer.trace(module)
