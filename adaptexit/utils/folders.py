@@ -58,7 +58,7 @@ def written_whole(folder: str | os.PathLike[str], kind: Kind) -> Iterator[Path]:
     put_back(target)
     _check_replaceable(target, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(target.parent) as alone:
+    with locked(target.parent) as alone:
         if alone:
             _clear_away(target)
         # Beside the target, so that the moves below are renames on one file system.
@@ -69,7 +69,7 @@ def written_whole(folder: str | os.PathLike[str], kind: Kind) -> Iterator[Path]:
         scratch.mkdir()
         yield scratch
         _give_usual_modes(scratch)
-        with _locked(target.parent):
+        with locked(target.parent):
             try:
                 if target.exists():
                     os.replace(target, workshop / "old")
@@ -86,7 +86,7 @@ def put_back(folder: str | os.PathLike[str]) -> None:
     """Give a folder that a killed :func:`written_whole` had moved aside its place again."""
     target = Path(os.path.realpath(folder))
     if _is_vacant(target) and target.parent.is_dir():
-        with _locked(target.parent):
+        with locked(target.parent):
             _put_back(target)
 
 
@@ -183,7 +183,7 @@ def _give_usual_modes(folder: Path) -> None:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[bool]:
+def locked(folder: Path) -> Iterator[bool]:
     """Wait until nobody else is in such a block for the same folder; whether that can be known here."""
     lock = _lock(folder, wait=True)
     try:
