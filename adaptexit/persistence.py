@@ -30,7 +30,7 @@ from adaptexit.saved_config import (
     TRAINING,
     UNSIGNED,
     WEIGHTS,
-    check_outputs,
+    check_classes,
     is_described,
     read_config,
     registry,
@@ -130,7 +130,7 @@ def _loaded(source: Path, given: dict[str, Any]) -> Any:
         tensors: dict[str, Tensor] = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     outputs = ExitOutputs.load(source / CALIBRATION)
     with _restoring(source):
-        check_outputs(config["state"], outputs)
+        check_classes(config["state"], outputs)
         estimator = _built(config["class"], config["params"], given)
         if not isinstance(estimator.calibrator, (Calibrator, type(None))):
             raise TypeError(f"calibrator must be a Calibrator; got {estimator.calibrator!r}.")

@@ -56,6 +56,7 @@ _MODEL = {
             "mean": [float],
             "std": [float],
             "interpolation": tuple(mode.value for mode in InterpolationMode),
+            "*": object,
         },
     ),
 }
@@ -74,6 +75,7 @@ _FEATURE = {
     "layout": tuple(AXES),
     "prefix_tokens": whole(0),
     "grid": (None, [whole(1)]),
+    "*": object,
 }
 
 STATES = {
@@ -185,7 +187,7 @@ def _check_params(name: str, params: dict[str, Any], given_again: list[str], pla
             _check_params(value["class"], value["params"], [], f"{place}.{key}")
 
 
-def check_outputs(state: dict[str, Any], outputs: ExitOutputs) -> None:
+def check_classes(state: dict[str, Any], outputs: ExitOutputs) -> None:
     """Refuse classes that are none, or not those of the calibration outputs."""
     labels, dtype = state["classes"], np.dtype(state["classes_dtype"])
     longest = max((4 * len(label) for label in labels if isinstance(label, str)), default=0)

@@ -34,8 +34,7 @@ def save_of(tmp_path):
 
 
 def load(folder, name):
-    model = fitted_once(name)
-    return adaptexit.load(folder, **{key: getattr(model, key) for key in config_of(folder)["given_again"]})
+    return adaptexit.load(folder, **CASES[name].needed_again(fitted_once(name), config_of(folder)))
 
 
 def changed(config, path, value):
@@ -142,7 +141,7 @@ def write_unchecked(folder, config):
 @pytest.mark.parametrize("kind", ["pipe", "device", "folder"])
 def test_what_is_no_file_is_refused_at_once(save_of, file, kind):
     folder = save_of("two modules")
-    again = {key: getattr(fitted_once("two modules"), key) for key in config_of(folder)["given_again"]}
+    again = CASES["two modules"].needed_again(fitted_once("two modules"), config_of(folder))
     path = folder / file
     path.unlink()
     {"pipe": os.mkfifo, "folder": os.mkdir, "device": lambda path: path.symlink_to("/dev/zero")}[kind](path)
@@ -198,7 +197,7 @@ MADE_UP = {
 def test_values_that_no_save_writes_are_refused(save_of, what):
     path, value, says = MADE_UP[what]
     folder = save_of("two modules")
-    again = {key: getattr(fitted_once("two modules"), key) for key in config_of(folder)["given_again"]}
+    again = CASES["two modules"].needed_again(fitted_once("two modules"), config_of(folder))
     write_unchecked(folder, changed(config_of(folder), path, value))
     with pytest.raises((ValueError, TypeError), match=says) as caught:
         adaptexit.load(folder, **again)
@@ -245,6 +244,31 @@ def test_learned_values_are_checked(save_of, what):
     sign(folder)
     with pytest.raises(ValueError, match=rf"(?s){says}.*{folder}"):
         load(folder, name)
+
+
+@pytest.mark.parametrize("mmap", [False, True])
+@pytest.mark.parametrize("change", ["no scores", "no labels", "too few features", "text", "flat logits", "no key"])
+def test_outputs_that_no_save_writes_are_refused(tmp_path, change, mmap):
+    logits = np.random.default_rng(0).normal(size=(2, 5, 3))
+    outputs = ExitOutputs.from_logits(logits, np.arange(5) % 3, costs=[1, 2], features=[logits[0], logits[1]])
+    outputs.save(tmp_path)
+    header = json.loads((tmp_path / "outputs.json").read_text())
+    gone = {"no scores": "scores", "no labels": "labels", "too few features": "features_1"}.get(change)
+    if change == "no key":
+        del header["chained"]
+    elif change == "text":
+        np.save(tmp_path / "labels.npy", np.full(5, "a"))
+    elif change == "flat logits":
+        np.save(tmp_path / "logits.npy", logits[0])
+    header["arrays"] = [name for name in header["arrays"] if name != gone]
+    (tmp_path / "outputs.json").write_text(json.dumps(header))
+    says = {
+        "text": r"labels.npy .*must be numbers; got dtype <U1",
+        "flat logits": r"logits.npy .*must have shape \(2, 5, 3\)",
+        "no key": r"outputs.json .*header must have chained",
+    }.get(change, r"must hold .*; its header names")
+    with pytest.raises(ValueError, match=rf"{tmp_path}.*{says}"):
+        ExitOutputs.load(tmp_path, mmap=mmap)
 
 
 # -- anything ----------------------------------------------------------------------------------------------------------
@@ -362,7 +386,7 @@ def fuzz(name, tmp_path_factory, data):
                 content[data.draw(st.integers(0, min(len(content) - 1, 140)))] = data.draw(st.integers(0, 255))
             path.write_bytes(content)
             sign(folder)
-        again = {key: getattr(fitted_once(name), key) for key in config["given_again"]}
+        again = CASES[name].needed_again(fitted_once(name), config)
         error = refusal_of(lambda: adaptexit.load(folder, **again))
         assert error is None or str(folder) in str(error) or "given to load" in str(error), repr(error)
     finally:

@@ -115,6 +115,11 @@ class Case:
             again |= {"base": FrozenEstimator(base), "saver": saver}
         return again
 
+    def needed_again(self, model, config):
+        """Those of them that the config of a save does not hold."""
+        again = self.given_again(model)
+        return {name: again[name] for name in config["given_again"]}
+
 
 CASES = {
     "two modules": Case(pair),

@@ -2,6 +2,7 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -326,4 +327,15 @@ def test_a_run_at_the_same_time_is_let_alone(tmp_path):
         assert len(names(tmp_path)) == 2
         (scratch / "first.txt").write_text("first")
     assert names(tmp_path / "here") == ["first.txt", "made.json"]
+    assert names(tmp_path) == ["here"]
+
+
+def test_many_may_write_one_folder_at_once(tmp_path):
+    def write_some(text):
+        for _ in range(25):
+            write(tmp_path / "here", text)
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(write_some, ["first", "second"] * 2))
+    assert names(tmp_path / "here") in (["first.txt", "made.json"], ["made.json", "second.txt"])
     assert names(tmp_path) == ["here"]
