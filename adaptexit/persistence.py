@@ -34,7 +34,7 @@ from adaptexit.saved_config import (
     is_described,
     read_config,
     registry,
-    signed,
+    with_checksum,
 )
 from adaptexit.utils.files import naming, sha256_of, write_text
 from adaptexit.utils.folders import put_back, written_whole
@@ -44,7 +44,15 @@ MACHINE = ("device", "cache_dir")
 
 
 def save(estimator: Any, folder: str | os.PathLike[str]) -> None:
-    """Write a fitted estimator; an earlier save in the same folder is replaced whole."""
+    """Write a fitted estimator; an earlier save in the same folder is replaced whole.
+
+    Raises
+    ------
+    FileExistsError
+        If something else lies there, or beside an earlier save in the folder: nothing is then written or deleted.
+    OSError
+        If a file cannot be written, which it names; the earlier save stays.
+    """
     params, given_again = _described(estimator)
     state, tensors = estimator._get_state()
     config = {
@@ -68,7 +76,7 @@ def save(estimator: Any, folder: str | os.PathLike[str]) -> None:
         files = sorted(path for path in scratch.rglob("*") if path.is_file())
         config["files"] = {path.relative_to(scratch).as_posix(): sha256_of(path) for path in files}
         text = json.dumps(config, indent=2, allow_nan=False, default=plain) + "\n"
-        write_text(scratch / CONFIG_FILE, signed(text))
+        write_text(scratch / CONFIG_FILE, with_checksum(text))
 
 
 def load(folder: str | os.PathLike[str], **given: Any) -> adaptexit.CascadeSaver | adaptexit.MultiExitClassifier:

@@ -99,7 +99,7 @@ STATES = {
 """What each estimator writes of what it learned. The calibrator checks its own part."""
 
 
-def signed(text: str) -> str:
+def with_checksum(text: str) -> str:
     """The text of a config with its own checksum in the place left for it."""
     return text.replace(UNSIGNED, hashlib.sha256(text.encode()).hexdigest(), 1)
 

@@ -129,9 +129,9 @@ def test_no_path_leads_out_of_the_folder(save_of, name):
 
 def write_unchecked(folder, config):
     """As ``sign``, the files left as the config names them."""
-    from adaptexit.saved_config import UNSIGNED, signed
+    from adaptexit.saved_config import UNSIGNED, with_checksum
 
-    (folder / "config.json").write_text(signed(json.dumps(config | {"sha256": UNSIGNED})))
+    (folder / "config.json").write_text(with_checksum(json.dumps(config | {"sha256": UNSIGNED})))
 
 
 @pytest.mark.parametrize(

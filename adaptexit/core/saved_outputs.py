@@ -39,13 +39,13 @@ _HEADER = {
 }  # fmt: skip
 
 
-def write_outputs(folder: str | os.PathLike[str], described: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
-    """Write arrays by name and what describes them; an earlier folder of outputs is replaced whole."""
+def write_outputs(folder: str | os.PathLike[str], header: dict[str, Any], arrays: dict[str, NDArray[Any]]) -> None:
+    """Write arrays by name, and a header; an earlier folder of outputs is replaced whole."""
     with written_whole(folder, OUTPUTS_FOLDER) as scratch:
         for name, array in arrays.items():
             write_array(scratch / f"{name}.npy", array)
-        header = {"format": FORMAT_VERSION} | described | {"arrays": list(arrays)}
-        write_text(scratch / OUTPUTS_FOLDER.marker, json.dumps(header, indent=2) + "\n")
+        whole_header = {"format": FORMAT_VERSION} | header | {"arrays": list(arrays)}
+        write_text(scratch / OUTPUTS_FOLDER.marker, json.dumps(whole_header, indent=2) + "\n")
 
 
 def read_outputs(folder: str | os.PathLike[str], *, mmap: bool) -> dict[str, Any]:
@@ -61,28 +61,28 @@ def read_outputs(folder: str | os.PathLike[str], *, mmap: bool) -> dict[str, Any
     path = source / OUTPUTS_FOLDER.marker
     if not path.exists():
         raise FileNotFoundError(f"folder must hold ExitOutputs written by save; there is no {path.name} in {source}.")
-    described = parsed_json(read_bytes(path), path)
-    version = described.get("format") if isinstance(described, dict) else None
+    header = parsed_json(read_bytes(path), path)
+    version = header.get("format") if isinstance(header, dict) else None
     if version != FORMAT_VERSION:
         raise ValueError(
             f"{path} has format {version!r}; this version reads format {FORMAT_VERSION}. "
             "Record the outputs again, or read them with the version that wrote them."
         )
     with naming(path):
-        check_form(described, _HEADER, "header")
-    arrays = {name: read_array(source / f"{name}.npy", mmap=mmap) for name in described["arrays"]}
-    _check_shapes(described, arrays, source)
+        check_form(header, _HEADER, "header")
+    arrays = {name: read_array(source / f"{name}.npy", mmap=mmap) for name in header["arrays"]}
+    _check_shapes(header, arrays, source)
     fields: dict[str, Any] = {name: arrays.get(name) for name in ARRAYS}
     fields["features"] = [array for name, array in arrays.items() if name.startswith("features_")] or None
     fields |= {name: np.array(arrays[name]) for name in ("stage_costs", "exit_costs")}
-    return fields | {name: described.get(name) for name in ("n_classes", "chained", "cost_unit")}
+    return fields | {name: header.get(name) for name in ("n_classes", "chained", "cost_unit")}
 
 
-def _check_shapes(described: dict[str, Any], arrays: dict[str, NDArray[Any]], folder: Path) -> None:
+def _check_shapes(header: dict[str, Any], arrays: dict[str, NDArray[Any]], folder: Path) -> None:
     """Refuse arrays of other shapes than a header says, without reading them, and outputs that lack some."""
-    n_exits, n_samples = described["n_exits"], described["n_samples"]
+    n_exits, n_samples = header["n_exits"], header["n_samples"]
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("predictions", "scores", "quality"), (n_exits, n_samples))
-    shapes |= {"labels": (n_samples,), "logits": (n_exits, n_samples, described["n_classes"])}
+    shapes |= {"labels": (n_samples,), "logits": (n_exits, n_samples, header["n_classes"])}
     shapes |= dict.fromkeys(("stage_costs", "exit_costs"), (n_exits,))
     for name, array in arrays.items():
         with naming(folder / f"{name}.npy"):

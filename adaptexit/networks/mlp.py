@@ -96,8 +96,10 @@ def restored_mlp(described: dict[str, Any], weights: dict[str, Tensor]) -> MLP:
     shapes = {f"hidden.{i}.0.weight": (b, a) for i, (a, b) in enumerate(pairwise(widths))}
     for name, shape in (shapes | {"output.weight": (described["n_classes"], widths[-1])}).items():
         if name not in weights or tuple(weights[name].shape) != shape:
-            came = tuple(weights[name].shape) if name in weights else "none"
-            raise ValueError(f"the saved weights do not fit the widths {widths}: {name} must be {shape}; got {came}.")
+            own_shape = tuple(weights[name].shape) if name in weights else "none"
+            raise ValueError(
+                f"the saved weights do not fit the widths {widths}: {name} must be {shape}; got {own_shape}."
+            )
     return new_mlp(described).to(next(iter(weights.values())).dtype)
 
 

@@ -146,10 +146,10 @@ def _in_the_way(target: Path, kind: Kind) -> str:
     if kind.marker not in paths:
         return _listed(paths)
     try:
-        described = kind.describes(json.loads((target / kind.marker).read_bytes()))
+        is_ours = kind.describes(json.loads((target / kind.marker).read_bytes()))
     except (ValueError, RecursionError):
-        described = False
-    if not described:
+        is_ours = False
+    if not is_ours:
         return f"a {kind.marker} of another kind, or a damaged one"
     return _listed([path for path in paths if not kind.contents.fullmatch(path)])
 

@@ -25,7 +25,7 @@ from adaptexit import (
     ThresholdCalibrator,
     ZTWRecipe,
 )
-from adaptexit.saved_config import UNSIGNED, signed
+from adaptexit.saved_config import UNSIGNED, with_checksum
 from adaptexit.utils.files import sha256_of
 from tests.nets import (
     QUICK,
@@ -228,7 +228,7 @@ def sign(folder, config=None):
     config = config_of(folder) if config is None else config
     paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "config.json")
     files = {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
-    (folder / "config.json").write_text(signed(json.dumps({**config, "sha256": UNSIGNED, "files": files})))
+    (folder / "config.json").write_text(with_checksum(json.dumps({**config, "sha256": UNSIGNED, "files": files})))
 
 
 def some(case):
