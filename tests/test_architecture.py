@@ -18,7 +18,7 @@ FLOORS = [
     {"networks"},
     {"training"},
     {"calibrators"},
-    {"predictor", "reporting", "persistence", "base", "cascade", "multi_exit", "comparison"},
+    {"predictor", "reporting", "persistence", "saved_config", "base", "cascade", "multi_exit", "comparison"},
 ]
 """From the ground up; a room knows those on its own floor and below. Displays know the core alone, inside calls."""
 

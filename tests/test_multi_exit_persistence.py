@@ -1,4 +1,3 @@
-import json
 import warnings
 
 import numpy as np
@@ -16,7 +15,7 @@ from torch import nn
 
 import adaptexit
 from adaptexit import CalibrationWarning, FrozenRecipe, MultiExitClassifier, ThresholdCalibrator
-from tests.contract.cases import assert_same, config_of, random_states
+from tests.contract.cases import assert_same, config_of, random_states, sign
 from tests.nets import (
     assert_same_branches,
     branched,
@@ -227,6 +226,7 @@ def test_weights_are_strict(scratch, change):
     else:
         tensors["heads.7.net.0.weight" if change == "extra head" else "backbone.new.weight"] = torch.zeros(2)
     safetensors.torch.save_file(tensors, scratch / "model.safetensors")
+    sign(scratch)
     with pytest.raises(ValueError, match="do not fit"):
         adaptexit.load(scratch, backbone=branched_trained(), head=flat_head)
 
@@ -234,6 +234,6 @@ def test_weights_are_strict(scratch, change):
 def test_other_cuts_in_the_file_are_refused(scratch):
     config = config_of(scratch)
     config["state"]["cuts"][1] = "twice"
-    (scratch / "config.json").write_text(json.dumps(config))
+    sign(scratch, config)
     with pytest.raises(ValueError, match="has no 'twice'"):
         adaptexit.load(scratch, backbone=branched_trained(), head=flat_head)

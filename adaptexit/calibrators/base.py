@@ -18,6 +18,7 @@ from adaptexit.core.policy import ThresholdPolicy, recorded_scores
 from adaptexit.core.routing import exit_index
 from adaptexit.core.scores import resolve_score, widened
 from adaptexit.utils.learning import twin_of
+from adaptexit.utils.schema import check_form, whole
 
 Memory = NDArray[Any] | None
 ScoreName = Literal["recorded", "max_proba", "entropy", "margin"]
@@ -158,9 +159,20 @@ class Calibrator(BaseEstimator):
         return {"frontier": header, "point_in_use": self.frontier_.index(self.point_)}, arrays
 
     def set_state(self, state: dict[str, Any], arrays: dict[str, NDArray[np.float64]], outputs: ExitOutputs) -> None:
-        """Take back what :meth:`get_state` gave; ``outputs`` are those of the calibration."""
-        self.frontier_ = ParetoFrontier.from_arrays(state["frontier"], arrays)
-        self.point_ = self.frontier_.points[state["point_in_use"]]
+        """Take back what :meth:`get_state` gave; ``outputs`` are those of the calibration.
+
+        Raises
+        ------
+        ValueError
+            For a state, arrays or outputs that do not belong together.
+        """
+        check_form(state, {"frontier": dict, "point_in_use": whole(0), "*": object}, "calibrator")
+        frontier = ParetoFrontier.from_arrays(state["frontier"], arrays)
+        check_form(state["point_in_use"], whole(0, len(frontier.points) - 1), "calibrator.point_in_use")
+        check_outputs(outputs, frontier.points[0].cutoffs)
+        if frontier.n_samples != outputs.n_samples:
+            raise ValueError(f"outputs must be the {frontier.n_samples} calibrated on; got {outputs.n_samples}.")
+        self.frontier_, self.point_ = frontier, frontier.points[state["point_in_use"]]
         self.costs_ = outputs.pricing.charged(self.extra_costs_, self.remembers)
 
 

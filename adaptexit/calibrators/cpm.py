@@ -15,7 +15,7 @@ from adaptexit.core.margins import BOUNDS, MARGINS, Bound, Rule, class_precision
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.exceptions import CalibrationWarning, warn
 from adaptexit.utils.learning import learned_at_once
-from adaptexit.utils.validation import check_switch, check_whole, checked_number
+from adaptexit.utils.validation import check_switch, check_whole, checked_number, stored_array
 
 MOST_NAMED = 5
 
@@ -162,7 +162,7 @@ class CPMCalibrator(ScoreCalibrator):
 
     def set_state(self, state: dict[str, Any], arrays: dict[str, NDArray[np.float64]], outputs: ExitOutputs) -> None:
         super().set_state(state, arrays, outputs)
-        self.precision_ = arrays["precision"]
+        self.precision_ = stored_array(arrays, "precision", (outputs.n_classes,), "nan")
 
 
 def _plain(outputs: ExitOutputs) -> OperatingPoint:

@@ -16,7 +16,8 @@ from adaptexit.core.frontier import ParetoFrontier, evaluate
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.search.shares import frontier_of_shares
 from adaptexit.utils.learning import learned_at_once
-from adaptexit.utils.validation import check_whole, checked_number, checked_settings
+from adaptexit.utils.schema import check_form, whole
+from adaptexit.utils.validation import check_whole, checked_number, checked_settings, stored_array
 
 if TYPE_CHECKING:
     from adaptexit.calibrators.eenet_scorers import Scorer
@@ -273,9 +274,15 @@ class EENetScheduler(Calibrator):
         from adaptexit.calibrators.eenet_scorers import Scorer
         from adaptexit.calibrators.small_modules import restored
 
+        early = outputs.n_exits - 1
+        classes = whole(outputs.n_classes or 1, outputs.n_classes) if early else None
+        form = {"n_scorers": whole(early, early), "in_macs": bool, "n_classes": classes, "*": object}
+        check_form(state, form, "calibrator")
+
         def blank(k: int) -> Scorer:
+            stored_array(arrays, f"scorer_{k}.net.weight", (1, Scorer.macs_of(state["n_classes"], k)))
             return Scorer(state["n_classes"], k)
 
-        self._in_macs, self.shares_ = state["in_macs"], arrays["shares"]
+        self._in_macs, self.shares_ = state["in_macs"], stored_array(arrays, "shares", (outputs.n_exits,))
         self.scorers_ = restored("scorer", arrays, blank, state["n_scorers"])
         super().set_state(state, arrays, outputs)

@@ -19,7 +19,8 @@ from adaptexit.core.scores import widened
 from adaptexit.core.search import SEARCHES, SearchName, search_thresholds
 from adaptexit.exceptions import warn
 from adaptexit.utils.learning import learned_at_once
-from adaptexit.utils.validation import check_switch, check_whole, checked_number, checked_settings
+from adaptexit.utils.schema import check_form, whole
+from adaptexit.utils.validation import check_switch, check_whole, checked_number, checked_settings, stored_array
 
 if TYPE_CHECKING:
     from adaptexit.calibrators.em_routers import Router
@@ -353,8 +354,12 @@ class EMRouter(Calibrator):
         from adaptexit.calibrators.em_routers import Router
         from adaptexit.calibrators.small_modules import restored
 
+        early = outputs.n_exits - 1
+        form = {"n_routers": whole(early, early), "in_macs": bool, "reads_logits": bool, "*": object}
+        check_form(state, form, "calibrator")
+
         def blank(k: int) -> Router:
-            hidden, width = arrays[f"router_{k}.net.0.weight"].shape
+            hidden, width = stored_array(arrays, f"router_{k}.net.0.weight", (None, None)).shape
             return Router(width, hidden)
 
         self._in_macs, self._reads_logits = state["in_macs"], state["reads_logits"]

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from adaptexit.staging.contexts import random_state_kept
+from adaptexit.utils.validation import stored_array
 
 Floats = NDArray[np.float64]
 
@@ -61,7 +62,8 @@ def restored(prefix: str, arrays: dict[str, Floats], make: Callable[[int], nn.Mo
     with random_state_kept():
         for k in range(n):
             module = make(k)
-            names = module.state_dict()
-            module.load_state_dict({name: rows_of(arrays[f"{prefix}_{k}.{name}"]) for name in names})
+            shapes = {name: tuple(tensor.shape) for name, tensor in module.state_dict().items()}
+            own = {name: stored_array(arrays, f"{prefix}_{k}.{name}", shape) for name, shape in shapes.items()}
+            module.load_state_dict({name: rows_of(array) for name, array in own.items()})
             modules.append(module.eval().double())
     return modules

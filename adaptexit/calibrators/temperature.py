@@ -16,6 +16,7 @@ from adaptexit.core.scores import max_proba, widened
 from adaptexit.core.search import SearchName
 from adaptexit.core.temperature import fit_temperature
 from adaptexit.utils.learning import learned_at_once
+from adaptexit.utils.validation import stored_array
 
 
 class TemperatureCalibrator(ThresholdCalibrator):
@@ -89,7 +90,10 @@ class TemperatureCalibrator(ThresholdCalibrator):
 
     def set_state(self, state: dict[str, Any], arrays: dict[str, NDArray[np.float64]], outputs: ExitOutputs) -> None:
         super().set_state(state, arrays, outputs)
-        self.temperatures_ = arrays["temperatures"]
+        temperatures = stored_array(arrays, "temperatures", (outputs.n_exits,))
+        if (temperatures <= 0).any():
+            raise ValueError(f"array temperatures must be above 0; got {temperatures.tolist()}.")
+        self.temperatures_ = temperatures
 
 
 def _scaled(outputs: ExitOutputs, temperatures: NDArray[np.float64]) -> ExitOutputs:

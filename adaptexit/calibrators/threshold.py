@@ -13,7 +13,11 @@ from adaptexit.calibrators.base import ScoreCalibrator, ScoreName, check_outputs
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.search import SEARCHES, SearchName, SearchReport, search_thresholds
 from adaptexit.utils.learning import learned_at_once
+from adaptexit.utils.schema import check_form
 from adaptexit.utils.validation import checked_number
+
+_REPORT = {"search": tuple(SEARCHES), "bagged": bool, "reason": str}
+"""A search report, as JSON holds it."""
 
 
 class ThresholdCalibrator(ScoreCalibrator):
@@ -120,4 +124,5 @@ class ThresholdCalibrator(ScoreCalibrator):
 
     def set_state(self, state: dict[str, Any], arrays: dict[str, NDArray[np.float64]], outputs: ExitOutputs) -> None:
         super().set_state(state, arrays, outputs)
+        check_form(state, {"search_report": _REPORT, "*": object}, "calibrator")
         self.search_report_ = SearchReport(**state["search_report"])

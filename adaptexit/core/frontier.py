@@ -14,7 +14,8 @@ from numpy.typing import ArrayLike, NDArray
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.routing import exit_index, summarise, switched_on
 from adaptexit.utils.frames import as_frame
-from adaptexit.utils.validation import checked_number, checked_relative_cost
+from adaptexit.utils.schema import check_form, whole
+from adaptexit.utils.validation import checked_number, checked_relative_cost, stored_array
 
 if TYPE_CHECKING:
     import pandas
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
     import adaptexit
 
 Floats = NDArray[np.float64]
+
+_DESCRIPTION = {"full_accuracy": float, "n_samples": whole(1), "params": [dict]}
+"""Of a frontier, as :meth:`ParetoFrontier.to_arrays` gives it beside the arrays."""
 
 TOLERANCE = 1e-9
 """Slack in comparing accuracies and relative costs, far below one sample in any data set."""
@@ -209,7 +213,22 @@ class ParetoFrontier:
 
     @classmethod
     def from_arrays(cls, described: dict[str, Any], arrays: dict[str, Floats]) -> ParetoFrontier:
-        """What :meth:`to_arrays` took apart."""
+        """What :meth:`to_arrays` took apart; a ValueError for what it cannot have given."""
+        check_form(described, _DESCRIPTION, "frontier")
+        n_points, by_class = len(described["params"]), np.ndim(arrays.get("cutoffs", 0)) == 3
+        shape = stored_array(arrays, "cutoffs", (n_points, None, None) if by_class else (n_points, None), "inf").shape
+        n_exits = shape[1]
+        for name in ("thresholds", "cutoffs"):
+            limits = stored_array(arrays, name, shape, "inf")
+            if not np.isneginf(limits[:, -1]).all():
+                raise ValueError(f"array {name} must end in -inf, as the last exit takes everybody.")
+        for name in ("accuracy", "cost"):
+            stored_array(arrays, name, (n_points,))
+        for name in ("fixed_accuracy", "fixed_cost"):
+            stored_array(arrays, name, (n_exits,))
+        rates = stored_array(arrays, "exit_rates", (n_points, n_exits))
+        if (rates < 0).any() or (arrays["cost"] < 0).any():
+            raise ValueError("arrays exit_rates and cost must not be negative; they are.")
         points = [
             OperatingPoint(
                 accuracy=float(arrays["accuracy"][i]),

@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,10 @@ from numpy.typing import ArrayLike, NDArray
 
 from adaptexit.core.answer import Answer
 from adaptexit.core.costs import Costs
+from adaptexit.core.saved_outputs import ARRAYS, read_outputs, write_outputs
 from adaptexit.core.scores import resolve_score, widened
-from adaptexit.utils.folders import read_arrays, write_arrays, written_whole
+from adaptexit.utils.files import naming
 from adaptexit.utils.validation import check_finite, check_shape, compact_classes
-
-FORMAT_VERSION = 1
-MARKER = "outputs.json"
-_ARRAYS = ("predictions", "scores", "labels", "stage_costs", "exit_costs", "logits", "quality")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -199,7 +197,7 @@ class ExitOutputs:
     def _replace(self, **fields: Any) -> ExitOutputs:
         """A copy with some fields exchanged, not validated again."""
         copy = object.__new__(ExitOutputs)
-        for name in (*_ARRAYS, "features", "n_classes", "chained", "cost_unit"):
+        for name in (*ARRAYS, "features", "n_classes", "chained", "cost_unit"):
             object.__setattr__(copy, name, fields.get(name, getattr(self, name)))
         return copy
 
@@ -294,14 +292,13 @@ class ExitOutputs:
 
     def save(self, folder: str | os.PathLike[str]) -> None:
         """Write a folder of ``.npy`` files and one JSON file; an earlier one of the same name is replaced whole."""
-        arrays = {name: getattr(self, name) for name in _ARRAYS if getattr(self, name) is not None}
+        arrays = {name: getattr(self, name) for name in ARRAYS if getattr(self, name) is not None}
         arrays |= {f"features_{k}": feature for k, feature in enumerate(self.features or [])}
         described = {
-            "format": FORMAT_VERSION, "n_classes": self.n_classes, "chained": self.chained,
-            "cost_unit": self.cost_unit, "n_exits": self.n_exits, "n_samples": self.n_samples,
+            "n_classes": self.n_classes, "chained": self.chained, "cost_unit": self.cost_unit,
+            "n_exits": self.n_exits, "n_samples": self.n_samples,
         }  # fmt: skip
-        with written_whole(folder, MARKER) as scratch:
-            write_arrays(scratch, MARKER, described, arrays)
+        write_outputs(folder, described, arrays)
 
     @classmethod
     def load(cls, folder: str | os.PathLike[str], *, mmap: bool = False) -> ExitOutputs:
@@ -313,20 +310,19 @@ class ExitOutputs:
         mmap : bool, default=False
             Leave the arrays on disk and map them read-only, for outputs larger than memory. Shapes are checked;
             the values, validated when they were recorded, are not read for it.
+
+        Raises
+        ------
+        FileNotFoundError, ValueError
+            For what is no such folder, or a damaged one: the message names the file.
         """
-        described, read = read_arrays(folder, MARKER, FORMAT_VERSION, "ExitOutputs", mmap=mmap)
-        shape = (described["n_exits"], described["n_samples"])
-        for name in ("predictions", "scores", "quality"):
-            if name in read:
-                check_shape(read[name], shape, name)
-        features = [array for name, array in read.items() if name.startswith("features_")]
+        fields = read_outputs(folder, mmap=mmap)
+        if not mmap:
+            with naming(Path(folder)):
+                return cls(**fields)
         store = _Setter(outputs := object.__new__(cls))
-        for name in _ARRAYS:
-            setattr(store, name, read.get(name))
-        store.features = features or None
-        store.n_classes, store.chained = described["n_classes"], described["chained"]
-        store.cost_unit = described.get("cost_unit")
-        store.stage_costs, store.exit_costs = np.array(read["stage_costs"]), np.array(read["exit_costs"])
+        for name, value in fields.items():
+            setattr(store, name, value)
         return outputs
 
     def __repr__(self) -> str:

@@ -165,11 +165,24 @@ def restored_network(
 ) -> Network:
     """The network that was described; the backbone is cut and verified anew."""
     if "cuts" not in state:
+        if not is_native(model.module):
+            raise ValueError("backbone must be a network built with exits, as the one saved; it has none.")
         return NativeNetwork(model)
     exits = None if given_as_stages else state["cuts"]
     layout = dict(zip(state["cuts"], map(_told_layout, state["features"]), strict=True))
-    parts, _ = staged_backbone(model.module, exits, tensors["example"].to(model.device), layout)
+    if "example" not in tensors:
+        raise ValueError("the saved weights must hold an example of the inputs; they do not.")
+    parts, actual = staged_backbone(model.module, exits, tensors["example"].to(model.device), layout)
     specs = [FeatureSpec(**fields) for fields in state["features"]]
+    # Heads are made for these sizes, so they have to be the network's before that.
+    shapes, real_shapes = [spec.shape for spec in specs], [spec.shape for spec in actual]
+    with evaluating([model.module]), torch.no_grad():
+        width = logits_in(model.module(parts.example[:2].clone()), "backbone").shape[-1]
+    if shapes != real_shapes or width != n_classes:
+        raise ValueError(
+            f"the backbone must give the features and logits that were saved, {shapes} and {n_classes}; got "
+            f"{real_shapes} and {width}."
+        )
     heads = new_heads(head, specs, model, n_classes, 0)
     numbers = {str(k) for k in range(len(heads))}
     if extra := sorted(n for n in tensors if n.startswith("heads.") and n.split(".")[1] not in numbers):

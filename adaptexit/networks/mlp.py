@@ -17,7 +17,7 @@ from adaptexit.data.classes import hold_out
 from adaptexit.networks.models import is_fitted, is_scikit
 from adaptexit.staging.contexts import random_state_kept
 
-_ACTIVATIONS: dict[str, type[nn.Module]] = {
+ACTIVATIONS: dict[str, type[nn.Module]] = {
     "relu": nn.ReLU, "tanh": nn.Tanh, "logistic": nn.Sigmoid, "identity": nn.Identity,
 }  # fmt: skip
 
@@ -41,7 +41,7 @@ class MLP(nn.Module):
     def __init__(self, widths: Sequence[int], n_classes: int, activation: str = "relu") -> None:
         super().__init__()
         self.hidden = nn.Sequential(
-            *(nn.Sequential(nn.Linear(*pair), _ACTIVATIONS[activation]()) for pair in pairwise(widths))
+            *(nn.Sequential(nn.Linear(*pair), ACTIVATIONS[activation]()) for pair in pairwise(widths))
         )
         self.output = nn.Linear(widths[-1], n_classes)
         self.feature_info = [{"module": f"hidden.{i}", "num_chs": width} for i, width in enumerate(widths[1:])]
@@ -91,7 +91,15 @@ def new_mlp(described: dict[str, Any]) -> MLP:
 
 
 def restored_mlp(described: dict[str, Any], weights: dict[str, Tensor]) -> MLP:
-    """A network for saved weights, in their precision."""
+    """A network for saved weights, in their precision; widths that are not theirs are refused before it is made."""
+    widths = described["widths"]
+    shapes = {f"hidden.{i}.0.weight": (b, a) for i, (a, b) in enumerate(pairwise(widths))}
+    for name, shape in (shapes | {"output.weight": (described["n_classes"], widths[-1])}).items():
+        if name not in weights or tuple(weights[name].shape) != shape:
+            own_shape = tuple(weights[name].shape) if name in weights else "none"
+            raise ValueError(
+                f"the saved weights do not fit the widths {widths}: {name} must be {shape}; got {own_shape}."
+            )
     return new_mlp(described).to(next(iter(weights.values())).dtype)
 
 

@@ -158,13 +158,14 @@ def collect(
             collecting.run_over(batches, run, memory_limit=memory_limit)
             return collecting.in_memory_or_temporary()
     shelf = Shelf(Path(folder), model_name(key, half, len(reducers)))
-    n_read = None
+    n_read, replace = None, isinstance(batches, Iterator)  # whose features were never looked up
     if shelf.has_entries() and not isinstance(batches, Iterator):
         inputs, n_read, first = inputs_hash(batches)
         if first is not None and (entry := shelf.find(inputs, check=True)) is not None:
             cache = _cache_of(*entry)
             if _holds(cache, first, run, reducers, half):
                 return cache
+            replace = True
     with shelf.scratch() as scratch:
         digest = Digest()
         with _Collecting(reducers, half) as collecting:
@@ -176,9 +177,7 @@ def collect(
                     f"and {collecting.n_samples} when they were run. Give a source that can be read again or no folder."
                 )
             header = collecting.header()
-        inputs = digest.result()
-        shelf.keep(scratch, inputs, header)
-    entry = shelf.find(inputs, check=False)
+        entry = shelf.keep(scratch, digest.result(), header, replace=replace)
     if entry is None:
         raise OSError(f"the features written to {folder} cannot be read back. Look whether that disk is full or gone.")
     return _cache_of(*entry)

@@ -22,6 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from adaptexit.utils.folders import locked
+
 try:
     import fcntl
 except ImportError:  # Windows: what killed runs left is then never cleared away, but never trusted either
@@ -143,15 +145,25 @@ class Shelf:
             finally:
                 shutil.rmtree(workshop, ignore_errors=True)
 
-    def keep(self, scratch: Path, inputs: str, columns: list[dict[str, Any]]) -> None:
-        """Finish what was written to ``scratch`` and put it in its place, instead of what lies there."""
+    def keep(
+        self, scratch: Path, inputs: str, columns: list[dict[str, Any]], *, replace: bool
+    ) -> tuple[list[NDArray[Any]], list[torch.dtype]] | None:
+        """Finish what was written to ``scratch``, put it in its place, and give what :meth:`find` finds there.
+
+        Without ``replace``, an entry that another run has finished meanwhile stays and is taken.
+        """
         content = {"format": FORMAT_VERSION, "model": self.model, "inputs": inputs, "columns": columns}
         header = {"described": content, "checksum": _checksum(content)}
         (scratch / "header.json").write_text(json.dumps(header, indent=2))
-        entry = self._entry(inputs)
-        if entry.exists():
-            os.replace(entry, scratch.parent / "old")
-        os.replace(scratch, entry)
+        with locked(self.folder):  # until the files are mapped, which no later move can change
+            entry = None if replace else self.find(inputs, check=True)
+            if entry is None:
+                place = self._entry(inputs)
+                if place.exists():
+                    os.replace(place, scratch.parent / "old")
+                os.replace(scratch, place)
+                entry = self.find(inputs, check=False)
+        return entry
 
     def _entry(self, inputs: str) -> Path:
         return self.folder / f"{self.model[:24]}-{inputs[:24]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from numbers import Integral
 from typing import Any
 
@@ -75,6 +76,27 @@ def check_shape(array: NDArray[Any], shape: tuple[int, ...], name: str) -> None:
     """Refuse an array of another shape."""
     if array.shape != shape:
         raise ValueError(f"{name} must have shape {shape}; got shape {array.shape}.")
+
+
+def stored_array(
+    arrays: Mapping[str, NDArray[Any]], name: str, shape: tuple[int | None, ...], allowed: str = ""
+) -> NDArray[np.float64]:
+    """One of the arrays that were read from a file, of that shape (None: any length).
+
+    It holds floats, finite ones unless ``allowed`` names "inf" or "nan".
+    """
+    array = arrays.get(name)
+    if array is None:
+        raise ValueError(f"array {name} is missing.")
+    if len(array.shape) != len(shape) or any(
+        size not in (None, length) for size, length in zip(shape, array.shape, strict=True)
+    ):
+        raise ValueError(f"array {name} must have shape {shape}; got shape {array.shape}.")
+    if array.dtype.kind != "f":
+        raise ValueError(f"array {name} must hold floats; got dtype {array.dtype}.")
+    if (np.isnan(array).any() and allowed != "nan") or (np.isinf(array).any() and allowed != "inf"):
+        raise ValueError(f"array {name} must be finite{f' or {allowed}' if allowed else ''}; it is not.")
+    return array
 
 
 def check_finite(rows: NDArray[Any] | list[NDArray[Any]], name: str) -> None:

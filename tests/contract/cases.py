@@ -25,6 +25,8 @@ from adaptexit import (
     ThresholdCalibrator,
     ZTWRecipe,
 )
+from adaptexit.saved_config import UNSIGNED, with_checksum
+from adaptexit.utils.files import sha256_of
 from tests.nets import (
     QUICK,
     branched,
@@ -112,6 +114,11 @@ class Case:
             saver, base = (head.classifier for head in model.heads_)
             again |= {"base": FrozenEstimator(base), "saver": saver}
         return again
+
+    def needed_again(self, model, config):
+        """Those of them that the config of a save does not hold."""
+        again = self.given_again(model)
+        return {name: again[name] for name in config["given_again"]}
 
 
 CASES = {
@@ -215,6 +222,14 @@ def config_of(folder):
         raise AssertionError(f"{constant} is not JSON")
 
     return json.loads((folder / "config.json").read_text(), parse_constant=refuse)
+
+
+def sign(folder, config=None):
+    """Give a save that a test has changed the checksums of what now lies there."""
+    config = config_of(folder) if config is None else config
+    paths = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "config.json")
+    files = {path.relative_to(folder).as_posix(): sha256_of(path) for path in paths}
+    (folder / "config.json").write_text(with_checksum(json.dumps({**config, "sha256": UNSIGNED, "files": files})))
 
 
 def some(case):

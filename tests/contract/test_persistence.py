@@ -18,7 +18,7 @@ from torch import nn
 import adaptexit
 from adaptexit import ThresholdCalibrator
 from adaptexit.core.scores import max_proba
-from adaptexit.persistence import FORMAT_VERSION
+from adaptexit.saved_config import FORMAT_VERSION
 from tests.contract.cases import (
     CASES,
     IMAGES,
@@ -233,7 +233,7 @@ def test_a_copy_shares_no_weights(case, model, way, tmp_path):
 
 def test_the_config_is_strict_and_names_what_it_cannot_hold(case, model, saved):
     config = config_of(saved)
-    assert config["format"] == FORMAT_VERSION == 2
+    assert config["format"] == FORMAT_VERSION == 3
     assert config["class"] == type(model).__name__
     written, again = set(config["params"]), set(config["given_again"])
     assert not written & again
@@ -338,9 +338,10 @@ def test_the_method_of_the_class(case, model, saved):
 def test_another_format_is_refused(kind, tmp_path):
     fitted_once(kind).save(tmp_path)
     config = config_of(tmp_path)
-    for version in (0, 1, None, "2"):
+    for version in (0, 2, 4, None, "3", True, 3.5):
         (tmp_path / "config.json").write_text(json.dumps(config | {"format": version}))
-        with pytest.raises(ValueError, match=rf"has format {version!r}; this version reads format 2.*that wrote it"):
+        says = rf"config.json has format {version!r}; this version reads format 3\. Read it with the version that wrote"
+        with pytest.raises(ValueError, match=says):
             adaptexit.load(tmp_path)
 
 

@@ -533,6 +533,92 @@ def test_a_run_at_the_same_time_is_let_alone(tmp_path):
     assert len(names(tmp_path)) == 3
 
 
+def test_what_another_run_has_finished_meanwhile_is_taken(tmp_path):
+    net, batches, others = Backbone(), inputs([4, 4]), []
+
+    def run(x, visit):
+        if not others:
+            kept(tmp_path, batches)
+            others.extend((path, path.stat().st_ino) for path in entries(tmp_path)[0].iterdir())
+        return net.run(x, visit)
+
+    cache = collect(batches, run, REDUCERS, folder=tmp_path, key="one")
+    assert_holds(cache, expected(Backbone(), batches))
+    assert all(path.stat().st_ino == number for path, number in others)
+    assert len(names(tmp_path)) == 2
+
+
+def test_what_another_run_has_damaged_meanwhile_is_replaced(tmp_path):
+    net, batches = Backbone(), inputs([4, 4])
+
+    def run(x, visit):
+        if not net.calls:
+            kept(tmp_path, batches)
+            flip(entries(tmp_path)[0] / "logits.bin", 9)
+        return net.run(x, visit)
+
+    cache = collect(batches, run, REDUCERS, folder=tmp_path, key="one")
+    assert_holds(cache, expected(Backbone(), batches))
+    kept(tmp_path, batches, net)
+    assert net.calls == 3
+
+
+TOGETHER = """
+import os, sys, time
+from pathlib import Path
+import adaptexit.training.feature_store as module
+from tests.training.test_feature_cache import Backbone, assert_holds, expected, inputs, kept
+
+batches = inputs([4, 4])
+truth = expected(Backbone(), batches)
+move = os.replace
+
+
+def slow_move(*places):
+    time.sleep(0.05)
+    move(*places)
+
+
+for turn in range(5):
+    gates = [os.pipe() for _ in range(3)]
+    children = []
+    for _, own in gates[1:]:
+        child = os.fork()
+        if child == 0:
+            module.os.replace = slow_move
+            net = Backbone()
+            whole = net.run
+
+            def run(x, visit):
+                if net.calls == 1:  # both wait here, so that neither finds what the other has made
+                    os.write(own, b".")
+                    os.read(gates[0][0], 1)
+                return whole(x, visit)
+
+            net.run = run
+            code = 1
+            try:
+                assert_holds(kept(Path(sys.argv[1]) / str(turn), batches, net), truth)
+                code = 0
+            finally:
+                os._exit(code)
+        children.append(child)
+    for ready, _ in gates[1:]:
+        os.read(ready, 1)
+    os.write(gates[0][1], b"..")
+    assert [os.waitpid(child, 0)[1] for child in children] == [0, 0], turn
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_two_processes_may_finish_the_same_features(tmp_path):
+    run = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", TOGETHER, str(tmp_path)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
+
+
 def flip(path, position):
     content = bytearray(path.read_bytes())
     content[position] ^= 1 << position % 8
