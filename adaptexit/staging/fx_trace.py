@@ -3,7 +3,8 @@
 torch.fx records the calls of all other modules as single nodes. Beside the graph every node carries the values that it
 has on two small batches, one of 2 and one of 3 samples. Where Python has to decide something (``if``, ``int``, ``len``,
 iteration) it decides by these values if both agree, and the graph gets a guard that looks whether they still hold; if
-they differ, the decision hangs on the batch or on the data, and the module cannot be traced.
+they differ, the decision hangs on the batch or on the data, and the module cannot be traced. Whole numbers may differ
+where they follow the number of samples (:mod:`adaptexit.staging.batch_size`).
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import operator
 import threading
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
 from torch.fx.proxy import Attribute, Proxy
 
 from adaptexit.exceptions import SplitError
+from adaptexit.staging.batch_size import Pair, Values, follow_batch_size
 from adaptexit.staging.contexts import evaluating
 from adaptexit.staging.model_state import state_restored
-
-Pair = tuple[Any, Any]
+from adaptexit.staging.recordable import compiled_functions_inlined, record_more
 
 TRACING = threading.RLock()
 """Held by the one thread that traces: torch.fx redirects the calls of all modules in the process meanwhile."""
@@ -47,12 +50,14 @@ class Traced:
     values : dict of node -> (value at batch 2, value at batch 3)
     cut_calls : dict of cut -> its calls
     called : names of the modules called in one piece, in order
+    by_size : why the graph may be wrong, where the forward computes with its number of samples in Python
     """
 
     graph: fx.Graph
-    values: dict[fx.Node, Pair]
+    values: Values
     cut_calls: dict[str, list[CutCall]]
     called: list[str] = field(default_factory=list)
+    by_size: SplitError | None = None
 
     def pair_of(self, output: Any) -> Pair:
         """The values of nested nodes, at batch 2 and at batch 3."""
@@ -73,11 +78,26 @@ def trace(module: nn.Module, cuts: Iterable[str], batches: tuple[Tensor, Tensor]
     SplitError
         If the forward cannot be traced.
     """
-    tracer = _Tracer(set(cuts), batches)
-    with TRACING, evaluating([module]), torch.no_grad(), state_restored(module):
-        call, getattribute = tracer.plain_call, tracer.plain_getattr
+    cuts = set(cuts)
+    with TRACING, evaluating([module]), torch.no_grad(), compiled_functions_inlined():
+        tracer = _traced(module, cuts, batches, 0)
+        graph = tracer.graph
+        if tracer.by_size is not None:
+            other = _traced(module, cuts, batches, 1)
+            if not follow_batch_size(graph, tracer.values, other.graph, other.values):
+                raise tracer.by_size
+    for node in graph.nodes:
+        node.meta.pop("is_wrapped", None)  # code would register the function with torch.fx for good
+    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    return Traced(graph, tracer.values, tracer.cut_calls, called, tracer.by_size)
+
+
+def _traced(module: nn.Module, cuts: set[str], batches: tuple[Tensor, Tensor], which: int) -> _Tracer:
+    tracer = _Tracer(cuts, batches, which)
+    call, getattribute = tracer.plain_call, tracer.plain_getattr
+    with state_restored(module):
         try:
-            graph = tracer.trace(module)
+            tracer.trace(module)
         except SplitError:
             raise
         except Exception as error:
@@ -90,13 +110,13 @@ def trace(module: nn.Module, cuts: Iterable[str], batches: tuple[Tensor, Tensor]
             # Also where a Ctrl-C kept torch.fx from it; no function is called here, so that no other can come between.
             nn.Module.__call__ = call  # type: ignore[method-assign]
             nn.Module.__getattr__ = getattribute  # type: ignore[method-assign]
-    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    return Traced(graph, tracer.values, tracer.cut_calls, called)
+    return tracer
 
 
 _CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "bool": bool, "int": int, "float": float, "index": operator.index, "len": len, "list": list,
 }  # fmt: skip
+_WHOLE = ("int", "index", "len")
 
 
 def _unpatched(method: Any) -> Any:
@@ -118,12 +138,14 @@ def check_unchanged(value: Any, expected: Any, conversion: str) -> None:
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, cuts: set[str], batches: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, cuts: set[str], batches: tuple[Tensor, Tensor], which: int) -> None:
         super().__init__(param_shapes_constant=False)
         self.cuts = cuts
         self.ancestors = {cut[:i] for cut in cuts for i, letter in enumerate(cut) if letter == "."}
         self.batches = batches
-        self.values: dict[fx.Node, Pair] = {}
+        self.which = which  # of both batches, where Python is told a number that differs
+        self.by_size: SplitError | None = None
+        self.values: Values = {}
         self.cut_calls: dict[str, list[CutCall]] = {cut: [] for cut in cuts}
         self.thread = threading.get_ident()
         self.computing = False
@@ -135,6 +157,7 @@ class _Tracer(fx.Tracer):
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         def forward(x: Any) -> Any:
             self._let_others_through()
+            record_more(self.root.get_submodule(name) for name in sorted({"", *self.ancestors}))
             return self.root.forward(x)  # of the instance, other arguments at their defaults
 
         return forward, [self.create_proxy("placeholder", "input", (), {})]
@@ -178,6 +201,8 @@ class _Tracer(fx.Tracer):
         # torch.fx asks that.
         if issubclass(type(a), Proxy):
             return a.node
+        if isinstance(a, np.generic):  # code knows no names of NumPy
+            return a.item()
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and not self._is_attribute(a):
             return self.create_node("call_function", _constant(a), (), {})
         return super().create_arg(a)
@@ -192,7 +217,10 @@ class _Tracer(fx.Tracer):
         node = super().create_node(kind, target, args, kwargs, *rest, **options)
         self.computing = True
         try:
-            self.values[node] = (self._value(node, 0), self._value(node, 1))
+            if self.by_size is None:
+                self.values[node] = (self._value(node, 0), self._value(node, 1))
+            else:  # numbers of the other batch are not known
+                self.values[node] = (self._value(node, self.which),) * 2
         finally:
             self.computing = False
         return node
@@ -213,17 +241,22 @@ class _Tracer(fx.Tracer):
         return args[0] if node.op == "output" else target(*args, **kwargs)
 
     def decided(self, proxy: Proxy, conversion: str) -> Any:
-        """What Python is told about a value: the same on both batches, or nothing."""
-        first, second = (_CONVERSIONS[conversion](value) for value in self.values[proxy.node])
+        """What Python is told about a value: the same on both batches, or a whole number for one of them."""
+        answers = [_CONVERSIONS[conversion](value) for value in self.values[proxy.node]]
+        first, second = answers
         if first != second:
-            raise SplitError(
+            error = SplitError(
                 f"the model's forward takes {conversion}() of {proxy.node.name}, which is {first!r} for 2 samples "
                 f"and {second!r} for 3: it decides by the number of samples or by their content, so that samples could "
                 "not leave independently. Cut at modules that lie less deep, or give the stages explicitly."
             )
+            if conversion not in _WHOLE:
+                raise error
+            self.by_size = error
+        answer = answers[self.which]
         # Nobody uses what the guard returns; torch.fx keeps the node, since no dead code is taken out.
-        self.create_node("call_function", check_unchanged, (proxy.node, first, conversion), {})
-        return first
+        self.create_node("call_function", check_unchanged, (proxy.node, answer, conversion), {})
+        return answer
 
     def to_bool(self, obj: Proxy) -> bool:
         return bool(self.decided(obj, "bool"))
@@ -263,7 +296,16 @@ class _Concrete(Proxy):
     tracer: _Tracer
 
     def __getattr__(self, name: str) -> Any:
+        if name in ("node", "tracer", "root", "attr"):  # not there yet, or what torch.fx raised in looking for it
+            raise AttributeError(name)
+        value = self.tracer.values[self.node][0]
+        if not hasattr(type(value), name):
+            getattr(value, name)  # hasattr is told, and the forward where it does not ask
         return _ConcreteAttribute(self, name)
+
+    def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **kwargs: Any) -> Any:
+        """A function of NumPy, of a size for example."""
+        return self.tracer.create_proxy("call_function", _of_numpy(ufunc, method), args, kwargs)
 
     def __bool__(self) -> bool:
         return self.tracer.to_bool(self)
@@ -306,4 +348,16 @@ def _constant(value: Tensor) -> Callable[[], Tensor]:
     def constant() -> Tensor:
         return value.clone()  # what is made in every run may be written to
 
+    constant.value = value  # type: ignore[attr-defined]
     return constant
+
+
+@cache
+def _of_numpy(ufunc: Any, method: str) -> Callable[..., Any]:
+    """A function with a name that code can be written with."""
+
+    def function(*args: Any, **kwargs: Any) -> Any:
+        return getattr(ufunc, method)(*args, **kwargs)
+
+    function.__name__ = f"numpy_{ufunc.__name__}"
+    return function

@@ -109,7 +109,12 @@ class Split:
         pieces = source.compiled((inputs[:2], inputs[2:5]))
         self._functions: list[StageFunction] | None = pieces.functions
         self._layouts = [_layouts(cut, values) for cut, values in zip(self.cuts, pieces.carried, strict=True)]
-        self.difference = self._verified([_layout_or_none(*pair) for pair in pieces.features], inputs)
+        try:
+            self.difference = self._verified([_layout_or_none(*pair) for pair in pieces.features], inputs)
+        except SplitError as error:
+            if pieces.doubt is None:
+                raise
+            raise pieces.doubt from error
         self.example = shuffled(inputs)
 
     def _verified(self, features: list[Layout | None], inputs: Tensor) -> float:
