@@ -12,6 +12,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -24,9 +25,10 @@ from torch.fx.proxy import Attribute, Proxy
 
 from adaptexit.exceptions import SplitError
 from adaptexit.staging.batch_size import Pair, Values, follow_batch_size
-from adaptexit.staging.contexts import evaluating
+from adaptexit.staging.contexts import autocast_in_use, evaluating
 from adaptexit.staging.model_state import state_restored
 from adaptexit.staging.recordable import compiled_functions_inlined, record_more
+from adaptexit.staging.verify import said
 
 TRACING = threading.RLock()
 """Held by the one thread that traces: torch.fx redirects the calls of all modules in the process meanwhile."""
@@ -94,7 +96,7 @@ def trace(module: nn.Module, cuts: Iterable[str], batches: tuple[Tensor, Tensor]
 
 def _traced(module: nn.Module, cuts: set[str], batches: tuple[Tensor, Tensor], which: int) -> _Tracer:
     tracer = _Tracer(cuts, batches, which)
-    call, getattribute = tracer.plain_call, tracer.plain_getattr
+    call, getattribute, patcher = tracer.plain_call, tracer.plain_getattr, _symbolic_trace.CURRENT_PATCHER
     with state_restored(module):
         try:
             tracer.trace(module)
@@ -103,13 +105,15 @@ def _traced(module: nn.Module, cuts: set[str], batches: tuple[Tensor, Tensor], w
         except Exception as error:
             raise SplitError(
                 f"the forward of {type(module).__name__} cannot be traced through the ancestors of the cuts: "
-                f"{type(error).__name__}: {str(error).rstrip('.')}. Cut at modules that lie less deep, or give the "
-                "stages explicitly."
+                f"{said(error)}. Cut at modules that lie less deep, or give the stages explicitly."
             ) from error
         finally:
             # Also where a Ctrl-C kept torch.fx from it; no function is called here, so that no other can come between.
             nn.Module.__call__ = call  # type: ignore[method-assign]
             nn.Module.__getattr__ = getattribute  # type: ignore[method-assign]
+            if _symbolic_trace.CURRENT_PATCHER is not patcher:
+                _symbolic_trace.CURRENT_PATCHER = patcher
+                tracer.names_given_back()
     return tracer
 
 
@@ -124,6 +128,17 @@ def _unpatched(method: Any) -> Any:
     while getattr(getattr(method, "__code__", None), "co_filename", None) == _symbolic_trace.__file__:
         method = method.__wrapped__
     return method
+
+
+def _overrides_call(module: nn.Module) -> bool:
+    """Whether a class of the user's own does more than nn.Module does in being called."""
+    owner = next(cls for cls in type(module).__mro__ if "__call__" in vars(cls))
+    return owner.__module__.partition(".")[0] != "torch" and not isinstance(module, fx.GraphModule)
+
+
+def called_plainly(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a class that overrides ``__call__`` calls in the end."""
+    return nn.Module.__call__(module, *args, **kwargs)
 
 
 def check_unchanged(value: Any, expected: Any, conversion: str) -> None:
@@ -151,14 +166,18 @@ class _Tracer(fx.Tracer):
         self.computing = False
         self.plain_call = _unpatched(nn.Module.__call__)
         self.plain_getattr = _unpatched(nn.Module.__getattr__)
+        self.precisions = self._precisions()
+        self.patches: list[Any] = []
 
     # -- what is recorded ----------------------------------------------------------------------------------------------
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         def forward(x: Any) -> Any:
+            self.patches = _symbolic_trace.CURRENT_PATCHER.patches_made  # type: ignore[union-attr]
             self._let_others_through()
             record_more(self.root.get_submodule(name) for name in sorted({"", *self.ancestors}))
-            return self.root.forward(x)  # of the instance, other arguments at their defaults
+            # Of the instance, other arguments at their defaults.
+            return self.root(x) if _overrides_call(self.root) else self.root.forward(x)
 
         return forward, [self.create_proxy("placeholder", "input", (), {})]
 
@@ -179,14 +198,24 @@ class _Tracer(fx.Tracer):
 
         nn.Module.__call__, nn.Module.__getattr__ = call, getattribute  # type: ignore[method-assign, assignment]
 
+    def names_given_back(self) -> None:
+        """What names led to, where torch.fx was interrupted before it gave all back."""
+        for patch in reversed(self.patches):
+            if isinstance(patch.frame_dict, dict):
+                with suppress(KeyError):
+                    patch.revert()
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name not in self.ancestors
+        return module_qualified_name not in self.ancestors and m is not self.root
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if not self.recording:  # another thread, before it was let through
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
-        output = super().call_module(m, m.forward, args, kwargs)  # of the ancestors; their hooks are no computation
+        if self.is_leaf_module(m, name) and _overrides_call(m):  # it is recorded what this calls
+            output: Any = self.create_proxy("call_function", called_plainly, (m, *args), kwargs)
+        else:
+            output = super().call_module(m, m.forward, args, kwargs)  # hooks of the ancestors are no computation
         if name in self.cuts:
             # Unused entries of a returned tuple may become nodes only later, so the output is lowered here.
             nodes = self.create_arg(output)
@@ -214,6 +243,11 @@ class _Tracer(fx.Tracer):
         return _Concrete(node, self)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> fx.Node:
+        if self._precisions() != self.precisions:
+            raise SplitError(
+                f"the forward of {type(self.root).__name__} switches autocast between the modules that it calls, which "
+                "stages cannot repeat. Do so inside a module that is called in one piece, or around the whole model."
+            )
         node = super().create_node(kind, target, args, kwargs, *rest, **options)
         self.computing = True
         try:
@@ -224,6 +258,9 @@ class _Tracer(fx.Tracer):
         finally:
             self.computing = False
         return node
+
+    def _precisions(self) -> list[torch.dtype | None]:
+        return [autocast_in_use(device) for device in {batch.device for batch in self.batches}]
 
     # -- the values beside it ------------------------------------------------------------------------------------------
 

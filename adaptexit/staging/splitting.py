@@ -8,7 +8,8 @@ before it was compared with the model itself.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from adaptexit.staging.cuts import check_names, unwrapped
 from adaptexit.staging.fx_trace import TRACING
 from adaptexit.staging.model_state import state_restored
 from adaptexit.staging.pieces import CarriedValue, Chain, StageFunction, TracedModel
-from adaptexit.staging.verify import difference_from_model, distinct, shuffled
+from adaptexit.staging.verify import cause_of_difference, difference_from_model, distinct, said, shuffled
 
 _ILL_CONDITIONED = 1e-2
 """Differences up to this may be rounding in single precision; double precision tells."""
@@ -74,8 +75,27 @@ def from_stages(stages: Sequence[nn.Module], example: Tensor) -> Split:
 
 
 def _verified_split(source: TracedModel | Chain, inputs: Tensor) -> Split:
-    with exact_arithmetic, evaluating([source.module]), torch.no_grad(), state_restored(source.module):
+    module = source.module
+    with exact_arithmetic, evaluating([module]), torch.no_grad(), state_restored(module):
+        _check_runs(module, inputs[:2])
         return Split(source, inputs)
+
+
+def _check_runs(module: nn.Module, inputs: Tensor) -> None:
+    """What the model itself cannot do is no fault of where it is cut."""
+    name, shape = type(module).__name__, tuple(inputs.shape)
+    try:
+        answers = module(inputs.clone())
+    except Exception as error:
+        raise SplitError(
+            f"{name} itself cannot run on the example, here {shape[0]} inputs of shape {shape[1:]} and {inputs.dtype}: "
+            f"{said(error)}. Give an example like the inputs that it takes."
+        ) from error
+    if isinstance(answers, Iterator):
+        raise SplitError(
+            f"{name} returns a {type(answers).__name__}, whose values are made as they are asked for. Wrap it so that "
+            "it returns tensors."
+        )
 
 
 class Split:
@@ -122,21 +142,20 @@ class Split:
         try:
             return difference_from_model(self.module, self.run, self.cuts, features, inputs)
         except DifferenceError as error:
-            if inputs.dtype != torch.float32 or error.difference > _ILL_CONDITIONED:
-                raise
-            twin = copy.deepcopy(self)  # the functions of the stages are shared
-            twin.module.double()
-            try:
-                difference_from_model(twin.module, twin.run, self.cuts, features, inputs.double())
-            except Exception:
-                raise error from None
-            return error.difference
+            if inputs.dtype == torch.float32 and error.difference <= _ILL_CONDITIONED:
+                twin = copy.deepcopy(self)  # the functions of the stages are shared
+                twin.module.double()
+                with suppress(Exception):
+                    difference_from_model(twin.module, twin.run, self.cuts, features, inputs.double())
+                    return error.difference
+            cause = cause_of_difference(self.module, features[-1], inputs)
+            raise DifferenceError(f"{error} {cause}", error.difference) from None
         except SplitError:
             raise
         except Exception as error:
             raise SplitError(
-                f"verification failed: {type(self.module).__name__} or its stages do not run on some of the samples, "
-                f"so that samples depend on each other. {type(error).__name__}: {error}"
+                f"verification failed: the stages of {type(self.module).__name__} do not run on some of the samples "
+                f"({said(error)}). {cause_of_difference(self.module, features[-1], inputs)}"
             ) from error
 
     @property

@@ -130,18 +130,29 @@ def test_an_interrupt_while_torch_fx_cleans_up(monkeypatch, nth):
         revert(patch)
 
     monkeypatch.setattr(_symbolic_trace._PatchedFnSetAttr, "revert", interrupted)
+    names = [dict(vars(module)) for module in (torch, sys.modules[__name__], sys.modules[Net.__module__])]
     with pytest.raises(KeyboardInterrupt):
         split(built(Net), NET_CUTS, images())
     assert nn.Module.__call__ is CALL
     assert nn.Module.__getattr__ is GETATTR
+    assert _symbolic_trace.CURRENT_PATCHER is None
+    assert names == [vars(module) for module in (torch, sys.modules[__name__], sys.modules[Net.__module__])]
     net = built(Net)
     assert_staged_equals_plain(split(net, NET_CUTS, images()), net, images())
 
 
 def test_what_an_earlier_trace_left_in_place_is_cleared_away():
     class Stopping(torch.fx.Tracer):
+        stopped = False
+
         def call_module(self, m, forward, args, kwargs):
+            if self.stopped:
+                return forward(*args, **kwargs)
+            self.stopped = True
             raise KeyboardInterrupt
+
+        def getattr(self, attr, attr_val, parameter_proxy_cache):
+            return attr_val
 
     revert = _symbolic_trace._PatchedFnSetAttr.revert
     _symbolic_trace._PatchedFnSetAttr.revert = lambda patch: None
