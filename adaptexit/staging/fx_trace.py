@@ -14,19 +14,19 @@ import threading
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
-from torch.fx.proxy import Attribute, Proxy
+from torch.fx.proxy import Proxy
 
 from adaptexit.exceptions import SplitError
 from adaptexit.staging.batch_size import Pair, Values, follow_batch_size
 from adaptexit.staging.contexts import autocast_in_use, evaluating
 from adaptexit.staging.model_state import state_restored
+from adaptexit.staging.proxies import Concrete
 from adaptexit.staging.recordable import compiled_functions_inlined, record_more
 from adaptexit.staging.verify import said
 
@@ -226,7 +226,7 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache) if self.recording else attr_val
 
     def create_arg(self, a: Any) -> Any:
-        # type(a), as isinstance asks the class that a proxy of a tuple pretends to be (_Concrete.__class__), and before
+        # type(a), as isinstance asks the class that a proxy of a tuple pretends to be (Concrete.__class__), and before
         # torch.fx asks that.
         if issubclass(type(a), Proxy):
             return a.node
@@ -240,7 +240,7 @@ class _Tracer(fx.Tracer):
         return tensor in self.tensor_attrs or any(tensor is buffer for buffer in self.root.buffers())
 
     def proxy(self, node: fx.Node) -> Proxy:
-        return _Concrete(node, self)
+        return Concrete(node, self)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> fx.Node:
         if self._precisions() != self.precisions:
@@ -327,58 +327,6 @@ def _with_values(nested: Any, values: dict[fx.Node, Pair], which: int) -> Any:
     return nested
 
 
-class _Concrete(Proxy):
-    """A proxy of which Python may ask what the values beside the graph can answer."""
-
-    tracer: _Tracer
-
-    def __getattr__(self, name: str) -> Any:
-        if name in ("node", "tracer", "root", "attr"):  # not there yet, or what torch.fx raised in looking for it
-            raise AttributeError(name)
-        value = self.tracer.values[self.node][0]
-        if not hasattr(type(value), name):
-            getattr(value, name)  # hasattr is told, and the forward where it does not ask
-        return _ConcreteAttribute(self, name)
-
-    def __array_ufunc__(self, ufunc: Any, method: str, *args: Any, **kwargs: Any) -> Any:
-        """A function of NumPy, of a size for example."""
-        return self.tracer.create_proxy("call_function", _of_numpy(ufunc, method), args, kwargs)
-
-    def __bool__(self) -> bool:
-        return self.tracer.to_bool(self)
-
-    def __len__(self) -> int:
-        return int(self.tracer.decided(self, "len"))
-
-    def __int__(self) -> int:
-        return int(self.tracer.decided(self, "int"))
-
-    def __index__(self) -> int:
-        return int(self.tracer.decided(self, "index"))
-
-    def __float__(self) -> float:
-        return float(self.tracer.decided(self, "float"))
-
-    def __iter__(self) -> Any:
-        return self.tracer.iter(self)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        """What isinstance is told: a proxy of a list, tuple or dict is one, as the model's forward may ask."""
-        value = self.tracer.values[self.node][0]
-        return type(value) if isinstance(value, (list, tuple, dict)) else type(self)
-
-
-class _ConcreteAttribute(_Concrete, Attribute):
-    """The same of an attribute, which becomes a node when it is used."""
-
-    def __init__(self, root: Proxy, attr: str) -> None:
-        Attribute.__init__(self, root, attr)
-
-
 def _constant(value: Tensor) -> Callable[[], Tensor]:
     """A tensor made while tracing, which no input had a part in."""
 
@@ -387,14 +335,3 @@ def _constant(value: Tensor) -> Callable[[], Tensor]:
 
     constant.value = value  # type: ignore[attr-defined]
     return constant
-
-
-@cache
-def _of_numpy(ufunc: Any, method: str) -> Callable[..., Any]:
-    """A function with a name that code can be written with."""
-
-    def function(*args: Any, **kwargs: Any) -> Any:
-        return getattr(ufunc, method)(*args, **kwargs)
-
-    function.__name__ = f"numpy_{ufunc.__name__}"
-    return function
