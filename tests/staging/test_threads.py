@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import _symbolic_trace
 
 from adaptexit.exceptions import SplitError
+from adaptexit.staging.cuts import list_cuts
 from adaptexit.staging.fx_trace import TRACING
 from adaptexit.staging.splitting import split
 from tests.staging.test_splitting import NET_CUTS, Chain, Net, assert_staged_equals_plain, built, images, plain, vectors
@@ -80,6 +81,14 @@ def test_other_threads_call_the_parts_of_the_same_module_while_it_is_split():
 
     split_meanwhile(model, task)
     assert all(torch.equal(answer, expected) for answer in answers)
+
+
+def test_cuts_are_listed_while_other_threads_call_the_module():
+    model, x = built(Meanwhile), vectors()
+    expected = [(point.name, point.macs) for point in list_cuts(model, x, every=True).points]
+    assert "a" in dict(expected)
+    model.task = lambda: plain(model.b, model.a(x))
+    assert [(point.name, point.macs) for point in list_cuts(model, x, every=True).points] == expected
 
 
 def test_one_thread_traces_at_a_time():
