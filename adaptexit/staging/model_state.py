@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 _CONTAINERS = (dict, list, set, deque)
+_HOOKS = vars(nn.Module()).keys() - {"_parameters", "_buffers", "_modules"}
+"""What every module has, and no forward fills: some fifteen dicts a part need not be looked into."""
 
 
 @contextmanager
@@ -64,7 +66,9 @@ def _contents(holder: Any) -> Any:
 
 
 def _entries(contents: Any) -> Iterable[Any]:
-    return contents.values() if isinstance(contents, dict) else contents
+    if isinstance(contents, dict):
+        return [value for key, value in contents.items() if key not in _HOOKS]
+    return contents
 
 
 def _put_back(holder: Any, contents: Any) -> None:

@@ -48,8 +48,9 @@ def split(module: nn.Module, cuts: Sequence[str], example: Tensor) -> Split:
     Raises
     ------
     SplitError
-        With the reason: a module that is never called or called twice, a forward that cannot be traced, a value that
-        samples cannot be picked out of, or stages whose answers differ from the model's.
+        With the reason: a model that does not run on the example, a module that is never called or called twice, a
+        forward that cannot be traced, a value that samples cannot be picked out of, or stages whose answers differ from
+        the model's.
     ValueError
         For unknown names (with the nearest ones), a wrong order, or an empty example.
     """
