@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import difflib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -184,16 +184,29 @@ def build_model(given: Any, preprocess: Any, label: str, device: str | None = No
         check_is_fitted(given)
         return ScikitModel(given, label)
     elif callable(given) and not isinstance(given, type):
-        module = given()
-        if not isinstance(module, nn.Module):
-            raise TypeError(f"{label}, called as a factory, must return an nn.Module; got {type(module).__name__}.")
-        module = module.to(device)
+        module = _made(given, label).to(device)
     else:
         raise TypeError(
             f"{label} must be a timm model name, a factory of a module, an nn.Module or a scikit-learn classifier "
             f"with predict_proba; got {given!r}."
         )
     return TorchModel(module, preprocess_of(module, preprocess, label), label)
+
+
+def _made(factory: Callable[[], Any], label: str) -> nn.Module:
+    """The module that a factory makes."""
+    try:
+        module = factory()
+    except TypeError as error:
+        if error.__traceback__ is not None and error.__traceback__.tb_next is not None:
+            raise  # from within
+        raise TypeError(
+            f"{label} must be a module, or a factory that makes one and takes no arguments; got {factory!r}: {error}. "
+            "If it is the model itself, put it into an nn.Module whose forward calls it."
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise TypeError(f"{label}, called as a factory, must return an nn.Module; got {type(module).__name__}.")
+    return module
 
 
 def _timm_model(name: str, label: str, *, pretrained: bool) -> nn.Module:

@@ -3,7 +3,8 @@
 torch.fx records the calls of all other modules as single nodes. Beside the graph every node carries the values that it
 has on two small batches, one of 2 and one of 3 samples. Where Python has to decide something (``if``, ``int``, ``len``,
 iteration) it decides by these values if both agree, and the graph gets a guard that looks whether they still hold; if
-they differ, the decision hangs on the batch or on the data, and the module cannot be traced.
+they differ, the decision hangs on the batch or on the data, and the module cannot be traced. Whole numbers may differ
+where they follow the number of samples (:mod:`adaptexit.staging.batch_size`).
 """
 
 from __future__ import annotations
@@ -11,19 +12,23 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, fx, nn
 from torch.fx import _symbolic_trace
-from torch.fx.proxy import Attribute, Proxy
+from torch.fx.proxy import Proxy
 
 from adaptexit.exceptions import SplitError
-from adaptexit.staging.contexts import evaluating
+from adaptexit.staging.batch_size import Pair, Values, follow_batch_size
+from adaptexit.staging.contexts import autocast_in_use, evaluating
 from adaptexit.staging.model_state import state_restored
-
-Pair = tuple[Any, Any]
+from adaptexit.staging.proxies import Concrete
+from adaptexit.staging.recordable import compiled_functions_inlined, record_more
+from adaptexit.staging.verify import said
 
 TRACING = threading.RLock()
 """Held by the one thread that traces: torch.fx redirects the calls of all modules in the process meanwhile."""
@@ -47,12 +52,14 @@ class Traced:
     values : dict of node -> (value at batch 2, value at batch 3)
     cut_calls : dict of cut -> its calls
     called : names of the modules called in one piece, in order
+    by_size : why the graph may be wrong, where the forward computes with its number of samples in Python
     """
 
     graph: fx.Graph
-    values: dict[fx.Node, Pair]
+    values: Values
     cut_calls: dict[str, list[CutCall]]
     called: list[str] = field(default_factory=list)
+    by_size: SplitError | None = None
 
     def pair_of(self, output: Any) -> Pair:
         """The values of nested nodes, at batch 2 and at batch 3."""
@@ -73,30 +80,47 @@ def trace(module: nn.Module, cuts: Iterable[str], batches: tuple[Tensor, Tensor]
     SplitError
         If the forward cannot be traced.
     """
-    with TRACING, evaluating([module]), torch.no_grad(), state_restored(module):
-        tracer = _Tracer(set(cuts), batches)  # which sees how modules are called when no other thread traces
-        call, getattribute = tracer.plain_call, tracer.plain_getattr
+    cuts = set(cuts)
+    with TRACING, evaluating([module]), torch.no_grad(), compiled_functions_inlined():
+        tracer = _traced(module, cuts, batches, 0)
+        graph = tracer.graph
+        if tracer.by_size is not None:
+            other = _traced(module, cuts, batches, 1)
+            if not follow_batch_size(graph, tracer.values, other.graph, other.values):
+                raise tracer.by_size
+    for node in graph.nodes:
+        node.meta.pop("is_wrapped", None)  # code would register the function with torch.fx for good
+    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    return Traced(graph, tracer.values, tracer.cut_calls, called, tracer.by_size)
+
+
+def _traced(module: nn.Module, cuts: set[str], batches: tuple[Tensor, Tensor], which: int) -> _Tracer:
+    tracer = _Tracer(cuts, batches, which)
+    call, getattribute, patcher = tracer.plain_call, tracer.plain_getattr, _symbolic_trace.CURRENT_PATCHER
+    with state_restored(module):
         try:
-            graph = tracer.trace(module)
+            tracer.trace(module)
         except SplitError:
             raise
         except Exception as error:
             raise SplitError(
                 f"the forward of {type(module).__name__} cannot be traced through the ancestors of the cuts: "
-                f"{type(error).__name__}: {str(error).rstrip('.')}. Cut at modules that lie less deep, or give the "
-                "stages explicitly."
+                f"{said(error)}. Cut at modules that lie less deep, or give the stages explicitly."
             ) from error
         finally:
             # Also where a Ctrl-C kept torch.fx from it; no function is called here, so that no other can come between.
             nn.Module.__call__ = call  # type: ignore[method-assign]
             nn.Module.__getattr__ = getattribute  # type: ignore[method-assign]
-    called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
-    return Traced(graph, tracer.values, tracer.cut_calls, called)
+            if _symbolic_trace.CURRENT_PATCHER is not patcher:
+                _symbolic_trace.CURRENT_PATCHER = patcher
+                tracer.names_given_back()
+    return tracer
 
 
 _CONVERSIONS: dict[str, Callable[[Any], Any]] = {
     "bool": bool, "int": int, "float": float, "index": operator.index, "len": len, "list": list,
 }  # fmt: skip
+_WHOLE = ("int", "index", "len")
 
 
 def _unpatched(method: Any) -> Any:
@@ -104,6 +128,17 @@ def _unpatched(method: Any) -> Any:
     while getattr(getattr(method, "__code__", None), "co_filename", None) == _symbolic_trace.__file__:
         method = method.__wrapped__
     return method
+
+
+def _overrides_call(module: nn.Module) -> bool:
+    """Whether a class of the user's own does more than nn.Module does in being called."""
+    owner = next(cls for cls in type(module).__mro__ if "__call__" in vars(cls))
+    return owner.__module__.partition(".")[0] != "torch" and not isinstance(module, fx.GraphModule)
+
+
+def called_plainly(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    """What a class that overrides ``__call__`` calls in the end."""
+    return nn.Module.__call__(module, *args, **kwargs)
 
 
 def check_unchanged(value: Any, expected: Any, conversion: str) -> None:
@@ -118,24 +153,31 @@ def check_unchanged(value: Any, expected: Any, conversion: str) -> None:
 class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
-    def __init__(self, cuts: set[str], batches: tuple[Tensor, Tensor]) -> None:
+    def __init__(self, cuts: set[str], batches: tuple[Tensor, Tensor], which: int) -> None:
         super().__init__(param_shapes_constant=False)
         self.cuts = cuts
         self.ancestors = {cut[:i] for cut in cuts for i, letter in enumerate(cut) if letter == "."}
         self.batches = batches
-        self.values: dict[fx.Node, Pair] = {}
+        self.which = which  # of both batches, where Python is told a number that differs
+        self.by_size: SplitError | None = None
+        self.values: Values = {}
         self.cut_calls: dict[str, list[CutCall]] = {cut: [] for cut in cuts}
         self.thread = threading.get_ident()
         self.computing = False
         self.plain_call = _unpatched(nn.Module.__call__)
         self.plain_getattr = _unpatched(nn.Module.__getattr__)
+        self.precisions = self._precisions()
+        self.patches: list[Any] = []
 
     # -- what is recorded ----------------------------------------------------------------------------------------------
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         def forward(x: Any) -> Any:
+            self.patches = _symbolic_trace.CURRENT_PATCHER.patches_made  # type: ignore[union-attr]
             self._let_others_through()
-            return self.root.forward(x)  # of the instance, other arguments at their defaults
+            record_more(self.root.get_submodule(name) for name in sorted({"", *self.ancestors}))
+            # Of the instance, other arguments at their defaults.
+            return self.root(x) if _overrides_call(self.root) else self.root.forward(x)
 
         return forward, [self.create_proxy("placeholder", "input", (), {})]
 
@@ -156,14 +198,24 @@ class _Tracer(fx.Tracer):
 
         nn.Module.__call__, nn.Module.__getattr__ = call, getattribute  # type: ignore[method-assign, assignment]
 
+    def names_given_back(self) -> None:
+        """What names led to, where torch.fx was interrupted before it gave all back."""
+        for patch in reversed(self.patches):
+            if isinstance(patch.frame_dict, dict):
+                with suppress(KeyError):
+                    patch.revert()
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return module_qualified_name not in self.ancestors
+        return module_qualified_name not in self.ancestors and m is not self.root
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         if not self.recording:  # another thread, before it was let through
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
-        output = super().call_module(m, m.forward, args, kwargs)  # of the ancestors; their hooks are no computation
+        if self.is_leaf_module(m, name) and _overrides_call(m):  # it is recorded what this calls
+            output: Any = self.create_proxy("call_function", called_plainly, (m, *args), kwargs)
+        else:
+            output = super().call_module(m, m.forward, args, kwargs)  # hooks of the ancestors are no computation
         if name in self.cuts:
             # Unused entries of a returned tuple may become nodes only later, so the output is lowered here.
             nodes = self.create_arg(output)
@@ -174,10 +226,12 @@ class _Tracer(fx.Tracer):
         return super().getattr(attr, attr_val, parameter_proxy_cache) if self.recording else attr_val
 
     def create_arg(self, a: Any) -> Any:
-        # type(a), as isinstance asks the class that a proxy of a tuple pretends to be (_Concrete.__class__), and before
+        # type(a), as isinstance asks the class that a proxy of a tuple pretends to be (Concrete.__class__), and before
         # torch.fx asks that.
         if issubclass(type(a), Proxy):
             return a.node
+        if isinstance(a, np.generic):  # code knows no names of NumPy
+            return a.item()
         if isinstance(a, Tensor) and not isinstance(a, nn.Parameter) and not self._is_attribute(a):
             return self.create_node("call_function", _constant(a), (), {})
         return super().create_arg(a)
@@ -186,16 +240,27 @@ class _Tracer(fx.Tracer):
         return tensor in self.tensor_attrs or any(tensor is buffer for buffer in self.root.buffers())
 
     def proxy(self, node: fx.Node) -> Proxy:
-        return _Concrete(node, self)
+        return Concrete(node, self)
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> fx.Node:
+        if self._precisions() != self.precisions:
+            raise SplitError(
+                f"the forward of {type(self.root).__name__} switches autocast between the modules that it calls, which "
+                "stages cannot repeat. Do so inside a module that is called in one piece, or around the whole model."
+            )
         node = super().create_node(kind, target, args, kwargs, *rest, **options)
         self.computing = True
         try:
-            self.values[node] = (self._value(node, 0), self._value(node, 1))
+            if self.by_size is None:
+                self.values[node] = (self._value(node, 0), self._value(node, 1))
+            else:  # numbers of the other batch are not known
+                self.values[node] = (self._value(node, self.which),) * 2
         finally:
             self.computing = False
         return node
+
+    def _precisions(self) -> list[torch.dtype | None]:
+        return [autocast_in_use(device) for device in {batch.device for batch in self.batches}]
 
     # -- the values beside it ------------------------------------------------------------------------------------------
 
@@ -213,17 +278,22 @@ class _Tracer(fx.Tracer):
         return args[0] if node.op == "output" else target(*args, **kwargs)
 
     def decided(self, proxy: Proxy, conversion: str) -> Any:
-        """What Python is told about a value: the same on both batches, or nothing."""
-        first, second = (_CONVERSIONS[conversion](value) for value in self.values[proxy.node])
+        """What Python is told about a value: the same on both batches, or a whole number for one of them."""
+        answers = [_CONVERSIONS[conversion](value) for value in self.values[proxy.node]]
+        first, second = answers
         if first != second:
-            raise SplitError(
+            error = SplitError(
                 f"the model's forward takes {conversion}() of {proxy.node.name}, which is {first!r} for 2 samples "
                 f"and {second!r} for 3: it decides by the number of samples or by their content, so that samples could "
                 "not leave independently. Cut at modules that lie less deep, or give the stages explicitly."
             )
+            if conversion not in _WHOLE:
+                raise error
+            self.by_size = error
+        answer = answers[self.which]
         # Nobody uses what the guard returns; torch.fx keeps the node, since no dead code is taken out.
-        self.create_node("call_function", check_unchanged, (proxy.node, first, conversion), {})
-        return first
+        self.create_node("call_function", check_unchanged, (proxy.node, answer, conversion), {})
+        return answer
 
     def to_bool(self, obj: Proxy) -> bool:
         return bool(self.decided(obj, "bool"))
@@ -257,53 +327,11 @@ def _with_values(nested: Any, values: dict[fx.Node, Pair], which: int) -> Any:
     return nested
 
 
-class _Concrete(Proxy):
-    """A proxy of which Python may ask what the values beside the graph can answer."""
-
-    tracer: _Tracer
-
-    def __getattr__(self, name: str) -> Any:
-        return _ConcreteAttribute(self, name)
-
-    def __bool__(self) -> bool:
-        return self.tracer.to_bool(self)
-
-    def __len__(self) -> int:
-        return int(self.tracer.decided(self, "len"))
-
-    def __int__(self) -> int:
-        return int(self.tracer.decided(self, "int"))
-
-    def __index__(self) -> int:
-        return int(self.tracer.decided(self, "index"))
-
-    def __float__(self) -> float:
-        return float(self.tracer.decided(self, "float"))
-
-    def __iter__(self) -> Any:
-        return self.tracer.iter(self)
-
-    def __setitem__(self, key: Any, value: Any) -> None:
-        self.tracer.create_proxy("call_function", operator.setitem, (self, key, value), {})
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> Any:
-        """What isinstance is told: a proxy of a list, tuple or dict is one, as the model's forward may ask."""
-        value = self.tracer.values[self.node][0]
-        return type(value) if isinstance(value, (list, tuple, dict)) else type(self)
-
-
-class _ConcreteAttribute(_Concrete, Attribute):
-    """The same of an attribute, which becomes a node when it is used."""
-
-    def __init__(self, root: Proxy, attr: str) -> None:
-        Attribute.__init__(self, root, attr)
-
-
 def _constant(value: Tensor) -> Callable[[], Tensor]:
     """A tensor made while tracing, which no input had a part in."""
 
     def constant() -> Tensor:
         return value.clone()  # what is made in every run may be written to
 
+    constant.value = value  # type: ignore[attr-defined]
     return constant

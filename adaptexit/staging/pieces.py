@@ -30,11 +30,15 @@ CarriedValue = tuple[str, Any, Any]
 
 @dataclass
 class Pieces:
-    """Stages as functions; what is carried over every cut; what every stage answers, for 2 and for 3 samples."""
+    """Stages as functions; what is carried over every cut; what every stage answers, for 2 and for 3 samples.
+
+    Where the stages turn out to be wrong, ``doubt`` says why, if that is known.
+    """
 
     functions: list[StageFunction]
     carried: list[list[CarriedValue]]
     features: list[tuple[Any, Any]]
+    doubt: SplitError | None = None
 
 
 class Chain:
@@ -96,7 +100,7 @@ class TracedModel:
                 pairs.append([(node.name, *traced.values[node]) for node in live])
             before = live
         outputs = [*(call.output for call in calls), nodes[-1].args[0]]
-        return Pieces(functions, pairs, [traced.pair_of(output) for output in outputs])
+        return Pieces(functions, pairs, [traced.pair_of(output) for output in outputs], traced.by_size)
 
     def _warn_of_hooks(self) -> None:
         ancestors = {""} | {cut[:i] for cut in self.cuts for i, letter in enumerate(cut) if letter == "."}

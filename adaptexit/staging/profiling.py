@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -210,14 +211,19 @@ def _hooked(
     leave: Callable[[str, Any], None],
     enter: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
-    """Functions called when modules return (and are entered); they are taken off again whatever happens."""
-    handles = []
+    """Functions called when modules return (and are entered) in this thread; taken off again whatever happens."""
+    handles, thread = [], threading.get_ident()
+
+    def here(function: Callable[..., None], *values: Any) -> None:
+        if threading.get_ident() == thread:
+            function(*values)
+
     try:
         for name in names:
             part = module.get_submodule(name)
             if enter is not None:
-                handles.append(part.register_forward_pre_hook(lambda _, inputs, name=name: enter(name)))
-            handles.append(part.register_forward_hook(lambda _, inputs, output, name=name: leave(name, output)))
+                handles.append(part.register_forward_pre_hook(lambda _, inputs, name=name: here(enter, name)))
+            handles.append(part.register_forward_hook(lambda _, inputs, output, name=name: here(leave, name, output)))
         yield
     finally:
         for handle in handles:

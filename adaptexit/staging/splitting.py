@@ -8,7 +8,8 @@ before it was compared with the model itself.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -22,7 +23,14 @@ from adaptexit.staging.fx_trace import TRACING
 from adaptexit.staging.model_state import state_restored
 from adaptexit.staging.pieces import CarriedValue, Chain, StageFunction, TracedModel
 from adaptexit.staging.row_order import check_row_orders
-from adaptexit.staging.verify import difference_from_model, distinct, shuffled, with_writes_noted
+from adaptexit.staging.verify import (
+    cause_of_difference,
+    difference_from_model,
+    distinct,
+    said,
+    shuffled,
+    with_writes_noted,
+)
 
 _ILL_CONDITIONED = 1e-2
 """Differences up to this may be rounding in single precision; double precision tells."""
@@ -48,8 +56,9 @@ def split(module: nn.Module, cuts: Sequence[str], example: Tensor) -> Split:
     Raises
     ------
     SplitError
-        With the reason: a module that is never called or called twice, a forward that cannot be traced, a value that
-        samples cannot be picked out of, or stages whose answers differ from the model's.
+        With the reason: a model that does not run on the example, a module that is never called or called twice, a
+        forward that cannot be traced, a value that samples cannot be picked out of, or stages whose answers differ from
+        the model's.
     ValueError
         For unknown names (with the nearest ones), a wrong order, or an empty example.
     """
@@ -75,8 +84,27 @@ def from_stages(stages: Sequence[nn.Module], example: Tensor) -> Split:
 
 
 def _verified_split(source: TracedModel | Chain, inputs: Tensor) -> Split:
-    with exact_arithmetic, evaluating([source.module]), torch.no_grad(), state_restored(source.module):
+    module = source.module
+    with exact_arithmetic, evaluating([module]), torch.no_grad(), state_restored(module):
+        _check_runs(module, inputs[:2])
         return Split(source, inputs)
+
+
+def _check_runs(module: nn.Module, inputs: Tensor) -> None:
+    """What the model itself cannot do is no fault of where it is cut."""
+    name, shape = type(module).__name__, tuple(inputs.shape)
+    try:
+        answers = module(inputs.clone())
+    except Exception as error:
+        raise SplitError(
+            f"{name} itself cannot run on the example, here {shape[0]} inputs of shape {shape[1:]} and {inputs.dtype}: "
+            f"{said(error)}. Give an example like the inputs that it takes."
+        ) from error
+    if isinstance(answers, Iterator):
+        raise SplitError(
+            f"{name} returns a {type(answers).__name__}, whose values are made as they are asked for. Wrap it so that "
+            "it returns tensors."
+        )
 
 
 class Split:
@@ -114,8 +142,13 @@ class Split:
         self._functions: list[StageFunction] | None = pieces.functions
         self._layouts = [_layouts(cut, values) for cut, values in zip(self.cuts, pieces.carried, strict=True)]
         features = [_layout_or_none(*pair) for pair in pieces.features]
-        self.difference = self._verified(features, inputs)
-        check_row_orders(self.run, self.cuts, features, inputs)
+        try:
+            self.difference = self._verified(features, inputs)
+            check_row_orders(self.run, self.cuts, features, inputs)
+        except SplitError as error:
+            if pieces.doubt is None:
+                raise
+            raise pieces.doubt from error
 
     def _verified(self, features: list[Layout | None], inputs: Tensor) -> float:
         """The largest difference from the model; float32 that is off by more than rounding is tried in float64."""
@@ -123,21 +156,20 @@ class Split:
             self._layouts = with_writes_noted(self.run, self._layouts, inputs)
             return difference_from_model(self.module, self.run, self.cuts, features, inputs)
         except DifferenceError as error:
-            if inputs.dtype != torch.float32 or error.difference > _ILL_CONDITIONED:
-                raise
-            twin = copy.deepcopy(self)  # whose stages are made anew, for its precision
-            twin.module.double()
-            try:
-                difference_from_model(twin.module, twin.run, self.cuts, features, inputs.double())
-            except Exception:
-                raise error from None
-            return error.difference
+            if inputs.dtype == torch.float32 and error.difference <= _ILL_CONDITIONED:
+                twin = copy.deepcopy(self)  # whose stages are made anew, for its precision
+                twin.module.double()
+                with suppress(Exception):
+                    difference_from_model(twin.module, twin.run, self.cuts, features, inputs.double())
+                    return error.difference
+            cause = cause_of_difference(self.module, features[-1], inputs)
+            raise DifferenceError(f"{error} {cause}", error.difference) from None
         except SplitError:
             raise
         except Exception as error:
             raise SplitError(
-                f"verification failed: {type(self.module).__name__} or its stages do not run on some of the samples, "
-                f"so that samples depend on each other. {type(error).__name__}: {error}"
+                f"verification failed: the stages of {type(self.module).__name__} do not run on some of the samples "
+                f"({said(error)}). {cause_of_difference(self.module, features[-1], inputs)}"
             ) from error
 
     @property

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -30,7 +32,7 @@ N_VERIFIED = 6
 _STAYING = (np.array([5, 1, 3]), np.array([4, 0, 2]))
 """Samples that go on after a cut: no prefix, out of order, and every sample without some others."""
 
-_TOLERANCES = {torch.float16: 3e-2, torch.bfloat16: 3e-2, torch.float32: 1e-4}
+_TOLERANCES = {torch.float16: 3e-2, torch.bfloat16: 3e-2, torch.float32: 1e-4, torch.quint8: 3e-2, torch.qint8: 3e-2}
 _DOUBLE = 1e-8
 """Largest difference relative to the largest value, by precision."""
 
@@ -167,6 +169,56 @@ def _marked(live: Live, before: dict[int, int]) -> tuple[Layout, ...]:
     return tuple(with_written(*pair, written) for pair in zip(live.values, live.layouts, strict=True))
 
 
+def cause_of_difference(module: nn.Module, layout: Layout | None, inputs: Tensor) -> str:
+    """Why stages answer differently from their model, or do not run: found out by running the model without them.
+
+    ``layout`` is that of its answers to ``inputs``.
+    """
+    answers = copied(module(inputs.clone()))
+    if _differs(module(inputs.clone()), answers):
+        return (
+            "The model answers the same inputs differently each time: it is random in evaluation mode (a generator of "
+            "its own, a dropout that is always on), or remembers earlier calls. Take that out of its forward."
+        )
+    for samples in (*_STAYING, np.array([0])):
+        without = f"{len(samples)} of {len(inputs)} samples without the others"
+        try:
+            differs = _differs(module(inputs[samples].clone()), rows_of(answers, layout, samples))
+        except Exception as error:
+            return f"The model itself fails on {without} ({said(error)}), so that none may leave."
+        if differs:
+            dynamic = any("quantized.dynamic" in type(part).__module__ for part in module.modules())
+            hint = " (dynamically quantised layers scale by what is largest in the whole batch)" if dynamic else ""
+            return (
+                f"In this model samples depend on each other{hint}: it answers differently for {without}, so that none "
+                "may leave. Cut behind the part that couples them, or change that."
+            )
+    return (
+        "The model itself answers alike in any batch, so either samples are stored in an order that hides them in what "
+        "goes on after a cut, or its Python around the cuts does what stages cannot repeat (it asks for the exact type "
+        "of a value, say). Cut elsewhere, or give the stages explicitly."
+    )
+
+
+def said(error: Exception) -> str:
+    """An error in a message: its type, what it says, and which line of the user's code it comes from."""
+    own = [
+        frame for frame in traceback.extract_tb(error.__traceback__)
+        if not {"torch", "adaptexit"} & set(Path(frame.filename).parts) and not frame.filename.startswith("<")
+    ]  # fmt: skip
+    line = f" (in {Path(own[-1].filename).name}, line {own[-1].lineno}: {own[-1].line})" if own else ""
+    text = str(error).strip().rstrip(".")
+    return f"{type(error).__name__}{': ' if text else ''}{text}{line}"
+
+
+def _differs(got: Any, expected: Any) -> bool:
+    try:
+        _difference(got, expected, "")
+    except DifferenceError:
+        return True
+    return False
+
+
 def rows_of(value: Any, layout: Layout | None, samples: NDArray[Any]) -> Any:
     """What stages should answer for some of the samples; None where that cannot be told from the answer for all."""
     return None if layout is None else Live((value,), (layout,), N_VERIFIED).taken(samples).values[0]
@@ -198,19 +250,15 @@ def _difference(got: Any, expected: Any, where: str) -> float:
     for one, other in zip(ours, theirs, strict=True):
         if one.shape != other.shape:
             raise DifferenceError(
-                f"verification failed with {where}: shape {tuple(one.shape)}, not the model's {tuple(other.shape)}. "
-                "Its samples depend on each other, or are stored in an order that hides them; cut elsewhere."
+                f"verification failed with {where}: shape {tuple(one.shape)}, not the model's {tuple(other.shape)}."
             )
         if not one.numel():
             continue
-        a, b = one.double(), other.double()
+        a, b = (each.dequantize().double() if each.is_quantized else each.double() for each in (one, other))
         difference = float((a - b).abs().max()) / (float(b.abs().max()) or 1.0)
         if not difference <= _TOLERANCES.get(other.dtype, _DOUBLE):
             raise DifferenceError(
-                f"verification failed with {where}: values differ by {difference:.2g} of the largest. In this model "
-                "samples depend on each other, or it is random in evaluation mode, so that none may leave; cut "
-                "elsewhere, or give the stages explicitly.",
-                difference,
+                f"verification failed with {where}: values differ by {difference:.2g} of the largest.", difference
             )
         worst = max(worst, difference)
     return worst

@@ -113,6 +113,19 @@ def test_what_a_calibrator_has_learned_stays_as_it_is_while_it_is_asked(learned)
     assert all(weights == before for weights in meanwhile)
 
 
+def test_modules_in_training_mode_answer_all_threads_as_in_evaluation_mode(case, own, model):
+    X = case.test[0][:90]
+    expected = [model.predict(X[:n]).tolist() for n in (90, 40)]
+    for module in own._network.modules:
+        module.train()
+    before = [{key: value.clone() for key, value in module.state_dict().items()} for module in own._network.modules]
+    answers = together([lambda: [own.predict(X[:n]).tolist() for _ in range(4) for n in (90, 40)]] * 4)
+    assert all(answer == expected * 4 for answer in answers)
+    for module, state in zip(own._network.modules, before, strict=True):
+        assert all(part.training for part in module.modules())
+        assert all(torch.equal(value, state[key]) for key, value in module.state_dict().items())
+
+
 def test_threads_leave_random_states_and_modes(case, own):
     X = case.test[0][:100]
     before, modes = torch.random.get_rng_state(), [part.training for part in own.heads_.modules()]

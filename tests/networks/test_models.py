@@ -142,6 +142,20 @@ def test_things_that_are_no_model(given):
         build_model(given, "auto", "base")
 
 
+def a_model(x, scale=2.0):
+    return x * scale
+
+
+@pytest.mark.parametrize("model", [a_model, lambda x: x, torch.relu_, torch.nn.functional.gelu])
+def test_a_function_that_is_the_model_itself(model):
+    with pytest.raises(TypeError, match=r"base must be a module, or a factory .*If it is the model itself, put"):
+        build_model(model, None, "base")
+
+
+def test_a_factory_whose_arguments_have_defaults():
+    assert isinstance(build_model(lambda width=3: nn.Linear(width, 2), None, "base").module, nn.Linear)
+
+
 def test_a_factory_of_something_else():
     with pytest.raises(TypeError, match=r"saver\[1\], called as a factory, must return an nn.Module; got int"):
         build_model(lambda: 3, "auto", "saver[1]")

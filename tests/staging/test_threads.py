@@ -11,6 +11,7 @@ from torch import nn
 from torch.fx import _symbolic_trace
 
 from adaptexit.exceptions import SplitError
+from adaptexit.staging.cuts import list_cuts
 from adaptexit.staging.fx_trace import TRACING
 from adaptexit.staging.splitting import split
 from tests.staging.test_splitting import NET_CUTS, Chain, Net, assert_staged_equals_plain, built, images, plain, vectors
@@ -82,6 +83,14 @@ def test_other_threads_call_the_parts_of_the_same_module_while_it_is_split():
     assert all(torch.equal(answer, expected) for answer in answers)
 
 
+def test_cuts_are_listed_while_other_threads_call_the_module():
+    model, x = built(Meanwhile), vectors()
+    expected = [(point.name, point.macs) for point in list_cuts(model, x, every=True).points]
+    assert "a" in dict(expected)
+    model.task = lambda: plain(model.b, model.a(x))
+    assert [(point.name, point.macs) for point in list_cuts(model, x, every=True).points] == expected
+
+
 def test_one_thread_traces_at_a_time():
     def held_elsewhere():
         if held := TRACING.acquire(blocking=False):
@@ -130,18 +139,29 @@ def test_an_interrupt_while_torch_fx_cleans_up(monkeypatch, nth):
         revert(patch)
 
     monkeypatch.setattr(_symbolic_trace._PatchedFnSetAttr, "revert", interrupted)
+    names = [dict(vars(module)) for module in (torch, sys.modules[__name__], sys.modules[Net.__module__])]
     with pytest.raises(KeyboardInterrupt):
         split(built(Net), NET_CUTS, images())
     assert nn.Module.__call__ is CALL
     assert nn.Module.__getattr__ is GETATTR
+    assert _symbolic_trace.CURRENT_PATCHER is None
+    assert names == [vars(module) for module in (torch, sys.modules[__name__], sys.modules[Net.__module__])]
     net = built(Net)
     assert_staged_equals_plain(split(net, NET_CUTS, images()), net, images())
 
 
 def test_what_an_earlier_trace_left_in_place_is_cleared_away():
     class Stopping(torch.fx.Tracer):
+        stopped = False
+
         def call_module(self, m, forward, args, kwargs):
+            if self.stopped:
+                return forward(*args, **kwargs)
+            self.stopped = True
             raise KeyboardInterrupt
+
+        def getattr(self, attr, attr_val, parameter_proxy_cache):
+            return attr_val
 
     revert = _symbolic_trace._PatchedFnSetAttr.revert
     _symbolic_trace._PatchedFnSetAttr.revert = lambda patch: None
