@@ -203,7 +203,7 @@ def _difference(got: Any, expected: Any, where: str) -> float:
             )
         if not one.numel():
             continue
-        a, b = one.double(), other.double()
+        a, b = (t.dequantize().double() if t.is_quantized else t.double() for t in (one, other))
         difference = float((a - b).abs().max()) / (float(b.abs().max()) or 1.0)
         if not difference <= _TOLERANCES.get(other.dtype, _DOUBLE):
             raise DifferenceError(
