@@ -29,6 +29,7 @@ _CHANNELS_FIRST = (
     nn.AdaptiveAvgPool2d,
     nn.AdaptiveMaxPool2d,
 )
+_QUANTISED_CHANNELS_FIRST = ("Conv2d", "ConvReLU2d", "ConvAdd2d", "ConvAddReLU2d", "BatchNorm2d", "BNReLU2d")
 
 
 def feature_spec(
@@ -129,7 +130,10 @@ class _Place:
         maker = self.here
         while type(maker) is nn.Sequential and len(maker):
             maker = maker[-1]
-        return isinstance(maker, _CHANNELS_FIRST)
+        if isinstance(maker, _CHANNELS_FIRST):
+            return True
+        kind = type(maker)  # torch's quantised convolutions are no Conv2d
+        return kind.__module__.startswith("torch.ao.nn.") and kind.__name__ in _QUANTISED_CHANNELS_FIRST
 
     def widths(self, shape: tuple[int, ...]) -> set[int]:
         """Widths told for this place that one of the axes has: its own, else its stage's, else any of the model's.

@@ -128,8 +128,11 @@ class BranchedNetwork(Network):
 
 
 def sole_tensor(feature: Any) -> Any:
-    """The one tensor in what a cut returns, where numbers stand beside it; anything else as it is."""
+    """The one tensor in what a cut returns, where numbers stand beside it; anything else as it is.
+
+    A quantised one becomes an ordinary one, as heads read it.
+    """
     if isinstance(feature, Tensor):
-        return feature
+        return feature.dequantize() if feature.is_quantized else feature
     tensors = list(tensors_in(feature))
     return tensors[0] if len(tensors) == 1 else feature

@@ -27,9 +27,10 @@ from adaptexit.networks.preprocessing import (
     restored_preprocess,
 )
 from adaptexit.networks.readers import logits_in
+from adaptexit.networks.weights import can_be_set, plain_weights, weights_in
 from adaptexit.staging.carried import writes_into
 from adaptexit.staging.contexts import random_state_kept
-from adaptexit.staging.nested import Rows
+from adaptexit.staging.nested import Rows, tensors_in
 
 SMALLEST_PROBABILITY = 1e-12
 """Probabilities of scikit-learn classifiers are clipped here before their logarithm serves as logits."""
@@ -66,7 +67,7 @@ class WholeModel(Network):
             "kind": "torch" if isinstance(self, TorchModel) else "scikit-learn",
             "timm_preprocess": described_preprocess(getattr(self, "preprocess", None)),
         }
-        return header, dict(self.heads[0].state_dict())
+        return header, plain_weights(self.heads[0])
 
 
 class TorchModel(WholeModel):
@@ -77,7 +78,9 @@ class TorchModel(WholeModel):
         self.label = label
         self.exit_names = [label]
         self.stages, self.heads = nn.ModuleList([nn.Identity()]), nn.ModuleList([module])
-        self._like = next((t for t in module.parameters() if t.is_floating_point()), None)
+        self._like: Tensor | None = next((t for t in module.parameters() if t.is_floating_point()), None)
+        if self._like is None:  # of quantised and frozen modules
+            self._like = next((t for t in tensors_in(weights_in(module)) if t.is_floating_point()), None)
 
     @property
     def device(self) -> torch.device:  # type: ignore[override]
@@ -273,7 +276,7 @@ def restore_model(
         preprocess = restored_preprocess(config)
     model = build_model(given, preprocess, label, device)
     if isinstance(model, TorchModel):
-        current = model.module.state_dict()
+        current = plain_weights(model.module)
         same = current.keys() == weights.keys()
         for key, weight in weights.items():
             if key in current and current[key].dtype != weight.dtype:
@@ -282,6 +285,11 @@ def restore_model(
                     f"{current[key].dtype}. Convert the module first."
                 )
         if not same or any(not torch.equal(current[key].cpu(), weight) for key, weight in weights.items()):
+            if not can_be_set(model.module):
+                raise ValueError(
+                    f"{label} must be given with the weights that were saved, as those of a quantised or frozen "
+                    f"{type(model.module).__name__} cannot be set; got others. Make it from the weights that it had."
+                )
             if theirs:
                 model = TorchModel(copy.deepcopy(model.module), model.preprocess, label)
             try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Any
 
 import numpy as np
@@ -15,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from adaptexit.exceptions import UnsupportedValueError
+from adaptexit.exceptions import SplitError, UnsupportedValueError
 from adaptexit.staging.nested import Rows, entries, is_nest, join, kind, n_bytes, rebuilt, take
 
 
@@ -167,7 +168,8 @@ class Live:
         """Those of these samples, then those of the others."""
         parts = [self, *others]
         columns = zip(*[part.values for part in parts], strict=True)
-        return Live(tuple(map(_concatenated, columns, self.layouts)), self.layouts, sum([part.n for part in parts]))
+        counts = [part.n for part in parts]
+        return Live(tuple(map(_concatenated, columns, self.layouts, repeat(counts))), self.layouts, sum(counts))
 
     @property
     def n_rows(self) -> int:
@@ -182,7 +184,7 @@ class Live:
     @property
     def kind(self) -> Hashable:
         """What those have in common that can be joined."""
-        return tuple(map(_kind, self.values, self.layouts))
+        return tuple(map(_kind, self.values, self.layouts, repeat(self.n)))
 
 
 @dataclass(slots=True)
@@ -255,14 +257,15 @@ class _Pick:
     def __call__(self, value: Any, layout: Layout) -> Any:
         if isinstance(layout, Along):
             where: Any = self.where
-            if layout.per_sample > 1 or not (self.is_slice or value.is_cpu):
-                where = self._rows_on(value.device, layout.per_sample)
+            per_sample = _rows_a_sample(value.shape[layout.dim], self.n_before, layout)
+            if per_sample > 1 or not (self.is_slice or value.is_cpu):
+                where = self._rows_on(value.device, per_sample)
             # Advanced indexing, as index_select would give up channels_last.
             return value[(slice(None),) * layout.dim + (where,)]
         if isinstance(layout, Static):
             return value.clone() if layout.written else value
         if isinstance(layout, Count):
-            return layout.per_sample * self.n
+            return _rows_a_sample(value, self.n_before, layout) * self.n
         return rebuilt(value, list(map(self, entries(value), layout.parts)))
 
     def _rows_on(self, device: torch.device, per_sample: int) -> Tensor:
@@ -275,8 +278,25 @@ class _Pick:
         return self.rows[place]
 
 
-def _concatenated(values: Sequence[Any], layout: Layout) -> Any:
+def _rows_a_sample(rows: int, n: int, layout: Along | Count) -> int:
+    """How many rows a sample has: of inputs of another size than the example's they may be more, or fewer."""
+    if not n:
+        return layout.per_sample
+    per_sample, rest = divmod(rows, n)
+    if rest:
+        raise SplitError(
+            f"a value that is carried has {rows} rows for {n} samples, where the example's had {layout.per_sample} "
+            "each: samples have different numbers of them here, and cannot be picked out. Give inputs like the example."
+        )
+    return per_sample
+
+
+def _concatenated(values: Sequence[Any], layout: Layout, counts: Sequence[int]) -> Any:
     first = values[0]
+    if isinstance(layout, (Along, Count)):
+        sizes = [value.shape[layout.dim] if isinstance(layout, Along) else value for value in values]
+        if any(size * counts[0] != sizes[0] * n for size, n in zip(sizes, counts, strict=True)):
+            raise _merging_refused(sizes if isinstance(layout, Count) else [tuple(value.shape) for value in values])
     if isinstance(layout, Along):
         try:
             return torch.cat(tuple(values), dim=layout.dim)
@@ -288,7 +308,8 @@ def _concatenated(values: Sequence[Any], layout: Layout) -> Any:
     if isinstance(layout, Count):
         return sum(values)
     if isinstance(layout, Nest):
-        return rebuilt(first, list(map(_concatenated, zip(*map(entries, values), strict=True), layout.parts)))
+        columns = zip(*map(entries, values), strict=True)
+        return rebuilt(first, list(map(_concatenated, columns, layout.parts, repeat(counts))))
     for value in values[1:]:
         if not (value is first or _same(value, first)):
             raise _merging_refused([tuple(v.shape) if isinstance(v, Tensor) else v for v in values])
@@ -316,13 +337,14 @@ def _size(value: Any, layout: Layout) -> int:
     return 0
 
 
-def _kind(value: Any, layout: Layout) -> Hashable:
+def _kind(value: Any, layout: Layout, n: int) -> Hashable:
     if isinstance(layout, Along):
-        return value.dtype, value.shape[: layout.dim], value.shape[layout.dim + 1 :]
+        shape = value.shape
+        return value.dtype, shape[: layout.dim], _rows_a_sample(shape[layout.dim], n, layout), shape[layout.dim + 1 :]
     if isinstance(layout, Nest):
-        return tuple(map(_kind, entries(value), layout.parts))
+        return tuple(map(_kind, entries(value), layout.parts, repeat(n)))
     if isinstance(layout, Count):
-        return None
+        return _rows_a_sample(value, n, layout)
     if isinstance(value, Tensor):  # what belongs to a grid of 4x8 patches has the shape of that for 8x4
         return value.dtype, value.shape, hash(value.contiguous().reshape(-1).view(torch.uint8).cpu().numpy().tobytes())
     try:

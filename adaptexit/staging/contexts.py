@@ -23,8 +23,8 @@ def evaluating(modules: Iterable[nn.Module]) -> Iterator[None]:
 
 
 def parts_of(modules: Iterable[nn.Module]) -> list[nn.Module]:
-    """Modules with all that is inside them, to be looked through more than once."""
-    return [part for module in modules for part in module.modules()]
+    """Modules with all that is inside them, to be looked through more than once; frozen TorchScript has no mode."""
+    return [part for module in modules for part in module.modules() if hasattr(part, "training")]
 
 
 class _Modes:

@@ -156,6 +156,12 @@ class Split:
             self._layouts = with_writes_noted(self.run, self._layouts, inputs)
             return difference_from_model(self.module, self.run, self.cuts, features, inputs)
         except DifferenceError as error:
+            if layers := _dynamically_quantised(self.module):
+                raise SplitError(
+                    f"{type(self.module).__name__} cannot be split here: {layers[0]!r} is quantised dynamically, with "
+                    "scales taken from the whole batch, so that samples depend on each other and none may leave. Split "
+                    "the model that it was made from, or quantise statically."
+                ) from error
             if inputs.dtype == torch.float32 and error.difference <= _ILL_CONDITIONED:
                 twin = copy.deepcopy(self)  # whose stages are made anew, for its precision
                 twin.module.double()
@@ -288,6 +294,11 @@ class Stage(nn.Module):
     def __repr__(self) -> str:
         end = self._split.cuts[self.k] if self.k < len(self._split.cuts) else "the end"
         return f"Stage({self.k}, up to {end} of {type(self.model).__name__})"
+
+
+def _dynamically_quantised(module: nn.Module) -> list[str]:
+    """Names of the parts whose inputs torch quantises by their range in the batch."""
+    return [name for name, part in module.named_modules() if ".quantized.dynamic" in type(part).__module__]
 
 
 def _layout_or_none(two: Any, three: Any) -> Layout | None:

@@ -22,6 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from adaptexit.networks.weights import weights_in
 from adaptexit.utils.folders import locked
 
 try:
@@ -54,6 +55,14 @@ def cache_key(module: nn.Module, cuts: Sequence[str], reducers: Sequence[str], *
     for name, tensor in [*module.named_parameters(), *module.named_buffers()]:
         digest.text(name, tensor.device.type)
         digest.tensor(tensor)
+    ordinary = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    ordinary |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    for name, weight in weights_in(module).items():  # quantised ones are in the state alone
+        if name in ordinary:
+            continue
+        digest.text(name, None if isinstance(weight, Tensor) else weight)
+        if isinstance(weight, Tensor):
+            digest.tensor(weight)
     return digest.result()
 
 

@@ -1,5 +1,6 @@
 """Families of classifiers in stages: the plain model's answers for whatever samples go on, in whatever order."""
 
+import warnings
 import zlib
 
 import numpy as np
@@ -8,6 +9,7 @@ import timm
 import torch
 import torchvision
 from torch import nn
+from torch.ao import quantization
 
 from adaptexit.exceptions import SplitError
 from adaptexit.staging.cuts import propose_cuts
@@ -53,6 +55,31 @@ TORCHVISION = words("""
     alexnet vgg11_bn resnet18 densenet121 googlenet inception_v3 squeezenet1_1 shufflenet_v2_x0_5 mobilenet_v2
     mobilenet_v3_small mnasnet0_5 efficientnet_b0 regnet_y_400mf convnext_tiny swin_t swin_v2_t vit_b_16 maxvit_t
 """)
+VARIANTS = words("""
+    resnet10t resnet18d resnetaa34d resnetblur18 resnet32ts resnet50_gn resnet51q resnetv2_18d resnetv2_50d_frn
+    resnetv2_50d_evos seresnext26ts eca_resnext26ts ecaresnetlight gcresnet33ts legacy_seresnext26_32x4d nf_seresnet26
+    nf_ecaresnet26 resnest26d res2net50_48w_2s res2next50 skresnext50_32x4d densenetblur121d dla34 dla60x_c dpn68
+    ese_vovnet19b_dw vovnet39a efficientnet_b0_gn efficientnet_es efficientnet_lite0 efficientnetv2_rw_t
+    tf_efficientnet_b0 tf_mixnet_s tf_mobilenetv3_small_minimal_100 fbnetv3_b semnasnet_050 mobilenet_edgetpu_v2_xs
+    mobilenetv1_100h mobilenetv4_conv_aa_medium rexnetr_100 cs3darknet_s cs3se_edgenet_x sedarknet21 cspnext_tiny
+    darknet17 cpubone_nano edgenext_x_small fastvit_mci0 fastvit_sa12 mobileone_s1 repvgg_b0 repvit_m1 regnety_004
+    regnetv_040 regnetz_005 hgnet_tiny inception_next_tiny convnext_femto_ols convnext_zepto_rms convnext_tiny_hnf
+    convnextv2_pico mambaout_kobe starnet_s1 swiftformer_s efficientvit_b1 efficientvit_l1 iformer_s iformer_m_distilled
+    lowformer_e1 selecsls60 xception41p efficientvim_m1_dist test_byobnet test_mambaout
+""")
+VARIANTS_TOLD = words("""
+    vit_small_patch16_18x2_224 vit_base_patch16_xp_224 vit_dwee_patch16_reg1_gap_256 vit_relpos_small_patch16_rpn_224
+    vit_srelpos_small_patch16_224 vit_small_patch14_reg4_dinov2 vit_xsmall_patch16_clip_224 vit_small_resnet26d_224
+    vit_pe_core_tiny_patch16_384 vit_pe_spatial_tiny_patch16_512 vit_small_patch16_rope_ape_224 deit_tiny_patch16_224
+    vit_medium_patch16_rope_reg1_gap_256 vit_wee_patch16_reg1_gap_256 beitv2_base_patch16_224 beit3_base_patch16_224
+    test_vit test_vit2 test_vit3 test_vit4 test_vit_relpos test_maxvit test_coatnet coatnet_rmlp_nano_rw_224
+    coatnext_nano_rw_224 coatnet_nano_cc_224 maxvit_rmlp_pico_rw_256 maxxvitv2_nano_rw_256 swinv2_cr_tiny_ns_224
+    coat_mini coat_lite_mini xcit_tiny_12_p8_224 gcvit_xtiny levit_conv_192 levit_256d efficientvit_m2
+    efficientformerv2_s1 pit_xs_224 nest_tiny_jx hiera_small_abswin_256 visformer_small naflexvit_base_patch16_par_gap
+    volo_d2_224 cait_xxs36_224 eva02_small_patch14_224 qwen3_vit_88m sebotnet33ts_256 resnet50_clip_gap
+""")
+TIMM += VARIANTS
+TOLD_THEIR_SIZE += VARIANTS_TOLD
 FAMILIES = [*TIMM, *TOLD_THEIR_SIZE, *(f"torchvision/{name}" for name in TORCHVISION)]
 
 SIDES = {
@@ -195,8 +222,8 @@ def assert_equal(answers, expected, scale):
     assert (answers - expected).abs().amax() <= TOLERANCE * scale
 
 
-def assert_staged_equals_plain(name):
-    model, x = model_of(name), images(name)
+def assert_staged_equals_plain(name, made_into=lambda model: model):
+    model, x = made_into(model_of(name)), images(name)
     parts, refusals = made_stages(model, x)
     expected_refusal = REFUSED.get(name) or SECOND_CHOICE.get(name)
     assert (parts is None) == (name in REFUSED), refusals
@@ -204,7 +231,11 @@ def assert_staged_equals_plain(name):
     assert not refusals or expected_refusal in refusals[0]
     if parts is None:
         parts = split(model, NAMED[name], x)
-    rng = np.random.default_rng(zlib.crc32(name.encode()))
+    assert_stages_equal(parts, model, x)
+
+
+def assert_stages_equal(parts, model, x):
+    rng = np.random.default_rng(zlib.crc32(str(parts).encode()))
     with torch.inference_mode():
         for size in (1, 3, 8):
             batch = x[-size:]
@@ -226,3 +257,84 @@ def test_staged_equals_plain_for_whoever_stays(name):
 @pytest.mark.parametrize("name", [name for name in FAMILIES if name not in FAST])
 def test_staged_equals_plain_for_whoever_stays_in_every_family(name):
     assert_staged_equals_plain(name)
+
+
+# -- wrapped, compiled and quantised -----------------------------------------------------------------------------------
+
+
+class Around(nn.Module):
+    """A model as a part of another."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+        self.eval()
+
+    def forward(self, x):
+        return self.model(x) * 0.5
+
+
+def compiled(model):
+    return torch.compile(model, backend="eager")
+
+
+def in_half_precision(model):
+    """With weights quantised to half precision, which needs no scales."""
+    return quietly(quantization.quantize_dynamic, model, {nn.Linear}, dtype=torch.float16).eval()
+
+
+def dynamically_quantised(model):
+    return quietly(quantization.quantize_dynamic, model, {nn.Linear}, dtype=torch.qint8).eval()
+
+
+def statically_quantised(model, x):
+    model = nn.Sequential(quantization.QuantStub(), model, quantization.DeQuantStub()).eval()
+    model.qconfig = quantization.get_default_qconfig()
+    quietly(quantization.prepare, model, inplace=True)
+    with torch.no_grad():
+        model(x)
+    return quietly(quantization.convert, model).eval()
+
+
+def quietly(make, *args, **options):
+    """Without what torch says of its own deprecations."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return make(*args, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "made_into"),
+    [
+        ("test_byobnet", nn.DataParallel),
+        ("test_vit", nn.DataParallel),
+        ("test_vit2", Around),
+        ("test_vit", in_half_precision),
+        pytest.param("test_byobnet", compiled, marks=pytest.mark.slow),
+        pytest.param("torchvision/resnet18", Around, marks=pytest.mark.slow),
+        pytest.param("coat_lite_tiny", in_half_precision, marks=pytest.mark.slow),
+        pytest.param("mobilevit_xxs", in_half_precision, marks=pytest.mark.slow),
+    ],
+)
+def test_models_in_another_form(name, made_into):
+    assert_staged_equals_plain(name, made_into)
+
+
+def test_convolutions_quantised_statically():
+    generator = torch.Generator().manual_seed(0)
+    layers = [nn.Conv2d(i, o, 3, 2, 1) for i, o in [(3, 16), (16, 32), (32, 64)]]
+    blocks = [nn.Sequential(layer, nn.ReLU()) for layer in layers]
+    model = nn.Sequential(*blocks, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, N_CLASSES))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter[0].numel() ** 0.5)
+    x = images("quantised")
+    model = statically_quantised(model, x)
+    assert_stages_equal(split(model, ["1.0", "1.1"], x), model, x)
+
+
+@pytest.mark.parametrize("name", ["test_vit", "test_byobnet"])
+def test_models_quantised_dynamically_are_refused_with_the_reason(name):
+    model, x = dynamically_quantised(model_of(name)), images(name)
+    with pytest.raises(SplitError, match=r"quantised dynamically, with scales taken from the whole batch"):
+        split(model, [propose_cuts(model_of(name), x[:2], n=1)[0][0]], x)

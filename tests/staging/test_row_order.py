@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from adaptexit.exceptions import SplitError
-from adaptexit.staging.carried import Along
+from adaptexit.staging.carried import Along, Live
 from adaptexit.staging.splitting import split
 from tests.staging.test_splitting import assert_close, built, plain
 
@@ -138,3 +138,53 @@ def test_rows_that_decide_are_refused_with_the_decision():
 
     with pytest.raises(SplitError, match=r"With such values the model does not run: the model's forward decides on a"):
         split(built(Deciding, True), ["a"], sequences())
+
+
+# -- inputs of another size than the example's -------------------------------------------------------------------------
+
+
+class Windows(nn.Module):
+    """Windows of 4x4 pixels as rows, as many a sample as there is room for."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = nn.Conv2d(3, 4, 1), nn.Linear(64, 8), nn.Linear(8, 5)
+
+    def forward(self, x):
+        n, _, height, width = x.shape
+        windows = n * (height // 4) * (width // 4)
+        rows = self.a(x).unflatten(2, (-1, 4)).unflatten(4, (-1, 4)).permute(0, 2, 4, 1, 3, 5).reshape(windows, -1)
+        rows = self.b(rows.tanh()).tanh()
+        return self.c(rows.reshape(n, windows // n, 8).mean(1))
+
+
+def images(n, *size):
+    return torch.randn(n, 3, *size, generator=torch.Generator().manual_seed(sum(size)))
+
+
+@pytest.mark.parametrize("example", [(4, 4), (8, 8), (16, 16)])
+def test_rows_a_sample_may_be_others_for_inputs_of_another_size(example):
+    model = built(Windows)
+    parts = split(model, ["b"], images(6, *example))
+    assert any(isinstance(layout, Along) for layout in parts.live[0])
+    for size in [(4, 4), (8, 8), (8, 12), (16, 8)]:
+        x, staying = images(7, *size), np.array([5, 1, 2])
+        with torch.inference_mode():
+            carried = parts.run(0, x.clone())
+            first, last = carried.taken(staying[:1]), carried.taken(staying[1:])
+            answers = parts.run(1, first.joined([last])).feature
+        assert_close(answers, plain(model, x)[staying])
+
+
+def test_samples_with_different_numbers_of_rows_are_of_different_kinds():
+    parts = split(built(Windows), ["b"], images(6, 8, 8))
+    small, large = parts.run(0, images(2, 8, 8)), parts.run(0, images(2, 8, 12))
+    assert small.kind == parts.run(0, images(3, 8, 8)).kind != large.kind
+    with pytest.raises(ValueError, match="merged only where their inputs have the same size"):
+        small.joined([large])
+
+
+def test_rows_that_are_no_whole_number_a_sample_are_refused():
+    live = Live((torch.ones(7, 2),), (Along(0, 2),), 3)
+    with pytest.raises(SplitError, match=r"7 rows for 3 samples, where the example's had 2 each: .*Give inputs like"):
+        live.taken(np.array([0]))
