@@ -7,7 +7,7 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -31,6 +31,7 @@ from adaptexit.data.classes import class_indices, warn_of_labels
 from adaptexit.data.inputs import InputSpec
 from adaptexit.data.sources import is_stream, split_pair
 from adaptexit.networks.base import Network, below
+from adaptexit.networks.models import check_device
 from adaptexit.networks.readers import LogitsReader
 from adaptexit.persistence import load, save
 from adaptexit.predictor import Predictor
@@ -71,6 +72,7 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
     cost: CostName | Sequence[float]
     budget: float | None
     calibration_size: float
+    device: str | None
     memory_limit: int
     verbose: int
     classes_: NDArray[Any]
@@ -93,6 +95,8 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
 
     def _check_parameters(self) -> None:
         """Refuse at once what would be met only after models have run."""
+        check_device(self.device)
+        check_whole("batch_size", self.batch_size)
         if self.calibrator is not None and not isinstance(self.calibrator, Calibrator):
             raise TypeError(f"calibrator must be a Calibrator, as ThresholdCalibrator(); got {self.calibrator!r}.")
         LogitsReader(self.confidence)
@@ -101,7 +105,7 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
             raise ValueError(f"calibration_size must lie between 0 and 1; got {self.calibration_size!r}.")
         if self.budget is not None:
             checked_relative_cost("budget", self.budget, dearest=10.0)  # as far as is known before anything ran
-        if not isinstance(self.verbose, (int, np.integer)):
+        if not isinstance(self.verbose, Integral):
             raise ValueError(f"verbose must be an integer; got {self.verbose!r}.")
 
     # -- the network ---------------------------------------------------------------------------------------------------

@@ -65,6 +65,8 @@ def logits_width(model: TorchModel, x: Tensor) -> int:
 
 def seed_of(random_state: Any) -> int:
     """What splits, heads and training are seeded by: an integer as it is, a draw from anything else."""
+    if isinstance(random_state, (bool, np.bool_)):
+        raise ValueError(f"random_state must be an integer, a RandomState or None; got {random_state!r}.")
     if random_state is None:
         return int(np.random.default_rng().integers(np.iinfo(np.int32).max))
     try:
@@ -118,6 +120,8 @@ def feature_specs(parts: Split, layout: Any = None) -> list[FeatureSpec]:
     features: list[Any] = []
     with evaluating([parts.module]), torch.no_grad():
         parts.visit(parts.example[:2].clone(), lambda k, feature: features.append(sole_tensor(feature)))
+    if not (layout is None or isinstance(layout, (str, dict))):
+        raise TypeError(f"layout must be a name, a dict of names by cut, or None; got {layout!r}.")
     layouts = layout if isinstance(layout, dict) else dict.fromkeys(parts.cuts, layout)
     if unknown := sorted(set(layouts) - set(parts.cuts)):
         raise ValueError(f"layout must name cuts among {list(parts.cuts)}; got {unknown}.")

@@ -188,6 +188,14 @@ def build_model(given: Any, preprocess: Any, label: str, device: str | None = No
     return TorchModel(module, preprocess_of(module, preprocess, label), label)
 
 
+def check_device(device: Any) -> None:
+    """Refuse what is no device of torch."""
+    try:
+        torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be a device of torch, as 'cuda' or 'cpu', or None; got {device!r}.") from error
+
+
 def _timm_model(name: str, label: str, *, pretrained: bool) -> nn.Module:
     """A timm model by name, in evaluation mode; names with a prefix (``local-dir:`` ...) are timm's to check."""
     if ":" not in name and not timm.is_model(name):
