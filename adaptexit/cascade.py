@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -260,7 +261,7 @@ class CascadeSaver(AdaptiveClassifier):
     def job_curve(self, saver: int = 0, X: Any = None, y: Any = None) -> JobCurve:
         """TinySaver's Fig. 3 of one saver against the base, on the calibration data or on (X, y)."""
         check_is_fitted(self)
-        if saver not in range(self.outputs_.n_exits - 1):
+        if not isinstance(saver, Integral) or isinstance(saver, bool) or saver not in range(self.outputs_.n_exits - 1):
             raise ValueError(f"saver must be one of 0 ... {self.outputs_.n_exits - 2}; got {saver!r}.")
         outputs = self._thresholded(X, y)
         return job_curve(outputs.scores[saver], outputs.graded[saver], outputs.graded[-1])
