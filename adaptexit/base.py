@@ -14,7 +14,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
-from sklearn.metrics import accuracy_score
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -27,7 +26,7 @@ from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.policy import ExitAlone, Policy
 from adaptexit.core.trace import ExitTrace
 from adaptexit.data.batches import Batches, as_batches
-from adaptexit.data.classes import class_indices, warn_of_labels
+from adaptexit.data.classes import accuracy_of, warn_of_labels
 from adaptexit.data.inputs import InputSpec
 from adaptexit.data.sources import is_stream, split_pair
 from adaptexit.networks.base import Network, below
@@ -234,10 +233,7 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
                 "labels are needed: give y, a pair (X, y), or a Dataset or DataLoader of (x, y); got y=None."
             )
         answers = predictor.predict(X)
-        true = np.asarray(X.labels if isinstance(X, Batches) else y)
-        if self.classes_.dtype.kind not in "iufb" and true.dtype.kind in "iu":
-            true = self.classes_[class_indices(true, self.classes_)]  # positions of classes that have names
-        return float(accuracy_score(true, answers, sample_weight=sample_weight))
+        return accuracy_of(answers, X.labels if isinstance(X, Batches) else y, self.classes_, sample_weight)
 
     def _predictor(self, policy: Policy) -> Predictor:
         """A policy bound to what this has learned; of a twin, so that it stays when this is calibrated anew."""

@@ -110,6 +110,8 @@ class ExitOutputs:
             check_finite(logits, "logits")
             store.logits = logits
         if self.features is not None:
+            if not isinstance(self.features, (list, tuple)):
+                raise TypeError(f"features must be a list of {n_exits} arrays; got {type(self.features).__name__}.")
             features = [real_array("features", feature) for feature in self.features]
             if len(features) != n_exits or any(f.ndim != 2 or f.shape[0] != n_samples for f in features):
                 raise ValueError(

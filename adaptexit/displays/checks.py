@@ -124,7 +124,7 @@ def drawing(plot: Plot) -> Plot:
 
         plt = pyplot()
         optional_text("name", kwargs.get("name"))
-        for panel in () if ax is None else np.ravel(np.asarray(ax, dtype=object)):
+        for panel in _panels(ax, getattr(self, "_several_axes", False)):
             if not isinstance(panel, plt.Axes):
                 raise TypeError(f"ax must be matplotlib Axes, or None for a new figure; got {type(panel).__name__}.")
         before = set(plt.get_fignums())
@@ -140,3 +140,12 @@ def drawing(plot: Plot) -> Plot:
             raise kind(f"{', '.join(styles)} must be styles that matplotlib takes: {error}") from error
 
     return checked  # type: ignore[return-value]
+
+
+def _panels(ax: Any, several: bool) -> list[Any]:
+    """The axes given one by one, where there may be several."""
+    if several and isinstance(ax, np.ndarray) and ax.size:
+        return list(ax.ravel())
+    if several and isinstance(ax, (list, tuple)) and ax:
+        return [panel for part in ax for panel in (part if isinstance(part, (list, tuple)) else [part])]
+    return [] if ax is None else [ax]

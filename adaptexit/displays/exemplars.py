@@ -277,6 +277,9 @@ def _checked_strip(strip: Any) -> NDArray[Any]:
 
 def _checked_shape(images: Any) -> tuple[int, ...]:
     shape = tuple(getattr(images, "shape", ()))
+    odd = "complex" in str(getattr(images, "dtype", "")) or isinstance(images, np.ma.MaskedArray)
+    if odd or getattr(images, "is_meta", False) or getattr(images, "is_sparse", False):
+        raise TypeError(f"images must be plain real numbers; got {type(images).__name__} of {images.dtype}.")
     if len(shape) == 3 or (len(shape) == 4 and (shape[1] in (1, 3) or shape[3] == 3)):
         return shape
     what = f"shape {shape}" if shape else type(images).__name__

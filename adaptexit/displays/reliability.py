@@ -62,6 +62,8 @@ class ReliabilityDisplay:
         All after :meth:`plot`.
     """
 
+    _several_axes = True
+
     def __init__(
         self,
         *,

@@ -52,7 +52,7 @@ def as_module(backbone: Any) -> Any:
 def logits_width(model: TorchModel, x: Tensor) -> int:
     """Number of classes that the backbone answers for; it has to leave its input alone."""
     with torch.inference_mode(), unspoiled(x, "backbone"):
-        output = model.module(model.prepare(x)) if is_native(model.module) else model(x)
+        output = model.exit(0, model.prepare(x))[0] if is_native(model.module) else model(x)
     last = logits_in(output[-1], "backbone") if isinstance(output, (list, tuple)) else logits_in(output, "backbone")
     if last.ndim != 2:
         raise ValueError(
@@ -123,7 +123,7 @@ def feature_specs(parts: Split, layout: Any = None) -> list[FeatureSpec]:
     if not (layout is None or isinstance(layout, (str, dict))):
         raise TypeError(f"layout must be a name, a dict of names by cut, or None; got {layout!r}.")
     layouts = layout if isinstance(layout, dict) else dict.fromkeys(parts.cuts, layout)
-    if unknown := sorted(set(layouts) - set(parts.cuts)):
+    if unknown := sorted(set(layouts) - set(parts.cuts), key=str):
         raise ValueError(f"layout must name cuts among {list(parts.cuts)}; got {unknown}.")
     for cut, feature in zip(parts.cuts, features, strict=True):
         if isinstance(feature, Tensor) and feature.shape[:1] != (2,):

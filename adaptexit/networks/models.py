@@ -89,7 +89,10 @@ class TorchModel(WholeModel):
         """Inputs as the module takes them: on its device, preprocessed, in its precision."""
         x = x.to(self.device, non_blocking=True)
         if self.preprocess is not None:
-            x = self.preprocess(x).to(self.device)
+            x = self.preprocess(x)
+            if not isinstance(x, Tensor):
+                raise TypeError(f"preprocessing of {self.label} must return a tensor; got {type(x).__name__}.")
+            x = x.to(self.device)
         elif self.dtype is not None and not (x.is_floating_point() or x.is_complex()) and x.ndim == 4:
             raise TypeError(
                 f"X must hold floats for {self.label}, a {type(self.module).__name__} without preprocessing; got "

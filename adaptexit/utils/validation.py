@@ -75,9 +75,11 @@ def checked_settings(epochs: Any, lr: Any, weight_decay: Any, batch_size: Any) -
 
 
 def check_plain(name: str, values: Any) -> None:
-    """Refuse what would be read otherwise than it is meant: masked entries and complex numbers."""
+    """Refuse what would be read otherwise than it is meant, or not at all: masked, sparse and complex values."""
     if isinstance(values, np.ma.MaskedArray):
         raise ValueError(f"{name} must be a plain array; got a masked one. Leave masked entries out, or fill them in.")
+    if getattr(values, "is_meta", False) or "sparse" in str(getattr(values, "layout", "")):
+        raise ValueError(f"{name} must hold its values densely; got a tensor that is sparse or has none (meta).")
     dtype = getattr(values, "dtype", None)
     if getattr(dtype, "is_complex", False) or getattr(dtype, "kind", "") == "c":
         raise ValueError(  # in scikit-learn's words, which it checks estimators for
@@ -89,9 +91,10 @@ def plain_array(name: str, values: Any) -> NDArray[Any]:
     """Whatever holds values as an array; a mapped one stays one."""
     check_plain(name, values)
     try:
-        array = np.asanyarray(values)
-    except ValueError as error:
-        raise ValueError(f"{name} must be an array; got entries of different shapes.") from error
+        array = np.asanyarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    except Exception as error:  # whatever holds them may raise anything
+        shapes = "entries of different shapes" if isinstance(values, (list, tuple)) else type(values).__name__
+        raise ValueError(f"{name} must be an array; got {shapes}: {error}") from error
     check_plain(name, array)
     return array
 
