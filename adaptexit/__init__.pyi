@@ -32,6 +32,7 @@ from .displays import ParetoDisplay as ParetoDisplay
 from .displays import ReliabilityDisplay as ReliabilityDisplay
 from .displays import SweepDisplay as SweepDisplay
 from .exceptions import CalibrationWarning as CalibrationWarning
+from .exceptions import CostWarning as CostWarning
 from .exceptions import InputWarning as InputWarning
 from .exceptions import LabelWarning as LabelWarning
 from .exceptions import SaverWarning as SaverWarning

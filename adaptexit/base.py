@@ -132,6 +132,19 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
         """Unit of the costs: "MACs", "seconds" or "given"."""
         return self.outputs_.cost_unit
 
+    def to(self, device: str | torch.device) -> Self:
+        """Move models and heads to a device ("cpu", "cuda:1"), the user's modules with them; data follow."""
+        check_is_fitted(self)
+        try:
+            place = torch.device(device)
+        except (RuntimeError, TypeError) as error:
+            raise ValueError(
+                f"device must be a torch device or its name, as 'cpu' or 'cuda:0'; got {device!r}."
+            ) from error
+        for module in self._network.modules:
+            module.to(place)
+        return self
+
     # -- answering -----------------------------------------------------------------------------------------------------
 
     def at(

@@ -22,6 +22,10 @@ class SaverWarning(UserWarning):
     """A saver does not pay: running it costs more than the work it takes off the models behind it."""
 
 
+class CostWarning(UserWarning):
+    """A model does work that is not counted."""
+
+
 class InputWarning(UserWarning):
     """Inputs are taken, but differ from those of ``fit``, or may not be what the model was trained on."""
 

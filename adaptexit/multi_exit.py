@@ -84,7 +84,7 @@ class MultiExitClassifier(AdaptiveClassifier):
         From a batch of inputs to what the backbone takes. "auto" is timm's data config for timm models (inputs are
         images in [0, 1], resized and normalised) and nothing for others; an image processor of transformers will do.
     layout : str or dict, optional
-        Of the features, "NCHW", "NHWC", "NLC", "NCL" or "NC", for all cuts or by cut, where it cannot be told.
+        Of features that do not tell it: "NCHW", "NHWC", "NLC" ("NLC+1" behind a class token), "NCL", "NC"; or by cut.
     classes : sequence of C labels, optional
         Labels in the order of the logits; 0 ... C-1 unless given. Where they are names, ``y`` may hold names or
         positions.

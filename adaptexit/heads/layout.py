@@ -32,12 +32,15 @@ class FeatureSpec:
         there is nothing else.
     grid : tuple of int, optional
         Rows and columns of the positions. Maps have their own; tokens without one cannot be made a map.
+    in_order : bool
+        Whether the positions lie row by row on the grid. Where they do not, they cannot be made a map.
     """
 
     shape: tuple[int, ...]
     layout: str
     prefix_tokens: int = 0
     grid: tuple[int, int] | None = None
+    in_order: bool = True
 
     def __post_init__(self) -> None:
         shape = tuple(int(size) for size in self.shape)
@@ -154,6 +157,13 @@ def as_map(feature: Tensor, spec: FeatureSpec) -> Tensor:
 
 def map_size(spec: FeatureSpec) -> tuple[int, int]:
     """Rows and columns of :func:`as_map`."""
+    if not spec.in_order:
+        raise ValueError(
+            f"tokens must lie row by row to be made a map; the {spec.n_positions} of this feature (shape {spec.shape}, "
+            f"layout {spec.layout}) are in another order: where a patch of the image changes, it is other tokens that "
+            "change. Use a head that pools, cut elsewhere, or reorder the tokens in a head of your own, made with "
+            "dataclasses.replace(spec, in_order=True)."
+        )
     grid = spec.grid or square_grid(spec.n_positions)
     if grid is None:
         raise ValueError(

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from adaptexit.heads.layout import AXES, FeatureSpec, channel_axis, check_layout, square_grid
 
 _PREFIX_TOKEN = re.compile(r"(class|cls|dist|distillation|reg|register)_?(token|embed(ding)?)s?_?\d*")
+_TOLD_PREFIX = re.compile(r"NLC\+(\d+)")
+_MOST_PREFIX = 8
 _WIDTHS = ("embed_dim", "hidden_dim", "num_features")
 _CHANNELS_FIRST = (
     nn.Conv2d,
@@ -52,7 +54,8 @@ def feature_spec(
     input_shape : tuple of int
         Shape of one input, (channels, height, width) for images.
     layout : str, optional
-        Skips the inference: "NCHW", "NHWC", "NLC", "NCL" or "NC".
+        Skips the inference: "NCHW", "NHWC", "NLC", "NCL" or "NC"; "NLC+1" tells of one class token in front that the
+        model does not name, and so on.
 
     Returns
     -------
@@ -77,8 +80,7 @@ def feature_spec(
     place = _Place(module, cut)
     size = (int(input_shape[1]), int(input_shape[2])) if len(input_shape) == 3 else None
     if layout is not None:
-        check_layout(layout, shape)
-        return _read_as(layout, shape, size, place) or _plainly(layout, shape, place)
+        return _as_told(layout, shape, size, place, cut)
     if len(shape) == 1:
         return FeatureSpec(shape, "NC")
     if len(shape) == 3 and place.maker_is_channels_first():
@@ -162,14 +164,15 @@ class _Place:
     def prefixes(self, width: int) -> list[int]:
         """Numbers of prefix tokens that the model may put before tokens of this width, the likeliest first, and 0."""
         counts = [n for n in self._attributes(("num_prefix_tokens",)) if n > 0]
+        # One token is (1, 1, C), (1, C) or (C,), several are (1, L, C) or (L, C).
         tokens = [
-            tuple(weight.shape)
+            (math.prod(weight.shape[:-1]), weight.shape[-1])
             for name, weight in self.module.named_parameters()
-            if _PREFIX_TOKEN.fullmatch(name.rpartition(".")[2]) and weight.ndim == 3
+            if _PREFIX_TOKEN.fullmatch(name.rpartition(".")[2]) and 1 <= weight.ndim <= 3
         ]
-        together = sum(shape[1] for shape in tokens if shape[2] == width)
+        together = sum(count for count, size in tokens if size == width)
         # All that are named like prefixes stand together most often; else one of them is something else.
-        return list(dict.fromkeys([*counts, *([together] if together else []), *(shape[1] for shape in tokens), 0]))
+        return list(dict.fromkeys([*counts, *([together] if together else []), *(count for count, _ in tokens), 0]))
 
     def _modules(self) -> list[nn.Module]:
         return [] if self.here is None else list(self.here.modules())
@@ -233,9 +236,33 @@ def _read_as(layout: str, shape: tuple[int, ...], size: tuple[int, int] | None, 
     return min(specs, key=lambda spec: _distortion(spec.grid, size), default=None)
 
 
-def _plainly(layout: str, shape: tuple[int, ...], place: _Place) -> FeatureSpec:
-    """The shape in a layout that was given although the geometry does not fit."""
-    return FeatureSpec(shape, layout, min(place.prefixes(shape[1])[0], shape[0]) if layout == "NLC" else 0)
+def _as_told(layout: str, shape: tuple[int, ...], size: tuple[int, int] | None, place: _Place, cut: str) -> FeatureSpec:
+    """The shape in a layout that was given, on a grid where the geometry has one."""
+    if match := _TOLD_PREFIX.fullmatch(str(layout)):
+        check_layout("NLC", shape)
+        prefix = int(match[1])
+        grid = _token_grid(shape[0] - prefix, size) if prefix < shape[0] else None
+        return FeatureSpec(shape, "NLC", prefix, grid)
+    check_layout(layout, shape)
+    if spec := _read_as(layout, shape, size, place):
+        return spec
+    prefix = place.prefixes(shape[1])[0] if layout == "NLC" else 0
+    if layout == "NLC" and not prefix and size and (extra := _likely_prefix(shape[0], size)):
+        raise ValueError(
+            f"layout NLC leaves open what the tokens of cut {cut!r} are: {shape[0]} of them lie on no grid, but "
+            f"{shape[0] - extra} would, and the model names no class token. Pass layout='NLC+{extra}' where the first "
+            f"{extra} of them {'is' if extra == 1 else 'are'} no patch, 'NLC+0' where all are."
+        )
+    return FeatureSpec(shape, layout, min(prefix, shape[0]))
+
+
+def _likely_prefix(n: int, size: tuple[int, int]) -> int:
+    """The fewest tokens without which n of them have a grid with exactly the proportions of the input; 0 if none."""
+    for prefix in range(1, min(_MOST_PREFIX, n - 1) + 1):
+        grid = _token_grid(n - prefix, size)
+        if grid and math.prod(grid) > 1 and not _distortion(grid, size):
+            return prefix
+    return 0
 
 
 def _fits(grid: tuple[int, int], size: tuple[int, int]) -> bool:

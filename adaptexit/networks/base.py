@@ -105,7 +105,7 @@ class Network(ABC):
             raise ValueError(f"cost must be 'auto', 'macs', 'latency' or a sequence of numbers; got {cost!r}.")
         if cost == "latency" or (cost == "auto" and not self.countable):
             return Costs(*self.measured(x, measure_latency), unit="seconds")
-        costs = Costs(*self.measured(x[:1], count_macs), unit="MACs")
+        costs = Costs(*self.measured(x[:1], partial(count_macs, roots=self.modules)), unit="MACs")
         self._check_counted(costs)
         return costs
 
@@ -124,7 +124,7 @@ class Network(ABC):
         """What a measure gives for every stage and every exit, each (K,), on inputs ``x``."""
         stages, exits = np.zeros(self.n_exits), np.zeros(self.n_exits)
         # Counted outside inference mode, whose tensors some operations refuse to be counted on.
-        with torch.inference_mode(measure is not count_macs), torch.no_grad():
+        with torch.inference_mode(measure is measure_latency), torch.no_grad():
             carried: Any = self.prepare(x)
             for k in range(self.n_exits):
                 if not isinstance(self.stages[k], nn.Identity):

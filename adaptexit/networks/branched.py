@@ -40,7 +40,8 @@ class BranchedNetwork(Network):
         self.exit_names = [*split.cuts, "full model"]
         self.chained = any(head.chained for head in heads)
         self._early = tuple(heads)  # indexing a ModuleList is slow beside a small head
-        self._dtypes = [next((p.dtype for p in head.parameters()), None) for head in heads]
+        # Asked for device and precision when they run, as the user may move them at any time.
+        self._likes = [next((p for p in head.parameters() if p.is_floating_point()), None) for head in heads]
         self._overwrites = self._heads_that_overwrite()
 
     @property
@@ -71,9 +72,9 @@ class BranchedNetwork(Network):
         head = self._early[k]
         feature = sole_tensor(carried.feature)
         vector = pooled(feature, head.spec) if features else None  # before the head, which may write into the feature
-        dtype = self._dtypes[k]
-        if dtype is not None and feature.dtype != dtype:
-            feature = feature.to(dtype)
+        like = self._likes[k]
+        if like is not None and (feature.dtype != like.dtype or feature.device != like.device):
+            feature = feature.to(like)
         elif self._overwrites[k]:
             feature = feature.clone()
         answer = head(feature, carried.state) if head.chained else head(feature)
@@ -107,7 +108,7 @@ class BranchedNetwork(Network):
 
         def cast(k: int, feature: Any) -> None:
             tensor = sole_tensor(feature)
-            look(k, tensor.to(self._dtypes[k] or tensor.dtype))
+            look(k, tensor if self._likes[k] is None else tensor.to(self._likes[k]))
 
         return self.split.visit(prepared, cast)
 

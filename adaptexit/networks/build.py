@@ -22,6 +22,7 @@ from adaptexit.networks.mlp import MLP, as_mlp
 from adaptexit.networks.models import TorchModel, unspoiled
 from adaptexit.networks.native import NativeNetwork, is_native
 from adaptexit.networks.readers import logits_in
+from adaptexit.networks.token_order import with_orders
 from adaptexit.staging.contexts import evaluating, random_state_kept
 from adaptexit.staging.cuts import check_names, propose_cuts
 from adaptexit.staging.splitting import Split, from_stages, split
@@ -132,10 +133,12 @@ def feature_specs(parts: Split, layout: Any = None) -> list[FeatureSpec]:
                 "must lie along its first axis. Cut elsewhere."
             )
     shape = tuple(parts.example.shape[1:])
-    return [
+    specs = [
         feature_spec(parts.module, cut, feature, shape, layouts.get(cut))
         for cut, feature in zip(parts.cuts, features, strict=True)
     ]
+    with evaluating([parts.module]), torch.no_grad():
+        return with_orders(parts, specs)
 
 
 def new_heads(head: Any, specs: Sequence[FeatureSpec], model: TorchModel, n_classes: int, seed: int) -> list[Head]:
@@ -168,7 +171,7 @@ def restored_network(
     if "cuts" not in state:
         return NativeNetwork(model)
     exits = None if given_as_stages else state["cuts"]
-    layout = dict(zip(state["cuts"], (spec["layout"] for spec in state["features"]), strict=True))
+    layout = dict(zip(state["cuts"], map(_told_layout, state["features"]), strict=True))
     parts, _ = staged_backbone(model.module, exits, tensors["example"].to(model.device), layout)
     specs = [FeatureSpec(**fields) for fields in state["features"]]
     heads = new_heads(head, specs, model, n_classes, 0)
@@ -182,3 +185,8 @@ def restored_network(
             raise ValueError(f"the saved weights do not fit the head at {parts.cuts[k]!r}: {error}") from error
         module.eval()
     return BranchedNetwork(model, parts, heads)
+
+
+def _told_layout(spec: dict[str, Any]) -> str:
+    """A spec's layout as it is given: with its prefix, where it has one."""
+    return f"NLC+{spec['prefix_tokens']}" if spec["layout"] == "NLC" else str(spec["layout"])

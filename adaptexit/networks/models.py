@@ -77,9 +77,17 @@ class TorchModel(WholeModel):
         self.label = label
         self.exit_names = [label]
         self.stages, self.heads = nn.ModuleList([nn.Identity()]), nn.ModuleList([module])
-        tensor = next((t for t in module.parameters() if t.is_floating_point()), None)
-        self.device = torch.device("cpu") if tensor is None else tensor.device
-        self.dtype = None if tensor is None else tensor.dtype
+        self._like = next((t for t in module.parameters() if t.is_floating_point()), None)
+
+    @property
+    def device(self) -> torch.device:  # type: ignore[override]
+        """Where the module is by now."""
+        return torch.device("cpu") if self._like is None else self._like.device
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The precision that the module has by now."""
+        return None if self._like is None else self._like.dtype
 
     @property
     def modules(self) -> list[nn.Module]:

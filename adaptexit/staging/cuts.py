@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from adaptexit.staging.contexts import evaluating, random_state_kept
 from adaptexit.staging.cut_table import CutPoint, CutTable
+from adaptexit.staging.model_state import state_restored
 from adaptexit.staging.nested import Rows, tensors_in
 from adaptexit.staging.profiling import Call, Scan, ancestors, latencies
 
@@ -62,7 +63,7 @@ def list_cuts(
     """
     _check_count("repeats", repeats)
     module, example = _prepared(model, example)
-    with evaluating([module]):
+    with evaluating([module]), state_restored(module):
         scan = Scan(module, example)
         calls = scan.once() if every else scan.structural()
         seconds = latencies(module, example, [call.name for call in calls], repeats)
@@ -118,7 +119,7 @@ def propose_cuts(model: str | nn.Module, example: Rows | None = None, n: int = 3
     """
     _check_count("n", n)
     module, example = _prepared(model, example)
-    with evaluating([module]):
+    with evaluating([module]), state_restored(module):
         scan = Scan(module, example)
     calls = [c for c in scan.structural() if c.is_tensor and FIRST_SHARE <= c.macs / scan.macs <= LAST_SHARE]
     points = [_point(scan, call) for call in calls]

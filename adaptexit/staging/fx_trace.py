@@ -9,19 +9,24 @@ they differ, the decision hangs on the batch or on the data, and the module cann
 from __future__ import annotations
 
 import operator
+import threading
 from collections.abc import Callable, ItemsView, Iterable, Iterator, KeysView, ValuesView
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx import _symbolic_trace
 from torch.fx.proxy import Attribute, Proxy
 
 from adaptexit.exceptions import SplitError
 from adaptexit.staging.contexts import evaluating
+from adaptexit.staging.model_state import state_restored
 
 Pair = tuple[Any, Any]
+
+TRACING = threading.RLock()
+"""Held by the one thread that traces: torch.fx redirects the calls of all modules in the process meanwhile."""
 
 
 @dataclass
@@ -69,8 +74,8 @@ def trace(module: nn.Module, cuts: Iterable[str], batches: tuple[Tensor, Tensor]
         If the forward cannot be traced.
     """
     tracer = _Tracer(set(cuts), batches)
-    parts = [module.get_submodule(name) for name in sorted({"", *tracer.ancestors})]
-    with evaluating([module]), torch.no_grad(), _attributes_restored(parts):
+    with TRACING, evaluating([module]), torch.no_grad(), state_restored(module):
+        call, getattribute = tracer.plain_call, tracer.plain_getattr
         try:
             graph = tracer.trace(module)
         except SplitError:
@@ -81,6 +86,10 @@ def trace(module: nn.Module, cuts: Iterable[str], batches: tuple[Tensor, Tensor]
                 f"{type(error).__name__}: {str(error).rstrip('.')}. Cut at modules that lie less deep, or give the "
                 "stages explicitly."
             ) from error
+        finally:
+            # Also where a Ctrl-C kept torch.fx from it; no function is called here, so that no other can come between.
+            nn.Module.__call__ = call  # type: ignore[method-assign]
+            nn.Module.__getattr__ = getattribute  # type: ignore[method-assign]
     called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     return Traced(graph, tracer.values, tracer.cut_calls, called)
 
@@ -90,16 +99,11 @@ _CONVERSIONS: dict[str, Callable[[Any], Any]] = {
 }  # fmt: skip
 
 
-@contextmanager
-def _attributes_restored(parts: list[nn.Module]) -> Iterator[None]:
-    """What a traced forward keeps on its module is a proxy, which must not stay there."""
-    before = [part.__dict__.copy() for part in parts]
-    try:
-        yield
-    finally:
-        for part, attributes in zip(parts, before, strict=True):
-            part.__dict__.clear()  # past nn.Module.__setattr__, which would sort tensors and modules in
-            part.__dict__.update(attributes)
+def _unpatched(method: Any) -> Any:
+    """A method of nn.Module as it is when nobody traces: another trace may have left its own in place."""
+    while getattr(getattr(method, "__code__", None), "co_filename", None) == _symbolic_trace.__file__:
+        method = method.__wrapped__
+    return method
 
 
 def check_unchanged(value: Any, expected: Any, conversion: str) -> None:
@@ -121,21 +125,42 @@ class _Tracer(fx.Tracer):
         self.batches = batches
         self.values: dict[fx.Node, Pair] = {}
         self.cut_calls: dict[str, list[CutCall]] = {cut: [] for cut in cuts}
+        self.thread = threading.get_ident()
         self.computing = False
+        self.plain_call = _unpatched(nn.Module.__call__)
+        self.plain_getattr = _unpatched(nn.Module.__getattr__)
 
     # -- what is recorded ----------------------------------------------------------------------------------------------
 
     def create_args_for_root(self, root_fn: Any, is_module: bool, concrete_args: Any = None) -> Any:
         def forward(x: Any) -> Any:
+            self._let_others_through()
             return self.root.forward(x)  # of the instance, other arguments at their defaults
 
         return forward, [self.create_proxy("placeholder", "input", (), {})]
+
+    @property
+    def recording(self) -> bool:
+        """Whether a call is the traced forward's: not another thread's, nor of a module that is run for its values."""
+        return not self.computing and threading.get_ident() == self.thread
+
+    def _let_others_through(self) -> None:
+        """Calls that are not recorded go where they went before torch.fx patched nn.Module (it undoes this, too)."""
+        fx_call, fx_getattr = nn.Module.__call__, nn.Module.__getattr__
+
+        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            return (fx_call if self.recording else self.plain_call)(module, *args, **kwargs)
+
+        def getattribute(module: nn.Module, name: str) -> Any:
+            return (fx_getattr if self.recording else self.plain_getattr)(module, name)
+
+        nn.Module.__call__, nn.Module.__getattr__ = call, getattribute  # type: ignore[method-assign, assignment]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return module_qualified_name not in self.ancestors
 
     def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
-        if self.computing:
+        if not self.recording:  # another thread, before it was let through
             return forward(*args, **kwargs)
         name = self.path_of_module(m)
         output = super().call_module(m, m.forward, args, kwargs)  # of the ancestors; their hooks are no computation
@@ -146,7 +171,7 @@ class _Tracer(fx.Tracer):
         return output
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Proxy]) -> Any:
-        return attr_val if self.computing else super().getattr(attr, attr_val, parameter_proxy_cache)
+        return super().getattr(attr, attr_val, parameter_proxy_cache) if self.recording else attr_val
 
     def create_arg(self, a: Any) -> Any:
         # type(a), as isinstance asks the class that a proxy of a tuple pretends to be (_Concrete.__class__), and before
@@ -165,7 +190,6 @@ class _Tracer(fx.Tracer):
 
     def create_node(self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **options: Any) -> fx.Node:
         node = super().create_node(kind, target, args, kwargs, *rest, **options)
-        # The patched Module.__call__ and __getattr__ then do what they did before tracing.
         self.computing = True
         try:
             self.values[node] = (self._value(node, 0), self._value(node, 1))

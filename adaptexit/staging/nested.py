@@ -8,7 +8,7 @@ be joined. None is an empty nesting.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import fields, is_dataclass
 from itertools import repeat
 from typing import Any
@@ -139,3 +139,8 @@ def tensors_in(value: Any) -> Iterator[Tensor]:
     elif is_nest(value):
         for part in entries(value):
             yield from tensors_in(part)
+
+
+def storages(tensors: Iterable[Tensor]) -> frozenset[int]:
+    """What tells the memory of dense tensors from that of others, as long as they live."""
+    return frozenset(t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided)

@@ -14,10 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
 
-from adaptexit.staging.cost import count_macs
-from adaptexit.staging.nested import Rows, n_rows, tensors_in
+from adaptexit.staging.cost import counted_macs
+from adaptexit.staging.formulas import flop_counter
+from adaptexit.staging.nested import Rows, n_rows, storages, tensors_in
 
 CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -54,7 +54,7 @@ class Scan:
         self._flow = _Dataflow(example)
         try:
             with _without_gradients(module):
-                self.macs = count_macs(self._run, example)
+                self.macs, _ = counted_macs(self._run, example)
         except Exception as error:
             error.add_note(
                 f"This is {type(module).__name__}, run on an example of shape {_shape(example, 0)} to find its cuts. "
@@ -64,7 +64,7 @@ class Scan:
 
     def _run(self, example: Rows) -> None:
         macs_at_entry: dict[str, float] = {}
-        with self._flow, FlopCounterMode(display=False) as counter:
+        with self._flow, flop_counter() as counter:
 
             def enter(name: str, output: Any = None) -> None:
                 macs_at_entry[name] = counter.get_total_flops() / 2 / self._n
@@ -78,7 +78,7 @@ class Scan:
         results = list(tensors_in(output))
         self._flow.keep(results)
         last = self._last[1]
-        same = _storages(results) == _storages(last) and sum(map(Tensor.numel, results)) == sum(map(Tensor.numel, last))
+        same = storages(results) == storages(last) and sum(map(Tensor.numel, results)) == sum(map(Tensor.numel, last))
         self._own_output = self._group if same else -1
         self._last = (-1, [])
 
@@ -92,7 +92,7 @@ class Scan:
         work = (works and leaf, works and not leaf)
         shape = _shape(output, self._n)
         is_tensor = len(tensors) == 1 and tensors[0].shape[:1] == (self._n,)
-        self.calls.append(Call(name, time_, self._group, macs, *work, shape, is_tensor, _storages(tensors)))
+        self.calls.append(Call(name, time_, self._group, macs, *work, shape, is_tensor, storages(tensors)))
 
     def once(self) -> list[Call]:
         """Modules called exactly once, but for those that return the model's own output."""
@@ -155,7 +155,7 @@ class _Dataflow(TorchDispatchMode):
         kwargs = kwargs or {}
         output = func(*args, **kwargs)
         self.time += 1
-        inputs = _storages(tensors_in((args, kwargs))) & self._made.keys()
+        inputs = storages(tensors_in((args, kwargs))) & self._made.keys()
         self._read |= dict.fromkeys(inputs, self.time)
         if inputs:  # what no input of the model had a part in, such as a mask, can be made again in any stage
             for tensor in tensors_in(output):
@@ -163,21 +163,17 @@ class _Dataflow(TorchDispatchMode):
         return output
 
     def _add(self, tensor: Tensor) -> None:
-        for storage in _storages([tensor]) - self._made.keys():
+        for storage in storages([tensor]) - self._made.keys():
             self._references.append(StorageWeakRef(tensor.untyped_storage()))
             self._made[storage] = self.time
 
     def keep(self, tensors: Iterable[Tensor]) -> None:
         """What the model returns is needed to the end."""
-        self._read |= dict.fromkeys(_storages(tensors) & self._made.keys(), float("inf"))
+        self._read |= dict.fromkeys(storages(tensors) & self._made.keys(), float("inf"))
 
     def alive(self, time_: int) -> set[int]:
         """Storages made up to a time and read later."""
         return {key for key, last in self._read.items() if self._made[key] <= time_ < last}
-
-
-def _storages(tensors: Iterable[Tensor]) -> frozenset[int]:
-    return frozenset(t.untyped_storage()._cdata for t in tensors if t.layout is torch.strided)
 
 
 def _shape(value: Any, n: int) -> Any:

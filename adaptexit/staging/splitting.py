@@ -18,6 +18,8 @@ from adaptexit.exceptions import DifferenceError, SplitError, UnsupportedValueEr
 from adaptexit.staging.carried import Carried, Layout, Live, layout_of
 from adaptexit.staging.contexts import evaluating, exact_arithmetic
 from adaptexit.staging.cuts import check_names, unwrapped
+from adaptexit.staging.fx_trace import TRACING
+from adaptexit.staging.model_state import state_restored
 from adaptexit.staging.pieces import CarriedValue, Chain, StageFunction, TracedModel
 from adaptexit.staging.row_order import check_row_orders
 from adaptexit.staging.verify import difference_from_model, distinct, shuffled, with_writes_noted
@@ -73,7 +75,7 @@ def from_stages(stages: Sequence[nn.Module], example: Tensor) -> Split:
 
 
 def _verified_split(source: TracedModel | Chain, inputs: Tensor) -> Split:
-    with exact_arithmetic, evaluating([source.module]), torch.no_grad():
+    with exact_arithmetic, evaluating([source.module]), torch.no_grad(), state_restored(source.module):
         return Split(source, inputs)
 
 
@@ -95,8 +97,8 @@ class Split:
     A split can be copied and pickled with its module; after unpickling its stages are made anew. Hooks on submodules
     fire, except on the ancestors of cuts and on the module itself, which are not called in one piece. The Python of
     these is run once, when the split is made: numbers that it reads from the model stay as they were then (weights and
-    buffers do not), and context managers in it (``no_grad``, ``autocast``) are not entered again. While a split is made
-    no other thread may call modules, as torch.fx redirects all calls.
+    buffers do not), and context managers in it (``no_grad``, ``autocast``) are not entered again. Other threads may
+    call modules while a split is made, this one too unless its Python keeps what it computes on the module.
     """
 
     def __init__(self, source: TracedModel | Chain, inputs: Tensor) -> None:
@@ -105,13 +107,15 @@ class Split:
         self.stages = nn.ModuleList(Stage(self, k) for k in range(len(source.cuts) + 1))
         self._parts: list[nn.Module] | None = None
         self.cuts = source.cuts
+        self._like = next((p for p in source.module.parameters() if p.is_floating_point()), None)
+        self._made_for = None if self._like is None else (self._like.dtype, self._like.device)
+        self.example = shuffled(inputs)
         pieces = source.compiled((inputs[:2], inputs[2:5]))
         self._functions: list[StageFunction] | None = pieces.functions
         self._layouts = [_layouts(cut, values) for cut, values in zip(self.cuts, pieces.carried, strict=True)]
         features = [_layout_or_none(*pair) for pair in pieces.features]
         self.difference = self._verified(features, inputs)
         check_row_orders(self.run, self.cuts, features, inputs)
-        self.example = shuffled(inputs)
 
     def _verified(self, features: list[Layout | None], inputs: Tensor) -> float:
         """The largest difference from the model; float32 that is off by more than rounding is tried in float64."""
@@ -121,7 +125,7 @@ class Split:
         except DifferenceError as error:
             if inputs.dtype != torch.float32 or error.difference > _ILL_CONDITIONED:
                 raise
-            twin = copy.deepcopy(self)  # the functions of the stages are shared
+            twin = copy.deepcopy(self)  # whose stages are made anew, for its precision
             twin.module.double()
             try:
                 difference_from_model(twin.module, twin.run, self.cuts, features, inputs.double())
@@ -156,8 +160,11 @@ class Split:
         return (self._functions or self._made_anew())[k]
 
     def _made_anew(self) -> list[StageFunction]:
-        self._functions = self._rebuilt()
-        return self._functions
+        with TRACING:
+            place = None if self._like is None else (self._like.dtype, self._like.device)
+            if self._functions is None or self._made_for != place:  # another thread may have made them meanwhile
+                self._functions, self._made_for = self._rebuilt(), place
+            return self._functions
 
     def run(self, k: int, carried: Any, *, checked: bool = True) -> Carried:
         """Run stage k on inputs (k = 0) or on what stage k-1 returned.
@@ -169,6 +176,8 @@ class Split:
         if k == 0:
             if checked:
                 self._check_mode()
+            if self._like is not None and self._made_for != (self._like.dtype, self._like.device):
+                functions = self._made_anew()  # what the model's Python reads of either stands in them
             n, state = len(carried), None
             feature, live = functions[0](self._source.module, carried)
         else:
@@ -203,11 +212,11 @@ class Split:
 
     def _rebuilt(self) -> list[StageFunction]:
         """The functions made anew, for the device and precision that the module has by now."""
-        like = next((p for p in self.module.parameters() if p.is_floating_point()), None)
+        like = self._like
         example = self.example if like is None else self.example.to(like.device)
         if like is not None and example.is_floating_point():
             example = example.to(like.dtype)
-        with evaluating([self.module]):
+        with evaluating([self.module]), torch.no_grad(), state_restored(self.module):
             return self._source.compiled((example[:2], example[2:5])).functions
 
     def __getstate__(self) -> dict[str, Any]:

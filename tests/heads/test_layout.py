@@ -327,6 +327,39 @@ def test_a_given_layout_is_taken_without_a_grid():
         as_map(torch.zeros(1, 31, 8), spec)
 
 
+@pytest.mark.parametrize("shape", [(31,), (1, 31), (1, 1, 31)])
+@pytest.mark.parametrize("name", ["class_embedding", "cls_token", "class_token"])
+@pytest.mark.parametrize("layout", [None, "NLC"])
+def test_class_tokens_are_found_however_they_are_stored(shape, name, layout):
+    module = Opaque(**{name: nn.Parameter(torch.zeros(shape))})
+    assert spec_of(module, 17, 31, layout=layout) == FeatureSpec((17, 31), "NLC", 1, (4, 4))
+
+
+def test_several_tokens_stored_without_an_axis_for_samples():
+    module = Opaque(cls_token=nn.Parameter(torch.zeros(31)), register_tokens=nn.Parameter(torch.zeros(4, 31)))
+    assert spec_of(module, 21, 31) == FeatureSpec((21, 31), "NLC", 5, (4, 4))
+
+
+@pytest.mark.parametrize(("n_tokens", "extra", "words"), [(17, 1, "1 of them is no patch"), (21, 5, "5 of them are")])
+def test_class_tokens_that_nothing_names_can_be_told(n_tokens, extra, words):
+    with pytest.raises(
+        ValueError, match=rf"'cut' are: {n_tokens} .*but 16 would, .*Pass layout='NLC\+{extra}' .*{words}"
+    ):
+        spec_of(Opaque(), n_tokens, 31, layout="NLC")
+    told = spec_of(Opaque(), n_tokens, 31, layout=f"NLC+{extra}")
+    assert told == FeatureSpec((n_tokens, 31), "NLC", extra, (4, 4))
+    assert pooled(torch.arange(float(n_tokens))[None, :, None].expand(1, -1, 31), told)[0, 0] == extra + 7.5
+    none = spec_of(Opaque(), n_tokens, 31, layout="NLC+0")
+    assert (none.prefix_tokens, none.n_positions) == (0, n_tokens)
+
+
+def test_more_class_tokens_than_tokens_cannot_be_told():
+    with pytest.raises(ValueError, match="prefix_tokens must be from 0 to the number of tokens, 17"):
+        spec_of(Opaque(), 17, 31, layout="NLC+18")
+    with pytest.raises(ValueError, match="layout NLC needs 2 axes"):
+        spec_of(Opaque(), 17, layout="NLC+1")
+
+
 @pytest.mark.parametrize(
     ("feature", "words"),
     [
@@ -460,3 +493,13 @@ def test_maps_of_another_size_are_pooled_but_tokens_keep_their_grid():
     assert pooled(torch.zeros(2, 5, 6, 7), spec).shape == (2, 5)
     with pytest.raises(ValueError, match="must have 4 positions, a grid of 2x2; got 9"):
         as_map(torch.zeros(2, 9, 5), FeatureSpec((4, 5), "NLC"))
+
+
+def test_tokens_in_another_order_are_pooled_but_no_map():
+    spec = FeatureSpec((16, 8), "NLC", grid=(4, 4), in_order=False)
+    assert FeatureSpec(**json.loads(json.dumps(asdict(spec)))) == spec
+    feature = torch.randn(2, 16, 8)
+    assert torch.equal(pooled(feature, spec), feature.mean(1))
+    for use in (lambda: as_map(feature, spec), lambda: map_size(spec)):
+        with pytest.raises(ValueError, match=r"row by row .* the 16 of this feature .* Use a head that pools"):
+            use()

@@ -101,6 +101,18 @@ def images(name, n=8):
     return colour + contrast * torch.randn(shape, generator=generator)
 
 
+def untrained(name):
+    """The family's smallest member as its library makes it."""
+    options = {"num_classes": N_CLASSES} | OPTIONS.get(name, {})
+    if name in TOLD_THEIR_SIZE:
+        options["img_size"] = side(name)
+    if name == "torchvision/maxvit_t":
+        return small_maxvit(**options).eval()
+    if name.startswith("torchvision/"):
+        return torchvision.models.get_model(name.removeprefix("torchvision/"), weights=None, **options).eval()
+    return timm.create_model(name, pretrained=False, **options).eval()
+
+
 def model_of(name):
     """The family's smallest member, as a trained one would be: no two samples alike, no block that does nothing.
 
@@ -108,18 +120,9 @@ def model_of(name):
     0.02 grow. Batch normalisation takes the statistics of some images and leaves most ReLUs open: deep random networks
     would multiply rounding errors otherwise.
     """
-    options = {"num_classes": N_CLASSES} | OPTIONS.get(name, {})
-    if name in TOLD_THEIR_SIZE:
-        options["img_size"] = side(name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        if name == "torchvision/maxvit_t":
-            model = small_maxvit(**options)
-        elif name.startswith("torchvision/"):
-            model = torchvision.models.get_model(name.removeprefix("torchvision/"), weights=None, **options)
-        else:
-            model = timm.create_model(name, pretrained=False, **options)
-    model.eval()
+        model = untrained(name)
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for parameter in model.parameters():
