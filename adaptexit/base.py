@@ -7,14 +7,13 @@ import os
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Literal, Self
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import BaseEstimator, ClassifierMixin, clone
-from sklearn.metrics import accuracy_score
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 from tqdm import tqdm
@@ -27,10 +26,11 @@ from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.policy import ExitAlone, Policy
 from adaptexit.core.trace import ExitTrace
 from adaptexit.data.batches import Batches, as_batches
-from adaptexit.data.classes import class_indices, warn_of_labels
+from adaptexit.data.classes import accuracy_of, warn_of_labels
 from adaptexit.data.inputs import InputSpec
 from adaptexit.data.sources import is_stream, split_pair
 from adaptexit.networks.base import Network, below
+from adaptexit.networks.models import check_device
 from adaptexit.networks.readers import LogitsReader
 from adaptexit.persistence import load, save
 from adaptexit.predictor import Predictor
@@ -71,6 +71,7 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
     cost: CostName | Sequence[float]
     budget: float | None
     calibration_size: float
+    device: str | None
     memory_limit: int
     verbose: int
     classes_: NDArray[Any]
@@ -93,6 +94,8 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
 
     def _check_parameters(self) -> None:
         """Refuse at once what would be met only after models have run."""
+        check_device(self.device)
+        check_whole("batch_size", self.batch_size)
         if self.calibrator is not None and not isinstance(self.calibrator, Calibrator):
             raise TypeError(f"calibrator must be a Calibrator, as ThresholdCalibrator(); got {self.calibrator!r}.")
         LogitsReader(self.confidence)
@@ -101,7 +104,7 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
             raise ValueError(f"calibration_size must lie between 0 and 1; got {self.calibration_size!r}.")
         if self.budget is not None:
             checked_relative_cost("budget", self.budget, dearest=10.0)  # as far as is known before anything ran
-        if not isinstance(self.verbose, (int, np.integer)):
+        if not isinstance(self.verbose, Integral):
             raise ValueError(f"verbose must be an integer; got {self.verbose!r}.")
 
     # -- the network ---------------------------------------------------------------------------------------------------
@@ -243,10 +246,7 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
                 "labels are needed: give y, a pair (X, y), or a Dataset or DataLoader of (x, y); got y=None."
             )
         answers = predictor.predict(X)
-        true = np.asarray(X.labels if isinstance(X, Batches) else y)
-        if self.classes_.dtype.kind not in "iufb" and true.dtype.kind in "iu":
-            true = self.classes_[class_indices(true, self.classes_)]  # positions of classes that have names
-        return float(accuracy_score(true, answers, sample_weight=sample_weight))
+        return accuracy_of(answers, X.labels if isinstance(X, Batches) else y, self.classes_, sample_weight)
 
     def _predictor(self, policy: Policy) -> Predictor:
         """A policy bound to what this has learned; of a twin, so that it stays when this is calibrated anew."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from adaptexit.data.inputs import InputSpec
 from adaptexit.data.sources import check_source, check_table, is_stream, split_pair
 from adaptexit.exceptions import SaverWarning, warn
 from adaptexit.networks.base import Network, below
+from adaptexit.networks.build import seed_of
 from adaptexit.networks.models import (
     ScikitModel,
     WholeModel,
@@ -80,7 +82,7 @@ class CascadeSaver(AdaptiveClassifier):
     device : str, optional
         Where models made from names and factories go ("cuda", "cpu" ...). Modules stay where they are, and data follow
         them; models may lie on different devices.
-    random_state : int, default=0
+    random_state : int, RandomState or None, default=0
         Seed of the hold-out split.
     verbose : int, default=0
         At 1 long work shows a progress bar.
@@ -171,11 +173,12 @@ class CascadeSaver(AdaptiveClassifier):
             For bad data or parameters; the estimator is then left as it was.
         """
         self._check_parameters()
+        seed = seed_of(self.random_state)
         X, y = split_pair(X, y)
         check_source(X)
         X, y = self._validated(X, y, reset=True)
         entries = self._given()
-        models, X, y = self._fit_classifiers(entries, X, y)
+        models, X, y = self._fit_classifiers(entries, X, y, seed)
         network = Row(
             [build_model(model, how, label, self.device) for model, how, label in models],
             [label for _, _, label in entries],
@@ -203,14 +206,16 @@ class CascadeSaver(AdaptiveClassifier):
         labels = ["saver"] if len(savers) == 1 else [f"saver[{k}]" for k in range(len(savers))]
         return [*zip(savers, preprocesses, labels, strict=True), (self.base, self.base_preprocess, "base")]
 
-    def _fit_classifiers(self, given: list[tuple[Any, Any, str]], X: Any, y: Any) -> tuple[list[Any], Any, Any]:
+    def _fit_classifiers(
+        self, given: list[tuple[Any, Any, str]], X: Any, y: Any, seed: int
+    ) -> tuple[list[Any], Any, Any]:
         """Unfitted classifiers fitted on the held-in part; the part for calibration is what remains."""
         to_fit = [is_scikit(model) and not is_fitted(model) for model, _, _ in given]
         if not any(to_fit):
             return given, X, y
         check_table(X, "a classifier has to be fitted")
         X, y = np.asarray(X), np.asarray(y)
-        held_in, held_out = hold_out(y, self.calibration_size, self.random_state)
+        held_in, held_out = hold_out(y, self.calibration_size, seed)
         flat = X.reshape(len(X), -1)
         models = [
             (clone(model).fit(flat[held_in], y[held_in]) if new else model, how, label)
@@ -256,7 +261,7 @@ class CascadeSaver(AdaptiveClassifier):
     def job_curve(self, saver: int = 0, X: Any = None, y: Any = None) -> JobCurve:
         """TinySaver's Fig. 3 of one saver against the base, on the calibration data or on (X, y)."""
         check_is_fitted(self)
-        if saver not in range(self.outputs_.n_exits - 1):
+        if not isinstance(saver, Integral) or isinstance(saver, bool) or saver not in range(self.outputs_.n_exits - 1):
             raise ValueError(f"saver must be one of 0 ... {self.outputs_.n_exits - 2}; got {saver!r}.")
         outputs = self._thresholded(X, y)
         return job_curve(outputs.scores[saver], outputs.graded[saver], outputs.graded[-1])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ from adaptexit.staging.executor import MEMORY_LIMIT
 from adaptexit.training.cached_answers import answers_on, record_features
 from adaptexit.training.recipes import Recipe, RecipeName, recipe_of
 from adaptexit.utils.learning import learned_at_once
-from adaptexit.utils.validation import check_whole
+from adaptexit.utils.validation import check_switch, check_whole, checked_folder
 
 
 class MultiExitClassifier(AdaptiveClassifier):
@@ -258,8 +257,8 @@ class MultiExitClassifier(AdaptiveClassifier):
         check_backbone(self.backbone)
         self._check_parameters()
         check_whole("cache_memory", self.cache_memory, 0, " (a number of bytes)")
-        if self.cache_dir is not None and Path(self.cache_dir).is_file():
-            raise NotADirectoryError(f"cache_dir must be a folder or new; {self.cache_dir} is a file.")
+        checked_folder("cache_dir", self.cache_dir)
+        check_switch("cache_half", self.cache_half)
         recipe = self._recipe()
         getattr(recipe, "check", lambda: None)()
         return recipe

@@ -58,6 +58,7 @@ class ExitReports(TakesData):
         """
         check_is_fitted(self)
         self._remark()
+        _check_alone(X, y)
         return self.calibrator_.pareto(None if X is None else self.record(X, y))
 
     def operating_point(self, budget: float | None = None, max_drop: float | None = None) -> OperatingPoint:
@@ -104,6 +105,7 @@ class ExitReports(TakesData):
 
     def _thresholded(self, X: Any, y: Any, ordered: bool = False) -> ExitOutputs:
         """Outputs on (X, y) or the calibration data, under the score that is thresholded."""
+        _check_alone(X, y)
         return self.calibrator_.rescored(self.outputs_ if X is None else self._record(X, y, ordered))
 
     def latencies(self, X: Any, batch_sizes: Sequence[int] = (1, 8, 64)) -> StageLatencies:
@@ -132,6 +134,12 @@ class ExitReports(TakesData):
             f"{point.accuracy:.4f} at relative cost {point.cost:.3f} (full model {outputs.full_accuracy:.4f}), "
             f"{len(self.calibrator_.frontier_.points)} operating points"
         )
+
+
+def _check_alone(X: Any, y: Any) -> None:
+    """Refuse labels without the data that they are of."""
+    if X is None and y is not None:
+        raise ValueError("X must be given where y is; got y alone. Leave both out for the calibration data.")
 
 
 def _is(value: Any, default: Any) -> bool:

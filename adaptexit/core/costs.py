@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adaptexit.utils.validation import check_shape
+from adaptexit.utils.validation import check_shape, real_array
 
 Floats = NDArray[np.float64]
 Mask = NDArray[np.bool_]
@@ -91,7 +91,7 @@ class Costs:
 
 
 def _cost_array(values: Any, n_exits: int, name: str) -> Floats:
-    array = np.array(values, dtype=np.float64)
+    array = np.array(real_array(name, values), dtype=np.float64)
     check_shape(array, (n_exits,), name)
     if not (np.isfinite(array).all() and (array >= 0).all()):
         raise ValueError(f"{name} must be finite and not negative; got {array.tolist()}.")

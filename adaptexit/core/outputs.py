@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from dataclasses import InitVar, dataclass
 from functools import cached_property
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from adaptexit.core.costs import Costs
 from adaptexit.core.saved_outputs import ARRAYS, read_outputs, write_outputs
 from adaptexit.core.scores import resolve_score, widened
 from adaptexit.utils.files import naming
-from adaptexit.utils.validation import check_finite, check_shape, compact_classes
+from adaptexit.utils.validation import check_finite, check_shape, check_switch, compact_classes, plain_array, real_array
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -74,14 +75,15 @@ class ExitOutputs:
 
     def __post_init__(self, costs: ArrayLike | None) -> None:
         store = _Setter(self)
-        scores = np.asanyarray(self.scores)
+        check_switch("chained", self.chained)
+        if self.cost_unit is not None and not isinstance(self.cost_unit, str):
+            raise ValueError(f"cost_unit must be a word, as 'MACs', or None; got {self.cost_unit!r}.")
+        scores = np.empty(()) if self.scores is None else real_array("scores", self.scores)
         if self.scores is None or scores.ndim != 2 or scores.shape[0] < 1:
             raise ValueError(f"scores must have shape (K, N) with K >= 1 exits; got shape {scores.shape}.")
         n_exits, n_samples = scores.shape
         if n_samples == 0:
             raise ValueError("scores must hold at least one sample; got none. Check that the data set is not empty.")
-        if scores.dtype.kind not in "fiu":
-            raise ValueError(f"scores must be real numbers; got dtype {scores.dtype}.")
         if scores.dtype not in (np.float32, np.float64):
             scores = scores.astype(np.float32 if scores.dtype == np.float16 else np.float64)
         check_finite(scores, "scores")
@@ -89,7 +91,7 @@ class ExitOutputs:
 
         self._check_classes(store, n_exits, n_samples)
         if self.quality is not None:
-            quality = np.asanyarray(self.quality)
+            quality = real_array("quality", self.quality)
             check_shape(quality, (n_exits, n_samples), "quality")
             check_finite(quality, "quality")
             store.quality = quality
@@ -99,14 +101,16 @@ class ExitOutputs:
                 f"got predictions={_shape(self.predictions)}, labels={_shape(self.labels)}, quality=None."
             )
         if self.logits is not None:
-            logits = np.asanyarray(self.logits)
+            logits = real_array("logits", self.logits)
             if self.n_classes is None:
                 raise ValueError("logits need n_classes; got n_classes=None.")
             check_shape(logits, (n_exits, n_samples, self.n_classes), "logits")
             check_finite(logits, "logits")
             store.logits = logits
         if self.features is not None:
-            features = [np.asanyarray(feature) for feature in self.features]
+            if not isinstance(self.features, (list, tuple)):
+                raise TypeError(f"features must be a list of {n_exits} arrays; got {type(self.features).__name__}.")
+            features = [real_array("features", feature) for feature in self.features]
             if len(features) != n_exits or any(f.ndim != 2 or f.shape[0] != n_samples for f in features):
                 raise ValueError(
                     f"features must be a list of {n_exits} arrays of shape ({n_samples}, d_k); "
@@ -118,15 +122,15 @@ class ExitOutputs:
         store.stage_costs, store.exit_costs = checked.stages, checked.exits
 
     def _check_classes(self, store: _Setter, n_exits: int, n_samples: int) -> None:
-        if self.predictions is None and self.labels is None:
+        if self.predictions is None and self.labels is None and self.n_classes is None:
             return
-        if self.n_classes is None or int(self.n_classes) < 1:
+        if not isinstance(self.n_classes, Integral) or isinstance(self.n_classes, bool) or self.n_classes < 1:
             raise ValueError(f"n_classes must be a positive integer; got {self.n_classes!r}.")
         store.n_classes = int(self.n_classes)
         for name, shape in (("predictions", (n_exits, n_samples)), ("labels", (n_samples,))):
             array = getattr(self, name)
             if array is not None:
-                array = np.asanyarray(array)
+                array = plain_array(name, array)
                 check_shape(array, shape, name)
                 setattr(store, name, compact_classes(array, int(self.n_classes), name))
 
@@ -158,7 +162,7 @@ class ExitOutputs:
         **others
             ``features``, ``quality``, ``chained``, ``cost_unit``.
         """
-        array = np.asanyarray(logits)
+        array = real_array("logits", logits)
         if array.ndim != 3 or array.shape[0] < 1 or array.shape[2] < 1:
             raise ValueError(f"logits must have shape (K, N, C) with K, C >= 1; got shape {array.shape}.")
         check_finite(array, "logits")
@@ -166,7 +170,7 @@ class ExitOutputs:
         return cls(
             predictions=np.stack([exit_logits.argmax(axis=1) for exit_logits in array]),
             scores=np.stack([np.asarray(formula(widened(exit_logits))) for exit_logits in array]),
-            labels=np.asanyarray(labels),
+            labels=labels,  # type: ignore[arg-type]
             n_classes=array.shape[2],
             stage_costs=stage_costs,  # type: ignore[arg-type]
             exit_costs=exit_costs,  # type: ignore[arg-type]

@@ -26,7 +26,7 @@ from adaptexit.data.sources import (
     is_foreign,
     is_stream,
 )
-from adaptexit.utils.validation import check_plain
+from adaptexit.utils.validation import check_plain, check_whole
 
 
 @dataclass
@@ -162,8 +162,7 @@ def as_batches(
     TypeError
         For anything that is none of the above, and PIL images (those of a stream while iterating).
     """
-    if not (isinstance(batch_size, (int, np.integer)) and batch_size >= 1):
-        raise ValueError(f"batch_size must be a positive integer; got {batch_size!r}.")
+    check_whole("batch_size", batch_size)
     if is_stream(X):
         if y is not None:
             raise ValueError(

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from sklearn.metrics import accuracy_score
 from sklearn.model_selection import train_test_split
-from torch import Tensor
 
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.exceptions import LabelWarning, warn
-from adaptexit.utils.validation import check_plain
+from adaptexit.utils.validation import check_shape, plain_array, real_array
 
 MANY_LABELS = 50
 """Calibration samples from which on a backbone that is no better than guessing is remarked on."""
@@ -44,8 +44,12 @@ def known_classes(given: Any, width: int, fitted: NDArray[Any] | None) -> NDArra
     """Labels in the order of ``width`` outputs: those given, those of fitted classifiers, or 0 ... width - 1."""
     if given is None:
         return np.arange(width) if fitted is None else fitted
-    classes = np.asarray(given)
-    if classes.shape != (width,) or len(np.unique(classes)) != width:
+    classes = plain_array("classes", given)
+    try:
+        different = classes.shape == (width,) and len(np.unique(classes)) == width
+    except TypeError:  # names and numbers do not compare
+        different = False
+    if not different:
         raise ValueError(f"classes must be {width} different labels, one an output; got {given!r}.")
     if fitted is not None and not np.array_equal(classes, fitted):
         raise ValueError(f"classes must be those of the fitted classifiers, {fitted.tolist()}; got {classes.tolist()}.")
@@ -54,11 +58,7 @@ def known_classes(given: Any, width: int, fitted: NDArray[Any] | None) -> NDArra
 
 def as_labels(y: Any) -> NDArray[Any]:
     """Labels as an array, from whatever holds them."""
-    check_plain("y", y)
-    try:
-        return np.asarray(y.detach().cpu() if isinstance(y, Tensor) else y)
-    except ValueError as error:
-        raise ValueError(f"y must be one label a sample; got entries of different lengths: {error}") from error
+    return np.asarray(plain_array("y", y))
 
 
 def class_indices(labels: NDArray[Any], classes: NDArray[Any]) -> NDArray[np.intp]:
@@ -85,6 +85,25 @@ def class_indices(labels: NDArray[Any], classes: NDArray[Any]) -> NDArray[np.int
             f"{_shortened(strangers)}. Give the labels in the order of the outputs as classes=."
         )
     return positions
+
+
+def accuracy_of(answers: NDArray[Any], y: NDArray[Any], classes: NDArray[Any], sample_weight: Any = None) -> float:
+    """Share of the answers that are as the labels say, weighted or not."""
+    if y.shape != answers.shape:
+        raise ValueError(f"y must have shape {answers.shape}, one label a sample of X; got shape {y.shape}.")
+    if classes.dtype.kind not in "iufb" and y.dtype.kind in "iu":
+        y = classes[class_indices(y, classes)]  # positions of classes that have names
+    if sample_weight is None:
+        weights = None
+    else:
+        weights = real_array("sample_weight", sample_weight)
+        check_shape(weights, answers.shape, "sample_weight")
+        if not (np.isfinite(weights).all() and weights.sum() > 0):
+            raise ValueError("sample_weight must be finite, and above 0 in sum; it is not.")
+    try:
+        return float(accuracy_score(y, answers, sample_weight=weights))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"y must hold labels as the classes {_shortened(classes)}; got others: {error}") from error
 
 
 def _shortened(values: NDArray[Any]) -> str:

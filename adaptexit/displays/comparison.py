@@ -6,8 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
+from adaptexit.displays.checks import check_comparison, drawing, numbers, optional_text, sequence, text
 from adaptexit.displays.shared import FULL_MODEL, axes, choice, line_style, point_style
 
 Comparison = Any  # adaptexit.comparison.Comparison, which this module does not import
@@ -46,14 +47,15 @@ class ComparisonDisplay:
         full: tuple[float, float],
         full_name: str = "full model",
     ) -> None:
-        self.curves = {name: (np.asarray(cost), np.asarray(accuracy)) for name, (cost, accuracy) in curves.items()}
-        self.rules = {name: (np.asarray(cost), np.asarray(accuracy)) for name, (cost, accuracy) in rules.items()}
-        self.full = full
-        self.full_name = full_name
+        self.curves = _pairs("curves", curves)
+        self.rules = _pairs("rules", rules)
+        self.full = tuple(numbers("full", full, 2).tolist())
+        self.full_name = text("full_name", full_name)
 
     @classmethod
     def from_comparison(cls, comparison: Comparison) -> ComparisonDisplay:
         """From :func:`adaptexit.comparison.compare`."""
+        check_comparison(comparison)
         *alone, full = comparison.points["exits alone"]
         rules = {name: (alone if name == "exits alone" else points) for name, points in comparison.points.items()}
         return cls(
@@ -63,6 +65,7 @@ class ComparisonDisplay:
             full_name=full.name,
         )
 
+    @drawing
     def plot(self, ax: Any = None, **kwargs: Any) -> ComparisonDisplay:
         """Draw on ``ax`` (a new figure unless given); ``kwargs`` go to every curve's ``Axes.plot``. Returns self."""
         ax = axes(ax, figsize=(7.2, 4.8), layout="constrained")
@@ -108,16 +111,19 @@ class BarsDisplay:
     def __init__(
         self, *, names: Sequence[str], accuracy: ArrayLike, cost: ArrayLike, chosen_by: str | None = None
     ) -> None:
-        self.names = list(names)
-        self.accuracy = np.asarray(accuracy, dtype=float)
-        self.cost = np.asarray(cost, dtype=float)
-        self.chosen_by = chosen_by
+        self.names = [text("names", name) for name in sequence("names", names, "one name a row")]
+        if not self.names:
+            raise ValueError("names must be one a row; got none.")
+        self.accuracy = numbers("accuracy", accuracy, len(self.names), finite=False, beside="names").astype(float)
+        self.cost = numbers("cost", cost, len(self.names), finite=False, beside="names").astype(float)
+        self.chosen_by = optional_text("chosen_by", chosen_by)
 
     @classmethod
     def from_comparison(
         cls, comparison: Comparison, budget: float | None = None, max_drop: float | None = None
     ) -> BarsDisplay:
         """From :func:`adaptexit.comparison.compare`: one point of each method, as :meth:`Comparison.at` gives it."""
+        check_comparison(comparison)
         rows = comparison.at(budget, max_drop)
         return cls(
             names=list(rows),
@@ -126,6 +132,7 @@ class BarsDisplay:
             chosen_by=choice(budget, max_drop) or "each method's own operating point",
         )
 
+    @drawing
     def plot(self, ax: Any = None, **kwargs: Any) -> BarsDisplay:
         """Draw on ``ax`` (a new figure unless given); ``kwargs`` go to both ``Axes.barh``. Returns self."""
         rows = np.arange(len(self.names))
@@ -156,3 +163,18 @@ class BarsDisplay:
         )
         self.ax_, self.figure_ = ax, ax.figure
         return self
+
+
+def _pairs(name: str, curves: Any) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+    """(cost, accuracy) by name, checked."""
+    if not isinstance(curves, Mapping):
+        raise TypeError(f"{name} must be a dict of name to (cost, accuracy); got {type(curves).__name__}.")
+    arrays = {}
+    for key, pair in curves.items():
+        label = f"{name}[{text(name, key)!r}]"
+        cost_and_accuracy = sequence(label, pair, "(cost, accuracy)")
+        if len(cost_and_accuracy) != 2:
+            raise ValueError(f"{label} must be two arrays, (cost, accuracy); got {len(cost_and_accuracy)}.")
+        cost = numbers(f"cost of {label}", cost_and_accuracy[0], "P")
+        arrays[key] = cost, numbers(f"accuracy of {label}", cost_and_accuracy[1], len(cost))
+    return arrays

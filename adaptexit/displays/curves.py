@@ -8,6 +8,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from adaptexit.displays.checks import (
+    check_exit,
+    check_kind,
+    chosen_point,
+    drawing,
+    number,
+    numbers,
+    optional_text,
+    text,
+)
 from adaptexit.displays.shared import (
     FULL_MODEL,
     RING,
@@ -65,14 +75,14 @@ class ParetoDisplay:
         exit_names: Sequence[str] | None = None,
         name: str | None = None,
     ) -> None:
-        self.cost = np.asarray(cost)
-        self.accuracy = np.asarray(accuracy)
-        self.fixed_cost = np.asarray(fixed_cost)
-        self.fixed_accuracy = np.asarray(fixed_accuracy)
-        self.chosen = chosen
-        self.chosen_by = chosen_by
-        self.exit_names = exit_names
-        self.name = name
+        self.cost = numbers("cost", cost, "P")
+        self.accuracy = numbers("accuracy", accuracy, len(self.cost), beside="cost")
+        self.fixed_cost = numbers("fixed_cost", fixed_cost, "K")
+        self.fixed_accuracy = numbers("fixed_accuracy", fixed_accuracy, len(self.fixed_cost), beside="fixed_cost")
+        self.chosen = chosen_point(chosen)
+        self.chosen_by = optional_text("chosen_by", chosen_by)
+        self.exit_names = exit_labels(exit_names, len(self.fixed_cost))
+        self.name = optional_text("name", name)
 
     @classmethod
     def from_frontier(
@@ -100,6 +110,9 @@ class ParetoDisplay:
         ValueError
             For a budget below the cheapest point, or both.
         """
+        from adaptexit.core.frontier import ParetoFrontier
+
+        check_kind("frontier", frontier, ParetoFrontier, "pareto()")
         nothing = budget is None and max_drop is None
         point = None if nothing else frontier.at(budget=budget, max_drop=max_drop)
         return cls._of(frontier, point, choice(budget, max_drop), exit_names, name)
@@ -151,6 +164,7 @@ class ParetoDisplay:
             name=name,
         )
 
+    @drawing
     def plot(self, ax: Any = None, *, name: str | None = None, **kwargs: Any) -> ParetoDisplay:
         """Draw on ``ax`` (a new figure unless given); ``kwargs`` go to the curve's ``Axes.plot``. Returns self.
 
@@ -161,7 +175,7 @@ class ParetoDisplay:
         legend_labels = {dots.get_label() for dots in ax.collections}
         style = line_style(n_curves) | {"label": name or self.name or "operating points"} | kwargs
         (self.line_,) = ax.plot(self.cost, self.accuracy, **style)
-        *early, full = exit_labels(self.exit_names, len(self.fixed_cost))
+        *early, full = self.exit_names
         labels = [*(f"{exit_name} alone" for exit_name in early), full]
         styles = [*(point_style(k) | {"color": f"C{k + 1}"} for k in range(len(early))), FULL_MODEL]
         for cost, accuracy, label, style in zip(self.fixed_cost, self.fixed_accuracy, labels, styles, strict=True):
@@ -203,16 +217,19 @@ class JobRatioDisplay:
         saver_name: str = "saver",
         base_name: str = "base",
     ) -> None:
-        self.exit_ratio = np.asarray(exit_ratio)
-        self.saver_accuracy = np.asarray(saver_accuracy)
-        self.base_accuracy = np.asarray(base_accuracy)
-        self.job_ratio = job_ratio
-        self.saver_name = saver_name
-        self.base_name = base_name
+        self.exit_ratio = numbers("exit_ratio", exit_ratio, "E")
+        self.saver_accuracy = numbers("saver_accuracy", saver_accuracy, len(self.exit_ratio), beside="exit_ratio")
+        self.base_accuracy = numbers("base_accuracy", base_accuracy, len(self.exit_ratio), beside="exit_ratio")
+        self.job_ratio = number("job_ratio", job_ratio)
+        self.saver_name = text("saver_name", saver_name)
+        self.base_name = text("base_name", base_name)
 
     @classmethod
     def from_curve(cls, curve: Curve, *, saver_name: str = "saver", base_name: str = "base") -> JobRatioDisplay:
         """From :func:`adaptexit.core.saver.job_curve`."""
+        from adaptexit.core.saver import JobCurve
+
+        check_kind("curve", curve, JobCurve, "job_curve")
         return cls(
             exit_ratio=curve.exit_ratio,
             saver_accuracy=curve.saver_accuracy,
@@ -244,8 +261,7 @@ class JobRatioDisplay:
         from adaptexit.core.saver import job_curve
 
         check_outputs(outputs)
-        if saver not in range(outputs.n_exits - 1):
-            raise ValueError(f"saver must be one of 0 ... {outputs.n_exits - 2}; got {saver!r}.")
+        check_exit("saver", saver, outputs.n_exits)
         names = exit_labels(exit_names, outputs.n_exits)
         curve = job_curve(outputs.scores[saver], outputs.graded[saver], outputs.graded[-1])
         return cls.from_curve(curve, saver_name=names[saver], base_name=names[-1])
@@ -255,6 +271,7 @@ class JobRatioDisplay:
         """From a fitted cascade, on its calibration data or on (X, y)."""
         return cls.from_outputs(thresholded(estimator, X, y), saver, exit_names=estimator.exit_names)
 
+    @drawing
     def plot(self, ax: Any = None, **kwargs: Any) -> JobRatioDisplay:
         """Draw on ``ax`` (a new figure unless given); ``kwargs`` go to both curves. Returns self."""
         ax = axes(ax, layout="constrained")

@@ -8,6 +8,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from adaptexit.displays.checks import (
+    check_estimator,
+    check_kind,
+    chosen_point,
+    drawing,
+    numbers,
+    optional_text,
+    sequence,
+)
 from adaptexit.displays.shared import (
     Outputs,
     Point,
@@ -65,12 +74,18 @@ class ExemplarDisplay:
         chosen: tuple[float, float] | None = None,
         chosen_by: str | None = None,
     ) -> None:
-        self.images = images
-        self.scores = scores
-        self.labels = labels
-        self.exit_names = exit_names
-        self.chosen = chosen
-        self.chosen_by = chosen_by
+        self.images = [tuple(map(_checked_strip, pair)) for pair in _pairs("images", images)]
+        self.scores = _pairs("scores", scores)
+        self.labels = _pairs("labels", labels)
+        for name, pairs in (("scores", self.scores), ("labels", self.labels)):
+            sizes = [[len(sequence(name, strip, "one a thumbnail")) for strip in pair] for pair in pairs]
+            if sizes != [[len(strip) for strip in pair] for pair in self.images]:
+                raise ValueError(f"{name} must be one a thumbnail of images; got {sizes} in the pairs of strips.")
+        for strip in (strip for pair in self.scores for strip in pair):
+            numbers("scores", strip, len(strip))
+        self.exit_names = exit_labels(exit_names, len(self.images) + 1)
+        self.chosen = chosen_point(chosen)
+        self.chosen_by = optional_text("chosen_by", chosen_by)
 
     @classmethod
     def from_exemplars(
@@ -97,6 +112,7 @@ class ExemplarDisplay:
         chosen, chosen_by : optional
             The operating point, as for the class.
         """
+        _check_exemplars(exemplars)
         shape, pairs = _checked_shape(images), exemplars.strips
         if shape[0] != exemplars.n_samples:
             raise ValueError(f"images must be one a sample, {exemplars.n_samples} in all; got {shape[0]}.")
@@ -191,6 +207,7 @@ class ExemplarDisplay:
         class_names : sequence of C str, optional
             The estimator's classes unless given.
         """
+        check_estimator(estimator)
         images = X if images is None else images
         _checked_shape(images)
         point, chosen_by = operating_point(estimator, budget, max_drop)
@@ -204,6 +221,7 @@ class ExemplarDisplay:
             class_names=estimator.classes_ if class_names is None else class_names,
         )
 
+    @drawing
     def plot(self, ax: Any = None, **kwargs: Any) -> ExemplarDisplay:
         """Draw on ``ax`` (a new figure unless given); ``kwargs`` go to every ``Axes.imshow``. Returns self."""
         strips = [strip for pair in self.images for strip in pair]
@@ -213,7 +231,7 @@ class ExemplarDisplay:
         tops = np.cumsum([0.0, *heights])
         size = (max(4.4, 1.3 + 1.05 * columns), 0.6 + 1.05 * tops[-1])
         ax = axes(ax, figsize=size, layout="constrained")
-        names = exit_labels(self.exit_names, len(self.images) + 1)
+        names = self.exit_names
         self.thumbnails_: list[tuple[list[Any], list[Any]]] = [([], []) for _ in self.images]
         for row, (strip, top) in enumerate(zip(strips, tops[:-1], strict=True)):
             k, side = divmod(row, 2)
@@ -234,8 +252,34 @@ class ExemplarDisplay:
         return self
 
 
+def _check_exemplars(exemplars: Any) -> None:
+    """Refuse what are no exemplars."""
+    from adaptexit.core.metrics import Exemplars
+
+    check_kind("exemplars", exemplars, Exemplars, "the function exemplars")
+
+
+def _pairs(name: str, values: Any) -> list[tuple[Any, Any]]:
+    """Two strips for each early exit."""
+    pairs = [sequence(name, pair, "(near, deep)") for pair in sequence(name, values, "one pair for each early exit")]
+    if not all(len(pair) == 2 for pair in pairs):
+        raise ValueError(f"{name} must be pairs (near, deep); got {[len(pair) for pair in pairs]} entries.")
+    return [(near, deep) for near, deep in pairs]
+
+
+def _checked_strip(strip: Any) -> NDArray[Any]:
+    """Thumbnails beside each other; an empty strip may have any shape."""
+    shape = (0,) if isinstance(strip, (list, tuple)) and not strip else tuple(getattr(strip, "shape", ()))
+    if shape[:1] == (0,):
+        return np.asarray(strip)
+    return numbers("images", strip, "m", "H", "W", *((3,) if len(shape) == 4 else ()))
+
+
 def _checked_shape(images: Any) -> tuple[int, ...]:
     shape = tuple(getattr(images, "shape", ()))
+    odd = "complex" in str(getattr(images, "dtype", "")) or isinstance(images, np.ma.MaskedArray)
+    if odd or getattr(images, "is_meta", False) or getattr(images, "is_sparse", False):
+        raise TypeError(f"images must be plain real numbers; got {type(images).__name__} of {images.dtype}.")
     if len(shape) == 3 or (len(shape) == 4 and (shape[1] in (1, 3) or shape[3] == 3)):
         return shape
     what = f"shape {shape}" if shape else type(images).__name__

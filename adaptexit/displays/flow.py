@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from adaptexit.displays.checks import chosen_point, drawing, numbers, optional_text
 from adaptexit.displays.shared import (
     Outputs,
     Point,
@@ -67,11 +68,15 @@ class ExitFlowDisplay:
         chosen: tuple[float, float] | None = None,
         chosen_by: str | None = None,
     ) -> None:
-        self.counts = np.asarray(counts)
-        self.exit_names = exit_names
-        self.class_names = class_names
-        self.chosen = chosen
-        self.chosen_by = chosen_by
+        self.counts = numbers("counts", counts, "K", "C", whole=True)
+        if not self.counts[0].any():
+            raise ValueError("counts must begin with everybody; its first row says that there is nobody.")
+        if (np.diff(self.counts, axis=0) > 0).any():
+            raise ValueError(f"counts must not rise from exit to exit; got {self.counts.tolist()}.")
+        self.exit_names = exit_labels(exit_names, len(self.counts))
+        self.class_names = class_labels(class_names, self.counts.shape[1])
+        self.chosen = chosen_point(chosen)
+        self.chosen_by = optional_text("chosen_by", chosen_by)
 
     @classmethod
     def from_outputs(
@@ -144,6 +149,7 @@ class ExitFlowDisplay:
             class_names=estimator.classes_ if class_names is None else class_names,
         )
 
+    @drawing
     def plot(self, ax: Any = None, *, name: str | None = None, **kwargs: Any) -> ExitFlowDisplay:
         """Draw on ``ax`` (a new figure unless given).
 
@@ -186,7 +192,7 @@ class ExitFlowDisplay:
         return np.asarray(present[np.lexsort((present, *surviving[:0:-1]))])
 
     def _describe(self, ax: Any, name: str | None) -> None:
-        names = exit_labels(self.exit_names, len(self.counts))
+        names = self.exit_names
         totals = self.counts.sum(axis=1)
         for k, total in enumerate(totals):
             share = f"{total:,}" if k == 0 else f"{total:,}\n{total / totals[0]:.0%}"
@@ -201,8 +207,7 @@ class ExitFlowDisplay:
         ax.set_title(caption(self.chosen, self.chosen_by, name), fontsize=11)
         ax.spines[["top", "right", "bottom"]].set_visible(False)
         handles: list[Any] = list(self.columns_)
-        names_of_all = class_labels(self.class_names, self.counts.shape[1])
-        labels = [str(names_of_all[c]) for c in self.order_]
+        labels = [str(self.class_names[c]) for c in self.order_]
         if len(handles) > LISTED:
             half = LISTED // 2
             gap = _nothing()

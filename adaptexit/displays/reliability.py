@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from adaptexit.displays.checks import check_kind, chosen_point, drawing, numbers, optional_text
 from adaptexit.displays.shared import (
     Outputs,
     Point,
@@ -61,6 +62,8 @@ class ReliabilityDisplay:
         All after :meth:`plot`.
     """
 
+    _several_axes = True
+
     def __init__(
         self,
         *,
@@ -74,15 +77,22 @@ class ReliabilityDisplay:
         chosen: tuple[float, float] | None = None,
         chosen_by: str | None = None,
     ) -> None:
-        self.ece = np.asarray(ece)
-        self.n = np.asarray(n)
-        self.edges = np.asarray(edges)
-        self.accuracy = np.asarray(accuracy)
-        self.confidence = np.asarray(confidence)
+        self.n = numbers("n", n, "K", whole=True)
+        shape = numbers("count", count, len(self.n), "n_bins", whole=True, beside="n").shape
         self.count = np.asarray(count)
-        self.exit_names = exit_names
-        self.chosen = chosen
-        self.chosen_by = chosen_by
+        self.ece = numbers("ece", ece, len(self.n), finite=False, beside="n")
+        self.edges = numbers("edges", edges, len(self.n), shape[1] + 1, finite=False, beside="count")
+        self.accuracy = numbers("accuracy", accuracy, *shape, finite=False, beside="count")
+        self.confidence = numbers("confidence", confidence, *shape, finite=False, beside="count")
+        if not self.n.any():
+            raise ValueError("n must be above 0 at one exit at least; nobody leaves, so there is nothing to draw.")
+        if (self.n != self.count.sum(axis=1)).any():
+            raise ValueError(f"n must be the sums of count, {self.count.sum(axis=1).tolist()}; got {self.n.tolist()}.")
+        if np.isnan(self.edges[self.n > 0]).any() or np.isnan(self.accuracy + self.confidence)[self.count > 0].any():
+            raise ValueError("edges, accuracy and confidence must be finite where samples leave; they hold NaN.")
+        self.exit_names = exit_labels(exit_names, len(self.n))
+        self.chosen = chosen_point(chosen)
+        self.chosen_by = optional_text("chosen_by", chosen_by)
 
     @classmethod
     def from_calibration(
@@ -94,6 +104,9 @@ class ReliabilityDisplay:
         chosen_by: str | None = None,
     ) -> ReliabilityDisplay:
         """From :func:`adaptexit.core.metrics.exit_calibration`."""
+        from adaptexit.core.metrics import ExitCalibration
+
+        check_kind("calibration", calibration, ExitCalibration, "exit_calibration")
         return cls(
             ece=calibration.ece,
             n=calibration.n,
@@ -167,6 +180,7 @@ class ReliabilityDisplay:
         outputs = thresholded(estimator, X, y)
         return cls.from_outputs(outputs, point, n_bins=n_bins, chosen_by=chosen_by, exit_names=estimator.exit_names)
 
+    @drawing
     def plot(self, ax: Any = None, **kwargs: Any) -> ReliabilityDisplay:
         """Draw one panel for each exit that somebody leaves at.
 
@@ -198,7 +212,7 @@ class ReliabilityDisplay:
         self.count_ax_ = np.array([panel.twinx() for panel in self.ax_])
         self.points_: list[Any] = []
         self.bars_: list[Any] = []
-        names = exit_labels(self.exit_names, len(self.n))
+        names = self.exit_names
         for i, k in enumerate(self.exits_):
             handles = self._panel(i, k, kwargs)
             self.ax_[i].set(xlabel="score", ylabel="accuracy" if i % columns == 0 else "")

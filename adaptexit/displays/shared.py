@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from adaptexit.displays.checks import check_estimator, check_kind, number, sequence
+
 Point = Any  # adaptexit.core.frontier.OperatingPoint, which this module does not import
 Outputs = Any  # adaptexit.core.outputs.ExitOutputs
 
@@ -56,25 +58,27 @@ def class_labels(class_names: Sequence[Any] | None, least: int) -> Sequence[Any]
     """Names of at least so many classes, their indices unless given."""
     if class_names is None:
         return range(least)
-    if len(class_names) < least:
-        raise ValueError(f"class_names must be one a class, {least} at least; got {len(class_names)}.")
-    return class_names
+    names = sequence("class_names", class_names, "one name a class")
+    if len(names) < least:
+        raise ValueError(f"class_names must be one a class, {least} at least; got {len(names)}.")
+    return names
 
 
 def exit_labels(exit_names: Sequence[str] | None, n_exits: int) -> list[str]:
     """Names of all exits, made up unless given."""
     if exit_names is None:
         return [*(f"exit {k}" for k in range(n_exits - 1)), "full model"]
-    if len(exit_names) != n_exits:
-        raise ValueError(f"exit_names must be one an exit, {n_exits} in all; got {len(exit_names)}.")
-    return [str(name) for name in exit_names]
+    names = sequence("exit_names", exit_names, "one name an exit")
+    if len(names) != n_exits:
+        raise ValueError(f"exit_names must be one an exit, {n_exits} in all; got {len(names)}.")
+    return [str(name) for name in names]
 
 
 def choice(budget: float | None, max_drop: float | None) -> str | None:
     """What chose an operating point, as pictures say it: "budget 0.40"."""
     for name, value in (("budget", budget), ("max_drop", max_drop)):
         if value is not None:
-            return f"{name} {np.format_float_positional(float(value), precision=4, min_digits=2)}"
+            return f"{name} {np.format_float_positional(number(name, value), precision=4, min_digits=2)}"
     return None
 
 
@@ -103,11 +107,7 @@ def check_pair(outputs: Outputs, point: Point) -> None:
     from adaptexit.core.frontier import OperatingPoint
 
     check_outputs(outputs)
-    if not isinstance(point, OperatingPoint):
-        raise TypeError(
-            f"point must be an OperatingPoint, as calibrator_.frontier_.at(budget=0.4) gives it; got "
-            f"{type(point).__name__}."
-        )
+    check_kind("point", point, OperatingPoint, "calibrator_.frontier_.at(budget=0.4)")
 
 
 def measured(outputs: Outputs, point: Point) -> tuple[float, float]:
@@ -120,6 +120,7 @@ def measured(outputs: Outputs, point: Point) -> tuple[float, float]:
 
 def operating_point(estimator: Any, budget: float | None, max_drop: float | None) -> tuple[Point, str]:
     """The point that an estimator's ``predict`` would use, and what chose it."""
+    check_estimator(estimator)
     point = estimator.operating_point(budget, max_drop)
     if budget is None and max_drop is None:
         budget = estimator.budget
@@ -128,4 +129,5 @@ def operating_point(estimator: Any, budget: float | None, max_drop: float | None
 
 def thresholded(estimator: Any, X: Any, y: Any, ordered: bool = False) -> Outputs:
     """Outputs on (X, y) or the calibration data, under the score that an estimator thresholds."""
+    check_estimator(estimator)
     return estimator._thresholded(X, y, ordered)

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
+from adaptexit.displays.checks import check_kind, drawing, number, numbers, text
 from adaptexit.displays.shared import axes, exit_labels, line_style
 
 Frontier = Any  # adaptexit.core.frontier.ParetoFrontier, which this module does not import
@@ -52,11 +53,11 @@ class SweepDisplay:
         knob: str,
         exit_names: Sequence[str] | None = None,
     ) -> None:
-        self.values = np.asarray(values, dtype=float)
-        self.accuracy = np.asarray(accuracy, dtype=float)
-        self.cost = np.asarray(cost, dtype=float)
-        self.exit_rates = np.asarray(exit_rates, dtype=float)
-        self.knob = knob
+        self.values = numbers("values", values, "P").astype(float)
+        self.accuracy = numbers("accuracy", accuracy, len(self.values), beside="values").astype(float)
+        self.cost = numbers("cost", cost, len(self.values), beside="values").astype(float)
+        self.exit_rates = numbers("exit_rates", exit_rates, len(self.values), "K", beside="values").astype(float)
+        self.knob = text("knob", knob)
         self.exit_names = exit_labels(exit_names, self.exit_rates.shape[1])
 
     @classmethod
@@ -70,7 +71,12 @@ class SweepDisplay:
         ValueError
             Where no point says it.
         """
-        points = sorted((p for p in frontier.points if knob in p.params), key=lambda point: point.params[knob])
+        from adaptexit.core.frontier import ParetoFrontier
+
+        check_kind("frontier", frontier, ParetoFrontier, "pareto()")
+        text("knob", knob)
+        points = [p for p in frontier.points if knob in p.params]
+        points.sort(key=lambda point: number(f"knob {knob!r}", point.params[knob]))
         if not points:
             knobs = sorted({name for p in frontier.points for name in p.params})
             raise ValueError(f"knob must be among the params of the frontier's points, {knobs}; got {knob!r}.")
@@ -83,6 +89,7 @@ class SweepDisplay:
             exit_names=exit_names,
         )
 
+    @drawing
     def plot(self, ax: Any = None, **kwargs: Any) -> SweepDisplay:
         """Draw on ``ax`` (a new figure unless given); ``kwargs`` go to both lines' ``Axes.plot``. Returns self."""
         ax = axes(ax, figsize=(7.2, 4.8), layout="constrained")

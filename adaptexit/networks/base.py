@@ -17,6 +17,7 @@ from adaptexit.core.costs import Costs
 from adaptexit.networks.readers import LogitsReader, Reader
 from adaptexit.staging.cost import StageLatencies, count_macs, measure_latency
 from adaptexit.staging.nested import Rows
+from adaptexit.utils.validation import plain_array, real_array
 
 State = tuple[dict[str, Any], dict[str, Tensor]]
 """A JSON value and named tensors."""
@@ -145,8 +146,8 @@ class Network(ABC):
 
     def _checked_costs(self, cost: Any) -> Costs:
         try:
-            alone = np.asarray(cost, dtype=np.float64)
-        except (TypeError, ValueError):
+            alone = np.asarray(real_array("cost", cost), dtype=np.float64)
+        except ValueError:
             alone = np.empty(0)
         if alone.shape != (self.n_exits,) or not (np.isfinite(alone).all() and (alone > 0).all()):
             raise ValueError(
@@ -157,7 +158,7 @@ class Network(ABC):
 
     def latencies(self, x: Tensor, batch_sizes: Sequence[int]) -> StageLatencies:
         """Measured seconds of every stage and exit on batches of several sizes, made from the inputs ``x``."""
-        sizes = np.asarray(batch_sizes)
+        sizes = plain_array("batch_sizes", batch_sizes)
         if sizes.ndim != 1 or not len(sizes) or sizes.dtype.kind not in "iu" or (sizes < 1).any():
             raise ValueError(f"batch_sizes must be positive integers; got {batch_sizes!r}.")
         rows = [self.measured(x[torch.arange(size) % len(x)], measure_latency) for size in sizes]

@@ -53,7 +53,7 @@ def as_module(backbone: Any) -> Any:
 def logits_width(model: TorchModel, x: Tensor) -> int:
     """Number of classes that the backbone answers for; it has to leave its input alone."""
     with torch.inference_mode(), unspoiled(x, "backbone"):
-        output = model.module(model.prepare(x)) if is_native(model.module) else model(x)
+        output = model.exit(0, model.prepare(x))[0] if is_native(model.module) else model(x)
     last = logits_in(output[-1], "backbone") if isinstance(output, (list, tuple)) else logits_in(output, "backbone")
     if last.ndim != 2:
         raise ValueError(
@@ -66,6 +66,8 @@ def logits_width(model: TorchModel, x: Tensor) -> int:
 
 def seed_of(random_state: Any) -> int:
     """What splits, heads and training are seeded by: an integer as it is, a draw from anything else."""
+    if isinstance(random_state, (bool, np.bool_)):
+        raise ValueError(f"random_state must be an integer, a RandomState or None; got {random_state!r}.")
     if random_state is None:
         return int(np.random.default_rng().integers(np.iinfo(np.int32).max))
     try:
@@ -119,8 +121,10 @@ def feature_specs(parts: Split, layout: Any = None) -> list[FeatureSpec]:
     features: list[Any] = []
     with evaluating([parts.module]), torch.no_grad():
         parts.visit(parts.example[:2].clone(), lambda k, feature: features.append(sole_tensor(feature)))
+    if not (layout is None or isinstance(layout, (str, dict))):
+        raise TypeError(f"layout must be a name, a dict of names by cut, or None; got {layout!r}.")
     layouts = layout if isinstance(layout, dict) else dict.fromkeys(parts.cuts, layout)
-    if unknown := sorted(set(layouts) - set(parts.cuts)):
+    if unknown := sorted(set(layouts) - set(parts.cuts), key=str):
         raise ValueError(f"layout must name cuts among {list(parts.cuts)}; got {unknown}.")
     for cut, feature in zip(parts.cuts, features, strict=True):
         if isinstance(feature, Tensor) and feature.shape[:1] != (2,):

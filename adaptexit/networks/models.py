@@ -100,7 +100,10 @@ class TorchModel(WholeModel):
         """Inputs as the module takes them: on its device, preprocessed, in its precision."""
         x = x.to(self.device, non_blocking=True)
         if self.preprocess is not None:
-            x = self.preprocess(x).to(self.device)
+            x = self.preprocess(x)
+            if not isinstance(x, Tensor):
+                raise TypeError(f"preprocessing of {self.label} must return a tensor; got {type(x).__name__}.")
+            x = x.to(self.device)
         elif self.dtype is not None and not (x.is_floating_point() or x.is_complex()) and x.ndim == 4:
             raise TypeError(
                 f"X must hold floats for {self.label}, a {type(self.module).__name__} without preprocessing; got "
@@ -210,6 +213,14 @@ def _made(factory: Callable[[], Any], label: str) -> nn.Module:
     if not isinstance(module, nn.Module):
         raise TypeError(f"{label}, called as a factory, must return an nn.Module; got {type(module).__name__}.")
     return module
+
+
+def check_device(device: Any) -> None:
+    """Refuse what is no device of torch."""
+    try:
+        torch.device("cpu" if device is None else device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be a device of torch, as 'cuda' or 'cpu', or None; got {device!r}.") from error
 
 
 def _timm_model(name: str, label: str, *, pretrained: bool) -> nn.Module:

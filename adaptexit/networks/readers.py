@@ -84,7 +84,12 @@ class LogitsReader:
         """The confidence of logits (B, C); named ones are looked up here, so that a reader can be pickled."""
         if isinstance(self.confidence, str):
             return _array(SCORES[self.confidence](logits, torch))
-        scores = torch.as_tensor(self.confidence(logits))
+        scores = self.confidence(logits)
+        if not isinstance(scores, (Tensor, np.ndarray, list, tuple)):
+            raise ValueError(
+                f"confidence must turn an output of B samples into B numbers; got {type(scores).__name__}."
+            )
+        scores = torch.as_tensor(scores)
         if scores.shape != logits.shape[:1]:
             raise ValueError(
                 "confidence must turn an output of B samples into B numbers, one a sample: expected shape "

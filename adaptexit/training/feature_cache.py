@@ -157,7 +157,7 @@ def collect(
         with _Collecting(reducers, half) as collecting:
             collecting.run_over(batches, run, memory_limit=memory_limit)
             return collecting.in_memory_or_temporary()
-    shelf = Shelf(Path(folder), model_name(key, half, len(reducers)))
+    shelf = Shelf(Path(folder).expanduser(), model_name(key, half, len(reducers)))
     n_read, replace = None, isinstance(batches, Iterator)  # whose features were never looked up
     if shelf.has_entries() and not isinstance(batches, Iterator):
         inputs, n_read, first = inputs_hash(batches)

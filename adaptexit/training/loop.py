@@ -115,7 +115,7 @@ def _order(n_samples: int, probabilities: Tensor | None, generator: torch.Genera
 
 def _batches(rows: Tensor, batch_size: int) -> list[Tensor]:
     """Batches of ``batch_size``; a single row left over joins the last of them, as batch norm cannot take it alone."""
-    batches = list(rows.split(batch_size))
+    batches = list(rows.split(int(batch_size)))
     if len(batches) > 1 and len(batches[-1]) == 1:
         batches[-2:] = [torch.cat(batches[-2:])]
     return batches

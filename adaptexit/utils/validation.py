@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +15,7 @@ from numpy.typing import NDArray
 def checked_number(name: str, value: Any, meaning: str, least: float = -np.inf) -> float:
     """A finite number, not below ``least``, as a float; ``meaning`` says in the error what it has to be."""
     try:
-        number = float("nan") if isinstance(value, (str, bytes)) else float(value)
+        number = float("nan") if isinstance(value, (str, bytes, bool, np.bool_)) else float(value)
     except (TypeError, ValueError):
         number = float("nan")
     if not np.isfinite(number) or number < least:
@@ -49,6 +51,18 @@ def check_switch(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be True or False; got {value!r}.")
 
 
+def checked_folder(name: str, value: Any) -> Path | None:
+    """A folder, new or not, as a path, its ``~`` replaced; None as it is."""
+    if value is None:
+        return None
+    if not isinstance(value, (str, os.PathLike)) or not isinstance(os.fspath(value), str):
+        raise TypeError(f"{name} must be the path of a folder, or None; got {value!r}.")
+    folder = Path(value).expanduser()
+    if folder.is_file():
+        raise NotADirectoryError(f"{name} must be a folder or new; {folder} is a file.")
+    return folder
+
+
 def checked_settings(epochs: Any, lr: Any, weight_decay: Any, batch_size: Any) -> dict[str, Any]:
     """Refuse settings that cannot be; those that the training loop takes, without ``epochs``, which may be "auto"."""
     if not (isinstance(epochs, str) and epochs == "auto"):
@@ -62,14 +76,36 @@ def checked_settings(epochs: Any, lr: Any, weight_decay: Any, batch_size: Any) -
 
 
 def check_plain(name: str, values: Any) -> None:
-    """Refuse what would be read otherwise than it is meant: masked entries and complex numbers."""
+    """Refuse what would be read otherwise than it is meant, or not at all: masked, sparse and complex values."""
     if isinstance(values, np.ma.MaskedArray):
-        raise TypeError(f"{name} must be a plain array; got a masked one. Leave masked entries out, or fill them in.")
+        raise ValueError(f"{name} must be a plain array; got a masked one. Leave masked entries out, or fill them in.")
+    if getattr(values, "is_meta", False) or "sparse" in str(getattr(values, "layout", "")):
+        raise ValueError(f"{name} must hold its values densely; got a tensor that is sparse or has none (meta).")
     dtype = getattr(values, "dtype", None)
     if getattr(dtype, "is_complex", False) or getattr(dtype, "kind", "") == "c":
         raise ValueError(  # in scikit-learn's words, which it checks estimators for
             f"Complex data not supported: {name} must be real numbers; got {dtype}. Give the two parts apart."
         )
+
+
+def plain_array(name: str, values: Any) -> NDArray[Any]:
+    """Whatever holds values as an array; a mapped one stays one."""
+    check_plain(name, values)
+    try:
+        array = np.asanyarray(values.detach().cpu() if hasattr(values, "detach") else values)
+    except Exception as error:  # whatever holds them may raise anything
+        shapes = "entries of different shapes" if isinstance(values, (list, tuple)) else type(values).__name__
+        raise ValueError(f"{name} must be an array; got {shapes}: {error}") from error
+    check_plain(name, array)
+    return array
+
+
+def real_array(name: str, values: Any) -> NDArray[Any]:
+    """The same of real numbers."""
+    array = plain_array(name, values)
+    if array.dtype.kind not in "fiub":
+        raise ValueError(f"{name} must be real numbers; got dtype {array.dtype}.")
+    return array
 
 
 def check_shape(array: NDArray[Any], shape: tuple[int, ...], name: str) -> None:

@@ -413,7 +413,7 @@ def test_batches_of_three():
 
 @pytest.mark.parametrize("batch_size", [0, -1, 2.5, "8", None])
 def test_batch_sizes(batch_size):
-    with pytest.raises(ValueError, match=rf"batch_size must be a positive integer; got {batch_size!r}"):
+    with pytest.raises(ValueError, match=rf"batch_size must be a whole number, at least 1; got {batch_size!r}"):
         as_batches(X, batch_size=batch_size)
 
 

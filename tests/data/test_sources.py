@@ -196,5 +196,5 @@ def test_labels_with_gradients():
 
 
 def test_labels_of_different_lengths():
-    with pytest.raises(ValueError, match="y must be one label a sample; got entries of different lengths"):
+    with pytest.raises(ValueError, match="y must be an array; got entries of different shapes"):
         split_pair(X, [[1], [1, 2]])

@@ -1,0 +1,151 @@
+"""What displays are given, checked before anything is drawn: matplotlib would name none of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from functools import wraps
+from numbers import Integral
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+Plot = TypeVar("Plot", bound=Callable[..., Any])
+
+
+# -- numbers ----------------------------------------------------------------------------------------------------------
+
+
+def numbers(
+    name: str, values: Any, *shape: int | str, finite: bool = True, whole: bool = False, beside: str = ""
+) -> NDArray[Any]:
+    """Real numbers of a shape, whose letters stand for any length above 0, as an array.
+
+    ``beside`` is the argument that its numbers come from.
+    """
+    expected = f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+    kind = "whole numbers, 0 or above," if whole else "finite real numbers" if finite else "real numbers"
+    try:
+        array = np.asarray(values)
+    except Exception as error:  # whatever holds them may raise anything
+        raise TypeError(f"{name} must be {kind} of shape {expected}; got {type(values).__name__}: {error}") from error
+    if isinstance(values, np.ma.MaskedArray) or array.dtype.kind not in ("iu" if whole else "iufb"):
+        came = "a masked array" if isinstance(values, np.ma.MaskedArray) else f"dtype {array.dtype}"
+        raise TypeError(f"{name} must be {kind} of shape {expected}; got {came}.")
+    fits = len(array.shape) == len(shape) and all(
+        size > 0 if isinstance(length, str) else size == length for size, length in zip(array.shape, shape, strict=True)
+    )
+    if not fits:
+        reason = f" beside this {beside}" if beside else ""
+        raise ValueError(f"{name} must be {kind} of shape {expected}{reason}; got shape {array.shape}.")
+    if (finite and not np.isfinite(array).all()) or np.isinf(array).any() or (whole and (array < 0).any()):
+        raise ValueError(f"{name} must be {kind}; got values from {array.min()} to {array.max()}.")
+    return array
+
+
+def number(name: str, value: Any) -> float:
+    """One finite real number."""
+    return float(numbers(name, value))
+
+
+def chosen_point(chosen: Any) -> tuple[float, float] | None:
+    """(cost, accuracy) of an operating point, or None."""
+    if chosen is None:
+        return None
+    cost, accuracy = numbers("chosen", chosen, 2)
+    return float(cost), float(accuracy)
+
+
+def check_exit(name: str, value: Any, n_exits: int) -> None:
+    """Refuse what is none of the exits before the last."""
+    if not isinstance(value, Integral) or isinstance(value, bool) or value not in range(n_exits - 1):
+        raise ValueError(f"{name} must be one of 0 ... {n_exits - 2}; got {value!r}.")
+
+
+# -- words ------------------------------------------------------------------------------------------------------------
+
+
+def text(name: str, value: Any) -> str:
+    """A word or several."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str; got {value!r}.")
+    return value
+
+
+def optional_text(name: str, value: Any) -> str | None:
+    """The same, or None."""
+    return None if value is None else text(name, value)
+
+
+def sequence(name: str, values: Any, what: str) -> list[Any]:
+    """The entries of something with a length and an order."""
+    if isinstance(values, (bytes, Mapping, set, frozenset)) or not isinstance(values, (Collection, np.ndarray)):
+        raise TypeError(f"{name} must be a sequence, {what}; got {values!r}.")
+    try:
+        return list(values)
+    except TypeError as error:  # an array without axes
+        raise TypeError(f"{name} must be a sequence, {what}; got {values!r}.") from error
+
+
+# -- objects ----------------------------------------------------------------------------------------------------------
+
+
+def check_kind(name: str, value: Any, kind: type, source: str) -> None:
+    """Refuse what is none of a class; ``source`` says what makes one."""
+    if not isinstance(value, kind):
+        article = "an" if kind.__name__[0] in "AEIOU" else "a"
+        raise TypeError(f"{name} must be {article} {kind.__name__}, as {source} gives it; got {type(value).__name__}.")
+
+
+def check_estimator(estimator: Any) -> None:
+    """Refuse what is no estimator of this package."""
+    if isinstance(estimator, type) or not hasattr(estimator, "_thresholded"):
+        raise TypeError(
+            "estimator must be a fitted estimator, as CascadeSaver(...).fit(X, y) gives it; got "
+            f"{estimator.__name__ if isinstance(estimator, type) else type(estimator).__name__}."
+        )
+
+
+def check_comparison(comparison: Any) -> None:
+    """Refuse what is no comparison."""
+    if isinstance(comparison, type) or not all(hasattr(comparison, name) for name in ("points", "frontiers", "at")):
+        raise TypeError(f"comparison must be a Comparison, as compare gives it; got {type(comparison).__name__}.")
+
+
+# -- drawing ----------------------------------------------------------------------------------------------------------
+
+
+def drawing(plot: Plot) -> Plot:
+    """Let a ``plot`` check its axes and name, say which styles matplotlib refuses, and leave no figure if it fails."""
+
+    @wraps(plot)
+    def checked(self: Any, ax: Any = None, **kwargs: Any) -> Any:
+        from adaptexit.displays.shared import pyplot
+
+        plt = pyplot()
+        optional_text("name", kwargs.get("name"))
+        for panel in _panels(ax, getattr(self, "_several_axes", False)):
+            if not isinstance(panel, plt.Axes):
+                raise TypeError(f"ax must be matplotlib Axes, or None for a new figure; got {type(panel).__name__}.")
+        before = set(plt.get_fignums())
+        try:
+            return plot(self, ax, **kwargs)
+        except Exception as error:
+            for figure in set(plt.get_fignums()) - before:
+                plt.close(figure)
+            styles = sorted(set(kwargs) - {"name"})
+            if not styles:
+                raise
+            kind = TypeError if isinstance(error, (TypeError, AttributeError)) else ValueError
+            raise kind(f"{', '.join(styles)} must be styles that matplotlib takes: {error}") from error
+
+    return checked  # type: ignore[return-value]
+
+
+def _panels(ax: Any, several: bool) -> list[Any]:
+    """The axes given one by one, where there may be several."""
+    if several and isinstance(ax, np.ndarray) and ax.size:
+        return list(ax.ravel())
+    if several and isinstance(ax, (list, tuple)) and ax:
+        return [panel for part in ax for panel in (part if isinstance(part, (list, tuple)) else [part])]
+    return [] if ax is None else [ax]
