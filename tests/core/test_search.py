@@ -307,6 +307,20 @@ def test_a_middle_exit_is_kept_when_it_is_cheap_and_dropped_when_it_is_dear():
     assert dear.at(max_drop=0.0).on.tolist() == [True, False, True]
 
 
+@pytest.mark.parametrize("exit_costs", [[0.0, 0.0, 0.0], [0.05, 0.1, 0.0]])
+def test_exact_spends_nothing_that_earns_nothing_with_three_exits(exit_costs):
+    budgets = np.linspace(0.4, 1.0, 13).tolist()
+    outputs = random_outputs(3, 60, seed=3, exit_costs=exit_costs)
+    problem = Problem.from_outputs(outputs)
+    pairs = np.array([[i, j] for i in [0, *problem.ends[0]] for j in [0, *problem.ends[1]]])
+    quality, cost = problem.values(pairs)
+    frontier, _ = search_thresholds(outputs, "exact", n_points=1, budgets=budgets)
+    for budget in budgets:
+        point = frontier.at(budget=budget)
+        as_accurate = quality >= point.accuracy * outputs.n_samples - 1e-6
+        assert point.cost * outputs.n_samples == pytest.approx(cost[as_accurate].min(), abs=1e-9)
+
+
 def test_when_no_exit_pays_only_the_plain_full_model_keeps_its_accuracy():
     outputs = ExitOutputs(
         scores=np.arange(10.0).reshape(2, 5), quality=[[0] * 5, [1] * 5], stage_costs=[0, 0], exit_costs=[5, 10]

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 
 from adaptexit.core.routing import exit_index
 from adaptexit.core.search import SEARCHES, search_thresholds, targets_for
-from adaptexit.core.search.methods import coord, exact, geometric, geometric_path, quota_policies, shared_path
+from adaptexit.core.search.methods import (
+    _exact_two,
+    coord,
+    exact,
+    geometric,
+    geometric_path,
+    quota_policies,
+    shared_path,
+)
 from adaptexit.core.search.problem import Problem
 from adaptexit.core.search.targets import Targets, Weighted, WithinBudget, WithinDrop
 from tests import reference
@@ -237,6 +245,33 @@ def test_exact_search_is_the_cheapest_of_all_thresholds_for_every_drop(outputs, 
         assert frontier.at(max_drop=drop).cost == pytest.approx(least, abs=1e-9)
 
 
+three_exits = exit_outputs(min_exits=3, max_exits=3, max_samples=12, unit=1.0)
+
+
+@given(three_exits, st.lists(budgets, min_size=1, max_size=4))
+def test_pairs_are_the_cheapest_of_the_equally_accurate_for_every_budget(outputs, some_budgets):
+    problem, n = Problem.from_outputs(outputs).committed(np.ones(2, dtype=bool)), outputs.n_samples
+    quality, cost = problem.values(every_policy(problem))
+    reachable = [budget for budget in (*some_budgets, *np.unique(cost / n)) if budget * n >= cost.min()]
+    pairs = _exact_two(problem, Targets.of(budgets=reachable))
+    for budget, pair in zip(reachable, zip(*problem.values(pairs), strict=True), strict=True):
+        within = cost <= (budget + 1e-9) * n
+        best = quality[within].max()
+        assert pair == (best, cost[within & (quality == best)].min())
+
+
+@given(three_exits, st.lists(drops, min_size=1, max_size=4))
+def test_pairs_are_the_most_accurate_of_the_equally_cheap_for_every_drop(outputs, some_drops):
+    problem, n = Problem.from_outputs(outputs).committed(np.ones(2, dtype=bool)), outputs.n_samples
+    quality, cost = problem.values(every_policy(problem))
+    more_drops = [*some_drops, *(np.arange(n) / n)]
+    pairs = _exact_two(problem, Targets.of(drops=more_drops))
+    for drop, pair in zip(more_drops, zip(*problem.values(pairs), strict=True), strict=True):
+        good = quality >= problem.full_quality - (drop + 1e-9) * n
+        least = cost[good].min()
+        assert pair == (quality[good & (cost == least)].max(), least)
+
+
 @given(small)
 def test_the_cheapest_point_is_the_cheapest_of_all_thresholds(outputs):
     frontier, _ = search_thresholds(outputs, "exact", n_points=1)
@@ -366,6 +401,15 @@ def test_duplicating_the_samples_doubles_the_exact_policies(outputs):
     problem, double = Problem.from_outputs(outputs), Problem.from_outputs(twice)
     targets = targets_for(problem, 4, (), ())
     assert exact(double, targets).tolist() == (2 * exact(problem, targets)).tolist()
+
+
+@given(three_exits, sizes(2, 3), st.sampled_from([4, 100]))
+def test_copies_of_all_samples_change_no_point_of_the_exact_search_for_pairs(outputs, n_copies, n_points):
+    copies = outputs.take(np.repeat(np.arange(outputs.n_samples), n_copies))
+    (one, _), (other, _) = (search_thresholds(o, "exact", n_points=n_points) for o in (outputs, copies))
+    assert [p.thresholds.tolist() for p in other.points] == [p.thresholds.tolist() for p in one.points]
+    assert other.cost == pytest.approx(one.cost, abs=1e-9)
+    assert other.accuracy == pytest.approx(one.accuracy, abs=1e-9)
 
 
 @given(exact_sums)

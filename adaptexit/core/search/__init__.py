@@ -55,18 +55,20 @@ def choose_search(n_exits: int, n_samples: int) -> SearchReport:
     return SearchReport("coord", False, f"{n_samples} samples are at least 1000 an exit")
 
 
-def targets_for(problem: Problem, n_points: int, drops: Sequence[float], budgets: Sequence[float]) -> Targets:
+def targets_for(
+    problem: Problem, n_points: int, drops: Sequence[float], budgets: Sequence[float], *, rounded_up: bool = False
+) -> Targets:
     """Budgets in even steps along a first estimate of the curve, and the budgets and drops asked for.
 
     The estimate joins the policies of the geometric rule, the cheapest policy and an accurate one; steps count both
-    cost and accuracy, so that budgets are close where the curve is steep.
+    cost and accuracy, so that budgets are close where the curve is steep. ``rounded_up`` as for
+    :func:`~adaptexit.core.search.methods.geometric_path`.
     """
     everybody = np.diag(np.full(problem.n_early, problem.n_samples))
     unlimited = WithinBudget(1.0, problem.n_samples)
     accurate, _ = problem.settle(np.zeros(problem.n_early, dtype=np.int64), unlimited)
-    quality, cost = problem.values(
-        np.concatenate([everybody, geometric_path(problem, range(1, 40, 3)), accurate[None]])
-    )
+    rule = geometric_path(problem, range(1, 40, 3), rounded_up=rounded_up)
+    quality, cost = problem.values(np.concatenate([everybody, rule, accurate[None]]))
     curve = not_dominated(quality / problem.n_samples, np.minimum(cost / problem.n_samples, 1.0))
     steps = sum(np.diff(v[curve], prepend=v[curve[0]]) / max(np.ptp(v[curve]), 1e-12) for v in (quality, cost))
     length = np.cumsum(np.abs(steps))
@@ -104,7 +106,9 @@ def search_thresholds(
     if problem.n_early == 0:
         policies, targets = np.zeros((1, 0), dtype=np.int64), Targets.of(drops=[0.0])
     else:
-        targets = targets_for(problem, n_points, drops, budgets)
+        # Pairs are found exactly, so that only the budgets they are found for could depend on the number of samples.
+        pairs = report.search == "exact" and problem.n_early == 2
+        targets = targets_for(problem, n_points, drops, budgets, rounded_up=pairs)
         method = SEARCHES[report.search]
         if report.bagged:
             policies = _kept_drops(problem, targets, _bagged(outputs, problem, method, targets, random_state))

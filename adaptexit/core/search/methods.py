@@ -16,6 +16,9 @@ Floats = NDArray[np.float64]
 Policies = NDArray[np.int64]
 Search = Callable[[Problem, Targets], Policies]
 
+_FAR = 2**62
+"""Beyond every sum."""
+
 MOST_EXHAUSTIVE = 3
 """Early exits up to which every subset of exits that cost something is tried."""
 
@@ -72,35 +75,45 @@ def _exact_one(problem: Problem, k: int, targets: Targets) -> Policies:
 
 
 def _exact_two(problem: Problem, targets: Targets) -> Policies:
-    """The best pair of prefixes for every target, both exits being run by everybody who reaches them."""
+    """The best pair of prefixes for every target, both exits being run by everybody who reaches them.
+
+    In whole units: among equally accurate pairs the cheapest is taken, among equally cheap ones the most accurate.
+    """
     n = problem.n_samples
-    first_q, second_q, last_q = problem.quality * problem.quality_unit
-    paths = np.cumsum(problem.stage_costs + problem.exit_costs) * COST_UNIT
-    budgets = targets.budgets * n + 1e-9 * n
-    floors = problem.full_quality - targets.drops * n - 1e-9 * n
-    best_q, at_budget = np.full(len(budgets), -np.inf), np.zeros((len(budgets), 2), dtype=np.int64)
-    best_c, at_floor = np.full(len(floors), np.inf), np.zeros((len(floors), 2), dtype=np.int64)
+    first_q, second_q, last_q = problem.quality
+    paths = np.cumsum(problem.stage_costs + problem.exit_costs)
+    budgets = np.floor((targets.budgets * n + 1e-9 * n) / COST_UNIT).clip(-_FAR, _FAR).astype(np.int64)
+    floors = (problem.full_quality - targets.drops * n - 1e-9 * n) / problem.quality_unit
+    floors = np.ceil(floors).clip(-_FAR, _FAR).astype(np.int64)
+    budgets_q, budgets_c = np.full(len(budgets), -_FAR), np.full(len(budgets), _FAR)
+    floors_q, floors_c = np.full(len(floors), -_FAR), np.full(len(floors), _FAR)
+    at_budget, at_floor = (np.zeros((len(limits), 2), dtype=np.int64) for limits in (budgets, floors))
     gain_all = (second_q - last_q)[problem.order[1]]
     rank_all = problem.rank[0][problem.order[1]]
-    gain_first = np.append(0.0, np.cumsum((first_q - last_q)[problem.order[0]]))
+    gain_first = last_q.sum() + np.append(0, np.cumsum((first_q - last_q)[problem.order[0]]))
     ends = np.append(0, problem.ends[1])
     for leaving in np.append(0, problem.ends[0]):
         reach = rank_all >= leaving
-        quality = problem.full_quality + gain_first[leaving] + np.append(0.0, np.cumsum(gain_all * reach))[ends]
+        quality = gain_first[leaving] + np.append(0, np.cumsum(gain_all * reach))[ends]
         stops = np.append(0, np.cumsum(reach))[ends]
         cost = leaving * paths[0] + (n - leaving) * paths[2] - stops * (paths[2] - paths[1])
         # Longer prefixes of the second exit are cheaper: a budget leaves those from some length on, whose best quality
         # falls with that length, so that a floor leaves those up to some length. Both are found by binary search.
         from_here_on = np.maximum.accumulate(quality[::-1])[::-1]
         shortest = np.searchsorted(-cost, -budgets)
-        attained = np.append(from_here_on, -np.inf)[shortest]
-        for j in np.flatnonzero(attained > best_q):
-            best_q[j] = attained[j]
-            at_budget[j] = leaving, ends[shortest[j] + int(np.argmax(quality[shortest[j] :]))]
+        attained = np.append(from_here_on, -_FAR)[shortest]
+        rivals = np.flatnonzero((attained >= budgets_q) & (shortest < len(cost)))
+        # The longest prefix of that quality is the cheapest; those as cheap differ in nobody who comes as far.
+        cheapest = cost[np.searchsorted(-from_here_on, -attained[rivals], side="right") - 1]
+        better = (attained[rivals] > budgets_q[rivals]) | (cheapest < budgets_c[rivals])
+        rivals, cheapest = rivals[better], cheapest[better]
+        budgets_q[rivals], budgets_c[rivals] = attained[rivals], cheapest
+        at_budget[rivals, 0], at_budget[rivals, 1] = leaving, ends[np.searchsorted(-cost, -cheapest)]
         longest = np.searchsorted(-from_here_on, -floors, side="right") - 1
-        attained = np.where(longest >= 0, cost[longest], np.inf)
-        for j in np.flatnonzero(attained < best_c):
-            best_c[j], at_floor[j] = attained[j], (leaving, ends[longest[j]])
+        better = (cost[longest] < floors_c) | ((cost[longest] == floors_c) & (quality[longest] > floors_q))
+        better &= longest >= 0
+        floors_q[better], floors_c[better] = quality[longest][better], cost[longest][better]
+        at_floor[better, 0], at_floor[better, 1] = leaving, ends[longest[better]]
     return np.concatenate([at_budget, at_floor])
 
 
@@ -208,12 +221,17 @@ def geometric(problem: Problem, targets: Targets) -> Policies:
     return _by_subsets(problem, targets, geometric_path)
 
 
-def geometric_path(problem: Problem, points: Sequence[int] = range(1, 40)) -> Policies:
-    """The policies of MSDNet's rule for the p of ``points``, shape (P, K-1), on the exits allowed."""
+def geometric_path(problem: Problem, points: Sequence[int] = range(1, 40), *, rounded_up: bool = False) -> Policies:
+    """The policies of MSDNet's rule for the p of ``points``, shape (P, K-1), on the exits allowed.
+
+    The rule rounds quotas down, which depends on how many samples there are; rounded up, copies of all samples change
+    nothing.
+    """
     exits = np.flatnonzero(problem.allowed)
     shares = (np.array(points)[:, None] / 20.0) ** np.arange(len(exits) + 1)
     quotas = np.zeros((len(points), problem.n_early), dtype=np.int64)
-    quotas[:, exits] = np.floor(problem.n_samples * shares / shares.sum(axis=1, keepdims=True))[:, :-1]
+    numbers = (problem.n_samples * shares / shares.sum(axis=1, keepdims=True))[:, :-1]
+    quotas[:, exits] = np.ceil(numbers - 1e-6) if rounded_up else np.floor(numbers)
     return quota_policies(problem, quotas)
 
 
