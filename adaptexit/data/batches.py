@@ -252,7 +252,8 @@ def _refuse_images(x: Any) -> None:
 
 def _checked(x: Any) -> Tensor:
     _refuse_images(x)
-    check_plain("X", x)
+    if not isinstance(x, Tensor) or x.is_complex() or x.layout is not torch.strided or x.is_meta:
+        check_plain("X", x)
     x = torch.as_tensor(x)
     # The sum is finite only if every entry is; a finite batch whose sum overflows is looked at entry by entry.
     if x.is_floating_point() and not math.isfinite(x.sum()) and not bool(torch.isfinite(x).all()):

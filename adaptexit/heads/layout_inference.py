@@ -16,6 +16,10 @@ from torch import Tensor, nn
 
 from adaptexit.heads.layout import AXES, FeatureSpec, channel_axis, check_layout, square_grid
 
+_VIDEO = (
+    ": where these are frames (C, T, H, W), one behind the pooling over time, or let a module that flattens T and H "
+    "into one axis follow the stage"
+)
 _PREFIX_TOKEN = re.compile(r"(class|cls|dist|distillation|reg|register)_?(token|embed(ding)?)s?_?\d*")
 _TOLD_PREFIX = re.compile(r"NLC\+(\d+)")
 _MOST_PREFIX = 8
@@ -76,7 +80,7 @@ def feature_spec(
     if not 1 <= len(shape) <= 3 or min(shape) < 1:
         raise ValueError(
             f"cut {cut!r} must return a vector, tokens or a map for every sample, 1 to 3 axes of at least 1 besides "
-            f"the samples; got shape {tuple(feature.shape)}. Choose another cut."
+            f"the samples; got shape {tuple(feature.shape)}. Choose another cut{_VIDEO if len(shape) == 4 else ''}."
         )
     place = _Place(module, cut)
     size = (int(input_shape[1]), int(input_shape[2])) if len(input_shape) == 3 else None

@@ -58,6 +58,7 @@ class LogitsReader:
         if not _all_finite(scores):
             raise ValueError(
                 f"exit {k} gave a score that is NaN or infinite. Look for NaN or inf in the weights of that model, for "
+                "values of X beyond those it was trained on, for "
                 "an overflow in half precision, or for a confidence that is undefined on some outputs."
             )
         answer.predictions, answer.scores = _array(predictions), scores

@@ -370,6 +370,7 @@ class _Collecting:
             if not _all_finite(tensor):
                 raise ValueError(
                     f"{_named(column.name)} must be finite; got NaN or infinity. Look for NaN or inf in the weights, "
+                    "for values of X beyond those that the model was trained on, "
                     "or for an overflow where the model runs in half precision."
                 )
             # NumPy has no bfloat16.

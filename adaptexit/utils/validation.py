@@ -79,7 +79,7 @@ def check_plain(name: str, values: Any) -> None:
     """Refuse what would be read otherwise than it is meant, or not at all: masked, sparse and complex values."""
     if isinstance(values, np.ma.MaskedArray):
         raise ValueError(f"{name} must be a plain array; got a masked one. Leave masked entries out, or fill them in.")
-    if getattr(values, "is_meta", False) or "sparse" in str(getattr(values, "layout", "")):
+    if any(getattr(values, name, False) for name in ("is_meta", "is_sparse", "is_sparse_csr")):
         raise ValueError(f"{name} must hold its values densely; got a tensor that is sparse or has none (meta).")
     dtype = getattr(values, "dtype", None)
     if getattr(dtype, "is_complex", False) or getattr(dtype, "kind", "") == "c":

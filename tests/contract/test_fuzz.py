@@ -241,7 +241,7 @@ CALLS = {
     **display_calls(),
 }
 ALSO_CALLED = {
-    "X": ["inputs", "samples", "batch", "array", "feature", "data loader", "images"],
+    "X": ["inputs", "samples", "batch", "array", "feature", "data loader", "the data", "images"],
     "y": ["label", "X", "target"],
     "base_preprocess": ["preprocessing of base", "base"],
     "saver_preprocess": ["preprocessing of saver", "saver"],

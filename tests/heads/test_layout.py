@@ -380,6 +380,16 @@ def test_features_with_too_many_or_too_few_axes(shape):
         spec_of(Opaque(), *shape)
 
 
+def test_features_of_videos_are_told_what_would_do():
+    net = nn.Sequential(nn.Conv3d(3, 4, 3, padding=1), nn.AdaptiveAvgPool3d(1), nn.Flatten(), nn.Linear(4, 2))
+    feature = net[0](torch.zeros(2, 3, 4, 8, 8))
+    for layout in (None, "NCHW", "NCTHW"):
+        with pytest.raises(ValueError, match=r"got shape \(2, 4, 4, 8, 8\).*frames \(C, T, H, W\), one behind"):
+            feature_spec(net, "0", feature, (3, 4, 8, 8), layout)
+    flat = nn.Flatten(2, 3)(feature)
+    assert feature_spec(net, "0", flat, (3, 4, 8, 8), "NCHW").channels == 4
+
+
 def test_lists_of_real_models_are_refused():
     net = timm_model("hrnet_w18_small")
     with pytest.raises(ValueError, match=r"'stage2' must return one tensor.*a list of 2"):
