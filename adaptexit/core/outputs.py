@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from adaptexit.core.answer import Answer
 from adaptexit.core.costs import Costs
-from adaptexit.core.scores import resolve_score, widened
+from adaptexit.core.scores import largest_of, resolve_score, scores_of
 from adaptexit.utils.folders import read_arrays, write_arrays, written_whole
 from adaptexit.utils.validation import check_finite, check_shape, compact_classes
 
@@ -166,8 +166,8 @@ class ExitOutputs:
         check_finite(array, "logits")
         formula = resolve_score(score, "score")
         return cls(
-            predictions=np.stack([exit_logits.argmax(axis=1) for exit_logits in array]),
-            scores=np.stack([np.asarray(formula(widened(exit_logits))) for exit_logits in array]),
+            predictions=np.stack([largest_of(exit_logits) for exit_logits in array]),
+            scores=np.stack([scores_of(exit_logits, formula) for exit_logits in array]),
             labels=np.asanyarray(labels),
             n_classes=array.shape[2],
             stage_costs=stage_costs,  # type: ignore[arg-type]
