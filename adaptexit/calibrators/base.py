@@ -16,7 +16,7 @@ from adaptexit.core.frontier import OperatingPoint, ParetoFrontier
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.policy import ThresholdPolicy, recorded_scores
 from adaptexit.core.routing import exit_index
-from adaptexit.core.scores import resolve_score, widened
+from adaptexit.core.scores import resolve_score, scores_of, widened
 from adaptexit.utils.learning import twin_of
 from adaptexit.utils.schema import check_form, whole
 
@@ -227,9 +227,7 @@ class ScoreCalibrator(Calibrator):
                 f"score={self.score!r} needs logits, but the outputs have none. Record them (keep_logits=True), "
                 "or use score='recorded'."
             )
-        return outputs.with_scores(
-            np.stack([np.asarray(formula(widened(exit_logits))) for exit_logits in outputs.logits])
-        )
+        return outputs.with_scores(np.stack([scores_of(exit_logits, formula) for exit_logits in outputs.logits]))
 
     def scores(self, k: int, batch: Answer, memory: Memory = None) -> tuple[NDArray[Any], Memory]:
         if not self.needs_logits:

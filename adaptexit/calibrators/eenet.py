@@ -14,6 +14,7 @@ from adaptexit.calibrators.base import Calibrator, Memory, check_outputs, check_
 from adaptexit.core.answer import Answer
 from adaptexit.core.frontier import ParetoFrontier, evaluate
 from adaptexit.core.outputs import ExitOutputs
+from adaptexit.core.scores import largest_of
 from adaptexit.core.search.shares import frontier_of_shares
 from adaptexit.utils.learning import learned_at_once
 from adaptexit.utils.schema import check_form, whole
@@ -182,8 +183,9 @@ class EENetScheduler(Calibrator):
         assert outputs.labels is not None
         epochs = n_epochs(self.epochs, outputs.n_samples, self.batch_size, FEWEST_EPOCHS, FEWEST_MINIBATCHES)
         costs = outputs.path_costs(np.ones(outputs.n_exits, dtype=bool)) / outputs.full_cost
+        correct = np.stack([largest_of(logits) == outputs.labels for logits in outputs.logits])
         return train_schedule(
-            outputs.logits, np.equal(outputs.logits.argmax(axis=2), outputs.labels), costs, budget,
+            outputs.logits, correct, costs, budget,
             hidden=self.hidden, kl_weight=self.kl_weight, budget_weight=self.budget_weight, epochs=epochs, lr=self.lr,
             weight_decay=self.weight_decay, batch_size=self.batch_size, random_state=self.random_state,
             verbose=self.verbose,

@@ -11,7 +11,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptexit.calibrators.small_modules import rows_of
+from adaptexit.calibrators.small_modules import rows_at, rows_of
+from adaptexit.core.scores import CELLS
 from adaptexit.staging.contexts import random_state_kept
 from adaptexit.training.loop import minimise
 
@@ -112,17 +113,16 @@ def train_schedule(
     with random_state_kept(random_state):
         scorers = [Scorer(n_classes, k) for k in range(n_exits)]
         assigner = Assigner(n_classes, n_exits, hidden)
-    with torch.no_grad():
-        own_evidence = [evidence(rows_of(exit_logits)) for exit_logits in logits]
     right, price = rows_of(np.asarray(correct).T), rows_of(np.asarray(costs))
 
-    def assignment(rows: Tensor | slice) -> tuple[Tensor, Tensor]:
+    def assignment(rows: Tensor) -> tuple[Tensor, Tensor]:
         """Log-odds of being right, (B, K), and log-probabilities of the exits, (B, K)."""
         odds: list[Tensor] = []
         inputs = []
         for k, scorer in enumerate(scorers):
             # Earlier scores are read as they are: no exit's score learns to serve a later one.
-            inputs.append(torch.column_stack([own_evidence[k][rows], *(logit.detach().sigmoid() for logit in odds)]))
+            own = evidence(rows_at(logits[k], rows))
+            inputs.append(torch.column_stack([own, *(logit.detach().sigmoid() for logit in odds)]))
             odds.append(scorer.read(inputs[k]))
         return torch.stack(odds, dim=1), assigner(inputs).log_softmax(dim=1)
 
@@ -140,5 +140,6 @@ def train_schedule(
         terms, [*scorers, assigner], n_samples, random_state=random_state, description="training a schedule", **settings
     )
     with torch.inference_mode():
-        shares = assignment(slice(None))[1].double().exp().mean(dim=0).numpy()
+        parts = [assignment(rows)[1] for rows in torch.arange(n_samples).split(max(1, CELLS // n_classes))]
+        shares = torch.cat(parts).double().exp().mean(dim=0).numpy()
     return [scorer.double() for scorer in scorers], shares, history

@@ -383,4 +383,4 @@ def _router_inputs(outputs: ExitOutputs, reads_logits: bool) -> list[NDArray[Any
             f"routers need {'logits' if reads_logits else 'features'}, but the outputs have none. Record them with an "
             "estimator that has these routers."
         )
-    return [widened(array) for array in arrays[:-1]]
+    return list(arrays[:-1])

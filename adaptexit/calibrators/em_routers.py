@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from adaptexit.calibrators.small_modules import probabilities, rows_of
+from adaptexit.calibrators.small_modules import probabilities, rows_at, rows_of
 from adaptexit.core.em import (
     Posterior,
     exit_probabilities,
@@ -21,6 +21,7 @@ from adaptexit.core.em import (
     halting_targets,
     reach,
 )
+from adaptexit.core.scores import row_blocks
 from adaptexit.staging.contexts import random_state_kept
 from adaptexit.training.loop import minimise, n_epochs
 
@@ -59,11 +60,21 @@ def new_routers(features: Sequence[NDArray[Any]], hidden: int, seed: int) -> lis
     with random_state_kept(seed):
         for array in features:
             router = Router(array.shape[1], hidden)
-            mean, spread = array.mean(axis=0, dtype=np.float64), array.std(axis=0, dtype=np.float64)
+            mean = array.mean(axis=0, dtype=np.float64)
+            spread = np.sqrt(_summed_squares(array, mean) / len(array))
             router.mean.copy_(torch.from_numpy(mean))
             router.scale.copy_(torch.from_numpy(1.0 / np.where(spread > 0, spread, 1.0)))
             routers.append(router.eval())
     return routers
+
+
+def _summed_squares(array: NDArray[Any], mean: Floats) -> Floats:
+    """Of the distances from the mean, (d,), added up row by row."""
+    total = np.zeros(len(mean))
+    for rows in row_blocks(array):
+        distances = np.subtract(array[rows], mean, dtype=np.float64)
+        total = np.concatenate([total[None], distances * distances]).sum(axis=0)
+    return total
 
 
 def train_routers(
@@ -86,7 +97,6 @@ def train_routers(
     **settings
         Of :func:`adaptexit.training.minimise`: epochs, lr, weight_decay, batch_size, random_state, verbose.
     """
-    inputs = [rows_of(array) for array in features]
     halts = rows_of(targets)
     counts = None if weights is None else rows_of(weights)
 
@@ -94,7 +104,7 @@ def train_routers(
         terms = []
         for k, router in enumerate(routers):
             weight = None if counts is None else counts[rows, k]
-            terms.append(F.binary_cross_entropy_with_logits(router(inputs[k][rows]), halts[rows, k], weight))
+            terms.append(F.binary_cross_entropy_with_logits(router(rows_at(features[k], rows)), halts[rows, k], weight))
         return torch.stack(terms)
 
     return minimise(losses, routers, len(halts), description="training routers", **settings)

@@ -11,13 +11,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from adaptexit.core.scores import CELLS
 from adaptexit.staging.contexts import random_state_kept
 from adaptexit.utils.validation import stored_array
 
 Floats = NDArray[np.float64]
 
 CHUNK = 8192
-"""Rows at a time."""
+"""Rows at a time, fewer where they are wide."""
 
 STEP = 1e-6
 """Distance of neighbouring probabilities."""
@@ -26,6 +27,11 @@ STEP = 1e-6
 def rows_of(array: NDArray[Any], dtype: Any = np.float32) -> Tensor:
     """An array as a tensor of that precision; read-only arrays (memory-mapped ones) are copied."""
     return torch.from_numpy(np.require(array, dtype=dtype, requirements=["C", "W"]))
+
+
+def rows_at(array: NDArray[Any], rows: Tensor) -> Tensor:
+    """Some rows of an array in single precision: all of them would be a copy of what is mapped from disk."""
+    return rows_of(np.asarray(array)[rows.numpy()])
 
 
 def probabilities(module: nn.Module, *arrays: NDArray[Any]) -> Floats:
@@ -42,8 +48,9 @@ def probabilities(module: nn.Module, *arrays: NDArray[Any]) -> Floats:
         inputs = tuple(rows_of(array[rows], np.float64) for array in arrays)
         return exact(*inputs).sigmoid()
 
+    size = max(1, min(CHUNK, CELLS // max(sum(array.shape[1] for array in arrays), 1)))
     with torch.inference_mode():
-        parts = [of_rows(slice(start, start + CHUNK)) for start in range(0, max(len(arrays[0]), 1), CHUNK)]
+        parts = [of_rows(slice(start, start + size)) for start in range(0, max(len(arrays[0]), 1), size)]
     return np.rint(torch.cat(parts).numpy() / STEP) * STEP
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from adaptexit.calibrators.base import Memory, check_outputs
 from adaptexit.calibrators.threshold import ThresholdCalibrator
 from adaptexit.core.answer import Answer
 from adaptexit.core.outputs import ExitOutputs
-from adaptexit.core.scores import max_proba, widened
+from adaptexit.core.scores import max_proba, scores_of, widened
 from adaptexit.core.search import SearchName
 from adaptexit.core.temperature import fit_temperature
 from adaptexit.utils.learning import learned_at_once
@@ -99,7 +100,9 @@ class TemperatureCalibrator(ThresholdCalibrator):
 def _scaled(outputs: ExitOutputs, temperatures: NDArray[np.float64]) -> ExitOutputs:
     assert outputs.logits is not None
     pairs = zip(outputs.logits, temperatures, strict=True)
-    return outputs.with_scores(np.stack([_confidence(logits, temperature) for logits, temperature in pairs]))
+    return outputs.with_scores(
+        np.stack([scores_of(logits, partial(_confidence, temperature=temperature)) for logits, temperature in pairs])
+    )
 
 
 def _confidence(logits: NDArray[Any], temperature: float) -> NDArray[Any]:

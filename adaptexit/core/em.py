@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from scipy.special import expit, logsumexp
 
 from adaptexit.core.outputs import ExitOutputs
-from adaptexit.core.scores import widened
+from adaptexit.core.scores import in_double, row_blocks, true_logits
 
 Floats = NDArray[np.float64]
 
@@ -55,9 +55,10 @@ def log_likelihoods(outputs: ExitOutputs) -> Floats:
         raise ValueError(f"likelihoods of exits need logits and labels; the outputs lack {absent}.")
     columns = []
     for exit_logits in outputs.logits:
-        logits = np.asarray(widened(exit_logits), dtype=np.float64)
-        true = np.take_along_axis(logits, outputs.labels[:, None].astype(np.intp), axis=1)[:, 0]
-        columns.append(true - logsumexp(logits, axis=1))
+        evidence = np.empty(outputs.n_samples)
+        for rows in row_blocks(exit_logits):
+            evidence[rows] = logsumexp(in_double(exit_logits[rows]), axis=1)
+        columns.append(true_logits(exit_logits, outputs.labels) - evidence)
     return np.asarray(np.maximum(np.stack(columns, axis=1), np.log(LEAST)))
 
 

@@ -16,7 +16,7 @@ from numpy.typing import ArrayLike, NDArray
 from adaptexit.core.answer import Answer
 from adaptexit.core.costs import Costs
 from adaptexit.core.saved_outputs import ARRAYS, read_outputs, write_outputs
-from adaptexit.core.scores import resolve_score, widened
+from adaptexit.core.scores import largest_of, resolve_score, scores_of
 from adaptexit.utils.files import naming
 from adaptexit.utils.validation import check_finite, check_shape, check_switch, compact_classes, plain_array, real_array
 
@@ -168,8 +168,8 @@ class ExitOutputs:
         check_finite(array, "logits")
         formula = resolve_score(score, "score")
         return cls(
-            predictions=np.stack([exit_logits.argmax(axis=1) for exit_logits in array]),
-            scores=np.stack([np.asarray(formula(widened(exit_logits))) for exit_logits in array]),
+            predictions=np.stack([largest_of(exit_logits) for exit_logits in array]),
+            scores=np.stack([scores_of(exit_logits, formula) for exit_logits in array]),
             labels=labels,  # type: ignore[arg-type]
             n_classes=array.shape[2],
             stage_costs=stage_costs,  # type: ignore[arg-type]

@@ -23,6 +23,38 @@ def widened(logits: Array) -> Array:
     return array if array.dtype.kind == "f" else array.astype(np.float64)
 
 
+def in_double(logits: Array) -> Array:
+    """NumPy logits in double precision."""
+    return np.asarray(logits, dtype=np.float64)
+
+
+def true_logits(logits: Array, labels: Array) -> Array:
+    """The logit of each sample's label, (N,) in double precision."""
+    return in_double(np.take_along_axis(logits, np.asarray(labels, dtype=np.intp)[:, None], axis=1)[:, 0])
+
+
+CELLS = 2**21
+"""Logits worked on at once where samples are many: 16 MB in double precision, a few times that on the way."""
+
+
+def row_blocks(array: Array) -> list[slice]:
+    """The samples of an array (N, ...) in runs of so few that what is made of them takes little memory."""
+    n_samples, *rest = array.shape
+    size = max(1, CELLS // max(int(np.prod(rest)), 1))
+    return [slice(start, start + size) for start in range(0, max(n_samples, 1), size)]
+
+
+def scores_of(logits: Array, formula: Callable[[Array], Array]) -> Array:
+    """What a formula from logits to scores gives for logits (N, C): (N,), made in blocks of rows."""
+    blocks = [np.asarray(formula(widened(logits[rows]))) for rows in row_blocks(logits)]
+    return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+
+def largest_of(logits: Array) -> Array:
+    """The class of the largest logit, (N,), in blocks of rows: NumPy copies read-only arrays to find it."""
+    return np.concatenate([logits[rows].argmax(axis=1) for rows in row_blocks(logits)])
+
+
 def softmax(logits: Array, xp: Any = np) -> Array:
     """Class probabilities, shape of ``logits``."""
     shifted = xp.exp(logits - xp.amax(logits, axis=-1, keepdims=True))

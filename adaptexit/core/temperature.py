@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from scipy.special import logsumexp
 
-from adaptexit.core.scores import widened
+from adaptexit.core.scores import in_double, row_blocks, true_logits
 
 RANGE = (0.01, 100.0)
 """Temperatures looked at; perfectly separated logits would ask for 0."""
@@ -26,13 +26,14 @@ def fit_temperature(logits: NDArray[Any], labels: NDArray[Any]) -> float:
     logits : array (N, C)
     labels : integer array (N,)
     """
-    values = np.asarray(widened(logits), dtype=np.float64)
-    true = np.take_along_axis(values, np.asarray(labels, dtype=np.intp)[:, None], axis=1)[:, 0]
-    mean_true = float(true.mean())
+    mean_true = float(true_logits(logits, labels).mean())
+    evidence = np.empty(len(logits))
 
     def loss(log_temperature: float) -> float:
         sharpness = float(np.exp(-log_temperature))
-        return float(logsumexp(sharpness * values, axis=1).mean()) - sharpness * mean_true
+        for rows in row_blocks(logits):
+            evidence[rows] = logsumexp(sharpness * in_double(logits[rows]), axis=1)
+        return float(evidence.mean()) - sharpness * mean_true
 
     low, high = np.log(RANGE)
     minimum = minimize_scalar(loss, bounds=(low, high), method="bounded", options={"xatol": 1e-6})
