@@ -72,7 +72,11 @@ class UncountedWeights(TorchDispatchMode):
         if operator in self._counted:
             for frame in self._frames:
                 frame.is_counted = True
-        elif any(map(is_packed, (*args, *kwargs.values()))):
+        elif any(
+            is_packed(value)
+            for value in (*args, *kwargs.values())
+            if isinstance(value, (torch.ScriptObject, list, tuple))
+        ):
             self.findings[self._frames[-1].module if self._frames else None, str(operator)] = None
         elif any(frame.weights for frame in self._frames) and not getattr(func, "is_view", False):
             inputs = storages(tensors_in((args, kwargs)))
@@ -84,10 +88,14 @@ class UncountedWeights(TorchDispatchMode):
         return func(*args, **kwargs)
 
     def _enter(self, module: nn.Module, inputs: Any) -> None:
-        if threading.get_ident() == self._thread:
+        if threading.get_ident() != self._thread:
+            return
+        parameters = buffers = frozenset[int]()
+        if module._parameters:
             parameters = storages(_matrices_of(module.parameters(recurse=False)))
+        if module._buffers:
             buffers = storages(_matrices_of(module.buffers(recurse=False)))
-            self._frames.append(_Frame(module, parameters, parameters | buffers))
+        self._frames.append(_Frame(module, parameters, parameters | buffers))
 
     def _leave(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if threading.get_ident() != self._thread:
