@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
-from functools import wraps
+from collections.abc import Collection, Mapping
 from numbers import Integral
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-
-Plot = TypeVar("Plot", bound=Callable[..., Any])
-
 
 # -- numbers ----------------------------------------------------------------------------------------------------------
 
@@ -110,42 +106,3 @@ def check_comparison(comparison: Any) -> None:
     """Refuse what is no comparison."""
     if isinstance(comparison, type) or not all(hasattr(comparison, name) for name in ("points", "frontiers", "at")):
         raise TypeError(f"comparison must be a Comparison, as compare gives it; got {type(comparison).__name__}.")
-
-
-# -- drawing ----------------------------------------------------------------------------------------------------------
-
-
-def drawing(plot: Plot) -> Plot:
-    """Let a ``plot`` check its axes and name, say which styles matplotlib refuses, and leave no figure if it fails."""
-
-    @wraps(plot)
-    def checked(self: Any, ax: Any = None, **kwargs: Any) -> Any:
-        from adaptexit.displays.shared import pyplot
-
-        plt = pyplot()
-        optional_text("name", kwargs.get("name"))
-        for panel in _panels(ax, getattr(self, "_several_axes", False)):
-            if not isinstance(panel, plt.Axes):
-                raise TypeError(f"ax must be matplotlib Axes, or None for a new figure; got {type(panel).__name__}.")
-        before = set(plt.get_fignums())
-        try:
-            return plot(self, ax, **kwargs)
-        except Exception as error:
-            for figure in set(plt.get_fignums()) - before:
-                plt.close(figure)
-            styles = sorted(set(kwargs) - {"name"})
-            if not styles:
-                raise
-            kind = TypeError if isinstance(error, (TypeError, AttributeError)) else ValueError
-            raise kind(f"{', '.join(styles)} must be styles that matplotlib takes: {error}") from error
-
-    return checked  # type: ignore[return-value]
-
-
-def _panels(ax: Any, several: bool) -> list[Any]:
-    """The axes given one by one, where there may be several."""
-    if several and isinstance(ax, np.ndarray) and ax.size:
-        return list(ax.ravel())
-    if several and isinstance(ax, (list, tuple)) and ax:
-        return [panel for part in ax for panel in (part if isinstance(part, (list, tuple)) else [part])]
-    return [] if ax is None else [ax]

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from adaptexit.displays.checks import check_comparison, drawing, numbers, optional_text, sequence, text
+from adaptexit.displays.checks import check_comparison, numbers, optional_text, sequence, text
+from adaptexit.displays.drawing import drawing
 from adaptexit.displays.shared import FULL_MODEL, axes, choice, line_style, point_style
 
 Comparison = Any  # adaptexit.comparison.Comparison, which this module does not import

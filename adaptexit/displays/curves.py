@@ -12,12 +12,12 @@ from adaptexit.displays.checks import (
     check_exit,
     check_kind,
     chosen_point,
-    drawing,
     number,
     numbers,
     optional_text,
     text,
 )
+from adaptexit.displays.drawing import drawing
 from adaptexit.displays.shared import (
     FULL_MODEL,
     RING,

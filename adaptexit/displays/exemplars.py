@@ -12,11 +12,11 @@ from adaptexit.displays.checks import (
     check_estimator,
     check_kind,
     chosen_point,
-    drawing,
     numbers,
     optional_text,
     sequence,
 )
+from adaptexit.displays.drawing import drawing
 from adaptexit.displays.shared import (
     Outputs,
     Point,

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from adaptexit.displays.checks import check_kind, chosen_point, drawing, numbers, optional_text
+from adaptexit.displays.checks import check_kind, chosen_point, numbers, optional_text
+from adaptexit.displays.drawing import drawing
 from adaptexit.displays.shared import (
     Outputs,
     Point,

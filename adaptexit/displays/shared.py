@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from adaptexit.displays.checks import check_estimator, check_kind, number, sequence
+from adaptexit.displays.drawing import pyplot
 
 Point = Any  # adaptexit.core.frontier.OperatingPoint, which this module does not import
 Outputs = Any  # adaptexit.core.outputs.ExitOutputs
@@ -23,15 +24,6 @@ RING = {"marker": "o", "s": 130, "facecolors": "none", "edgecolors": "black", "z
 
 
 # -- drawing ----------------------------------------------------------------------------------------------------------
-
-
-def pyplot() -> Any:
-    """matplotlib.pyplot, or an error that says how to get it."""
-    try:
-        from matplotlib import pyplot
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install matplotlib (the extra 'plot' brings it).") from error
-    return pyplot
 
 
 def axes(ax: Any, **figure: Any) -> Any:

@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from adaptexit.displays.checks import check_kind, drawing, number, numbers, text
+from adaptexit.displays.checks import check_kind, number, numbers, text
+from adaptexit.displays.drawing import drawing
 from adaptexit.displays.shared import axes, exit_labels, line_style
 
 Frontier = Any  # adaptexit.core.frontier.ParetoFrontier, which this module does not import
