@@ -7,6 +7,7 @@ import resource
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -283,21 +284,22 @@ def test_files_that_no_save_wrote_are_not_read(saved, name, model):
 # -- full disks --------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
+@contextmanager
 def small_disk():
-    """Takes files of at most 500 bytes."""
+    """Takes files of at most 500 bytes, whoever writes: no longer than the block, as the log of a run may be a file."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (500, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
-def test_a_full_disk_names_the_file_and_leaves_the_earlier_save(saved, model, request):
+def test_a_full_disk_names_the_file_and_leaves_the_earlier_save(saved, model):
     outputs = ExitOutputs(scores=np.zeros((2, 99)), quality=np.zeros((2, 99)), costs=[1, 2])
     before = tree(saved.parent)
-    request.getfixturevalue("small_disk")
-    with pytest.raises(OSError, match=r"model\.safetensors"):
+    with small_disk(), pytest.raises(OSError, match=r"model\.safetensors"):
         model.save(saved)
-    with pytest.raises(OSError, match=r"scores\.npy"):
+    with small_disk(), pytest.raises(OSError, match=r"scores\.npy"):
         outputs.save(saved.parent / "outputs")
     assert tree(saved.parent) == before
