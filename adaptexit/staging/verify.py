@@ -187,11 +187,9 @@ def cause_of_difference(module: nn.Module, layout: Layout | None, inputs: Tensor
         except Exception as error:
             return f"The model itself fails on {without} ({said(error)}), so that none may leave."
         if differs:
-            dynamic = any("quantized.dynamic" in type(part).__module__ for part in module.modules())
-            hint = " (dynamically quantised layers scale by what is largest in the whole batch)" if dynamic else ""
             return (
-                f"In this model samples depend on each other{hint}: it answers differently for {without}, so that none "
-                "may leave. Cut behind the part that couples them, or change that."
+                f"In this model samples depend on each other: it answers differently for {without}, so that none may "
+                "leave. Cut behind the part that couples them, or change that."
             )
     return (
         "The model itself answers alike in any batch, so either samples are stored in an order that hides them in what "
