@@ -402,7 +402,7 @@ def test_whatever_was_changed_is_refused_with_the_files_name(name, tmp_path_fact
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-@settings(suppress_health_check=list(HealthCheck), max_examples=400)
+@settings(suppress_health_check=list(HealthCheck), max_examples=150)
 @given(data=st.data())
 def test_many_changes_are_refused_with_the_files_name(name, tmp_path_factory, data):
     fuzz(name, tmp_path_factory, data)

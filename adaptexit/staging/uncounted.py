@@ -18,8 +18,8 @@ from adaptexit.staging.formulas import is_packed
 from adaptexit.staging.nested import storages, tensors_in
 
 _NO_MACS = (
-    "cat", "clone", "copy", "embedding", "gather", "index", "mean", "norm", "quantize", "softmax", "stack", "sum",
-    "upsample",
+    "cat", "clone", "copy", "embedding", "flip", "gather", "index", "mean", "norm", "pad", "quantize", "repeat", "roll",
+    "softmax", "stack", "sum", "upsample",
 )  # fmt: skip
 """Parts of the names of operators that read weights and multiply no matrices, beside the element-wise ones."""
 

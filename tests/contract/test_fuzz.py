@@ -34,6 +34,7 @@ from adaptexit.displays import (
     ReliabilityDisplay,
     SweepDisplay,
 )
+from adaptexit.staging.contexts import random_state_kept
 from tests.contract.cases import CASES, assert_as_before, fitted_once, learned, random_states, snapshot
 from tests.displays.test_displays_checks import GOOD
 
@@ -143,9 +144,11 @@ def estimator_calls(kind):
 
 
 def batches_of(**arguments):
+    """As estimators run over them: loaders draw from torch's random state, which they keep around the run."""
     batches = as_batches(**arguments, labels="y" in arguments)
-    batches.first()
-    return list(batches)
+    with random_state_kept():
+        batches.first()
+        return list(batches)
 
 
 def outputs():
