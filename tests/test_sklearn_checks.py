@@ -35,6 +35,7 @@ def test_with_measured_costs(estimator, check):
 SMALL = MLPClassifier((16, 16, 16), learning_rate_init=0.01, max_iter=60)
 
 
+@pytest.mark.slow
 @parametrize_with_checks([MultiExitClassifier(SMALL, recipe=FrozenRecipe(epochs=3))])
 def test_a_perceptron_with_exits(estimator, check):
     check(estimator)

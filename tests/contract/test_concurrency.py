@@ -71,6 +71,7 @@ def test_threads_that_do_different_things_do_not_meet(case, own, model):
     assert together([lambda call=call: call(own) for call in calls.values()]) == expected
 
 
+@pytest.mark.parametrize("name", ["two modules", "branched", *LEARNED], indirect=True)
 def test_a_predictor_answers_as_before_while_the_estimator_is_calibrated(case, own):
     X, y = case.test
     predictors = [own.at(budget=budget) for budget in budgets_of(own)]
@@ -134,6 +135,7 @@ def test_threads_leave_random_states_and_modes(case, own):
     assert [part.training for part in own.heads_.modules()] == modes
 
 
+@pytest.mark.parametrize("name", ["two modules", "branched", *LEARNED], indirect=True)
 def test_whoever_asks_during_a_calibration_is_answered_by_the_old_or_the_new_one(case, own):
     """The estimator itself, whose thresholds, scores and temperatures belong together at every moment."""
     X, y = case.test[0][:60], case.test[1]

@@ -90,6 +90,7 @@ def test_costs_are_counted_where_they_can_be(case, model):
     assert other.outputs_.exit_costs.tolist() == model.outputs_.exit_costs.tolist()
 
 
+@pytest.mark.parametrize("name", [*KINDS, "EENet", "boostnet"], indirect=True)
 def test_given_costs_are_what_each_exit_costs_alone(case, own):
     n_exits = len(own.exit_names)
     alone = 10.0 ** np.arange(1, n_exits + 1)

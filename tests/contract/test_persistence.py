@@ -75,6 +75,7 @@ def test_a_loaded_one_can_be_calibrated_and_saved_again(case, own, model, saved,
     assert_same(loaded, loaded_from(tmp_path / "again", case, loaded), *case.test)
 
 
+@pytest.mark.parametrize("name", [*KINDS, *LEARNED, "ztw"], indirect=True)
 def test_a_second_fit_of_a_clone_is_bit_equal(case, model):
     copied = clone(model)
     assert learned(copied) == {}
