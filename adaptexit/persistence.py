@@ -100,7 +100,7 @@ def load(folder: str | os.PathLike[str], **given: Any) -> adaptexit.CascadeSaver
         If it has another format, if a file is not what was written (the message names it), if parameters are missing
         or too many (the message names them), or if weights do not fit, key by key.
     """
-    source = Path(folder)
+    source = Path(folder).expanduser()
     while True:
         put_back(source)
         identity = _identity(source)

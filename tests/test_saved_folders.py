@@ -303,3 +303,13 @@ def test_a_full_disk_names_the_file_and_leaves_the_earlier_save(saved, model):
     with small_disk(), pytest.raises(OSError, match=r"scores\.npy"):
         outputs.save(saved.parent / "outputs")
     assert tree(saved.parent) == before
+
+
+def test_a_tilde_is_the_home_folder(model, name, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    model.save("~/models/own")
+    model.outputs_.save("~/outputs")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["models", "outputs"]
+    loaded = loaded_from("~/models/own", name, config_of(tmp_path / "models" / "own"))
+    assert loaded.outputs_.n_samples == ExitOutputs.load("~/outputs").n_samples == model.outputs_.n_samples

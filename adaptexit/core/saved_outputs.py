@@ -56,8 +56,8 @@ def read_outputs(folder: str | os.PathLike[str], *, mmap: bool) -> dict[str, Any
     FileNotFoundError, ValueError
         For what is no such folder, or a damaged one: the message names the file.
     """
-    put_back(folder)
-    source = Path(folder)
+    source = Path(folder).expanduser()
+    put_back(source)
     path = source / OUTPUTS_FOLDER.marker
     if not path.exists():
         raise FileNotFoundError(f"folder must hold ExitOutputs written by save; there is no {path.name} in {source}.")

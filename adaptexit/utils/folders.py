@@ -54,11 +54,11 @@ def written_whole(folder: str | os.PathLike[str], kind: Kind) -> Iterator[Path]:
     FileExistsError
         If the folder holds something else, or cannot be exchanged as somebody works in it.
     """
-    target = Path(os.path.realpath(folder))
+    target = Path(os.path.realpath(os.path.expanduser(folder)))
     put_back(target)
-    _check_replaceable(target, kind)
     target.parent.mkdir(parents=True, exist_ok=True)
-    with locked(target.parent) as alone:
+    with locked(target.parent) as alone:  # nobody exchanges the folder while it is looked at
+        _check_replaceable(target, kind)
         if alone:
             _clear_away(target)
         # Beside the target, so that the moves below are renames on one file system.
@@ -84,7 +84,7 @@ def written_whole(folder: str | os.PathLike[str], kind: Kind) -> Iterator[Path]:
 
 def put_back(folder: str | os.PathLike[str]) -> None:
     """Give a folder that a killed :func:`written_whole` had moved aside its place again."""
-    target = Path(os.path.realpath(folder))
+    target = Path(os.path.realpath(os.path.expanduser(folder)))
     if _is_vacant(target) and target.parent.is_dir():
         with locked(target.parent):
             _put_back(target)
@@ -99,7 +99,10 @@ def _put_back(target: Path) -> None:
 
 
 def _is_vacant(target: Path) -> bool:
-    return not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    try:
+        return not target.exists() or (target.is_dir() and not any(target.iterdir()))
+    except FileNotFoundError:  # somebody exchanges it just now
+        return True
 
 
 def _clear_away(target: Path) -> None:
