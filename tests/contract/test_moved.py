@@ -38,9 +38,10 @@ def test_precision_is_read_when_it_is_used(case, own, dtype):
     assert own.outputs_.n_samples == len(case.val[1])
 
 
-def test_the_backbone_alone_is_moved(case):
+def test_the_backbone_alone_is_moved():
     """The heads stay as they are and are given features in their own precision."""
-    model = CASES["branched"].fitted()
+    case = CASES["branched"]
+    model = case.fitted()
     before = model.trace(case.test[0][:100], budget=0.5)
     model.stages_[0].model.double()
     after = model.trace(case.test[0][:100], budget=0.5)
