@@ -90,7 +90,7 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
         """The network from what was saved of it and what the user gave again."""
 
     def _remark(self) -> None:
-        pass  # a subclass may have something to say
+        """Nothing, unless a subclass has something to say."""
 
     def _check_parameters(self) -> None:
         """Refuse at once what would be met only after models have run."""

@@ -158,7 +158,8 @@ def test_links_to_files_are_followed(save_of, tmp_path):
     for file in ("config.json", "model.safetensors"):
         shutil.move(folder / file, tmp_path / file)
         (folder / file).symlink_to(tmp_path / file)
-    load(folder, "two modules")
+    loaded, X = load(folder, "two modules"), CASES["two modules"].test[0]
+    assert loaded.predict_proba(X).tobytes() == fitted_once("two modules").predict_proba(X).tobytes()
 
 
 # -- values ------------------------------------------------------------------------------------------------------------

@@ -233,15 +233,15 @@ class ExitOutputs:
 
     def drop_exit(self, k: int) -> ExitOutputs:
         """The same model without early exit k; its stage cost falls to the next exit's."""
-        kept = np.arange(self.n_exits) != k
+        rest = np.arange(self.n_exits) != k
         stage_costs = self.stage_costs.copy()
         stage_costs[k + 1] += stage_costs[k]
         rows = {
-            name: None if (array := getattr(self, name)) is None else array[kept]
+            name: None if (array := getattr(self, name)) is None else array[rest]
             for name in ("predictions", "scores", "logits", "quality")
         }
-        features = None if self.features is None else [f for f, keep in zip(self.features, kept, strict=True) if keep]
-        return self._replace(**rows, features=features, stage_costs=stage_costs[kept], exit_costs=self.exit_costs[kept])
+        features = None if self.features is None else [f for f, keep in zip(self.features, rest, strict=True) if keep]
+        return self._replace(**rows, features=features, stage_costs=stage_costs[rest], exit_costs=self.exit_costs[rest])
 
     # -- sizes, quality and costs --------------------------------------------------------------------------------
 
@@ -330,8 +330,8 @@ class ExitOutputs:
         return outputs
 
     def __repr__(self) -> str:
-        kept = [name for name in ("logits", "features", "quality") if getattr(self, name) is not None]
-        extra = f", with {', '.join(kept)}" if kept else ""
+        extras = [name for name in ("logits", "features", "quality") if getattr(self, name) is not None]
+        extra = f", with {', '.join(extras)}" if extras else ""
         return f"ExitOutputs({self.n_exits} exits, {self.n_samples} samples, {self.n_classes} classes{extra})"
 
 

@@ -26,8 +26,8 @@ def numbers(
     except Exception as error:  # whatever holds them may raise anything
         raise TypeError(f"{name} must be {kind} of shape {expected}; got {type(values).__name__}: {error}") from error
     if isinstance(values, np.ma.MaskedArray) or array.dtype.kind not in ("iu" if whole else "iufb"):
-        came = "a masked array" if isinstance(values, np.ma.MaskedArray) else f"dtype {array.dtype}"
-        raise TypeError(f"{name} must be {kind} of shape {expected}; got {came}.")
+        actual = "a masked array" if isinstance(values, np.ma.MaskedArray) else f"dtype {array.dtype}"
+        raise TypeError(f"{name} must be {kind} of shape {expected}; got {actual}.")
     fits = len(array.shape) == len(shape) and all(
         size > 0 if isinstance(length, str) else size == length for size, length in zip(array.shape, shape, strict=True)
     )

@@ -47,13 +47,13 @@ def _holders(module: nn.Module) -> list[tuple[Any, Any]]:
     classes = {cls for part in parts for cls in type(part).__mro__ if cls.__module__.partition(".")[0] != "torch"}
     waiting: list[tuple[Any, bool]] = [(vars(part), False) for part in parts]
     waiting += [(value, True) for cls in classes for value in vars(cls).values() if isinstance(value, _CONTAINERS)]
-    seen = {id(value) for part in parts for name, value in vars(part).items() if name in _OF_TORCH}
+    visited = {id(value) for part in parts for name, value in vars(part).items() if name in _OF_TORCH}
     holders = []
     while waiting:
         holder, in_object = waiting.pop()
-        if id(holder) in seen:
+        if id(holder) in visited:
             continue
-        seen.add(id(holder))
+        visited.add(id(holder))
         contents = dict(holder) if isinstance(holder, dict) else list(holder)
         if not isinstance(holder, tuple):
             holders.append((holder, contents))

@@ -1,9 +1,7 @@
 """One fitted estimator in evaluation mode answers several threads at once."""
 
 import copy
-import sys
 import threading
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -11,6 +9,7 @@ import torch
 from torch import nn
 
 from tests.contract.cases import CASES, LEARNED, budgets_of, fitted_once, quietly
+from tests.threads import frequent_turns, together
 
 pytestmark = pytest.mark.filterwarnings("ignore::adaptexit.SaverWarning")
 N_THREADS = 8
@@ -23,23 +22,8 @@ def name(request):
 
 @pytest.fixture(autouse=True)
 def often():
-    """Threads take turns so often that what they share would be met half done."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(before)
-
-
-def together(tasks):
-    """Results of functions that are run at once, and begin at the same moment."""
-    barrier = threading.Barrier(len(tasks))
-
-    def run(task):
-        barrier.wait()
-        return task()
-
-    with ThreadPoolExecutor(len(tasks)) as pool:
-        return list(pool.map(run, tasks))
+    with frequent_turns():
+        yield
 
 
 def test_threads_at_different_budgets_answer_as_one_alone(case, own, model):

@@ -19,6 +19,7 @@ from adaptexit.staging.cuts import auto_cuts
 from adaptexit.staging.splitting import split
 from tests.contract.cases import assert_as_before, budgets_of, quietly, snapshot
 from tests.nets import QUICK, branched_trained, digits, flat_head, large_trained, small_trained
+from tests.threads import frequent_turns
 
 pytestmark = [pytest.mark.slow, pytest.mark.filterwarnings("ignore::adaptexit.SaverWarning")]
 N_PREDICTING, SECONDS = 8, 15.0
@@ -26,11 +27,8 @@ N_PREDICTING, SECONDS = 8, 15.0
 
 @pytest.fixture(autouse=True)
 def often():
-    """Threads take turns so often that what they share would be met half done."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-4)
-    yield
-    sys.setswitchinterval(before)
+    with frequent_turns(1e-4):
+        yield
 
 
 class Stateful(nn.Module):

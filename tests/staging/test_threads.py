@@ -2,7 +2,6 @@
 
 import pickle
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -15,31 +14,17 @@ from adaptexit.staging.cuts import list_cuts
 from adaptexit.staging.fx_trace import TRACING
 from adaptexit.staging.splitting import split
 from tests.staging.test_splitting import NET_CUTS, Chain, Net, assert_staged_equals_plain, built, images, plain, vectors
+from tests.threads import frequent_turns, together
 
 CALL, GETATTR = nn.Module.__call__, nn.Module.__getattr__
 
 
 @pytest.fixture(autouse=True)
 def often():
-    """Threads take turns so often that what they share would be met half done."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    yield
-    sys.setswitchinterval(before)
+    with frequent_turns():
+        yield
     assert nn.Module.__call__ is CALL
     assert nn.Module.__getattr__ is GETATTR
-
-
-def together(tasks):
-    """Results of functions that are run at once, and begin at the same moment."""
-    barrier = threading.Barrier(len(tasks))
-
-    def run(task):
-        barrier.wait()
-        return task()
-
-    with ThreadPoolExecutor(len(tasks)) as pool:
-        return list(pool.map(run, tasks))
 
 
 class Meanwhile(Chain):
