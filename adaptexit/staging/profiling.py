@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adaptexit.staging.cost import counted_macs
@@ -211,19 +212,27 @@ def _hooked(
     leave: Callable[[str, Any], None],
     enter: Callable[[str], None] | None = None,
 ) -> Iterator[None]:
-    """Functions called when modules return (and are entered) in this thread; taken off again whatever happens."""
-    handles, thread = [], threading.get_ident()
+    """Functions called when modules return (and are entered) in this thread; taken off again whatever happens.
 
-    def here(function: Callable[..., None], *values: Any) -> None:
+    Nothing is put into the modules, which another thread may copy or pickle meanwhile.
+    """
+    thread = threading.get_ident()
+    names_of: dict[nn.Module, list[str]] = {}
+    for name in names:
+        names_of.setdefault(module.get_submodule(name), []).append(name)
+
+    def entered(part: nn.Module, inputs: Any) -> None:
+        if enter is not None and threading.get_ident() == thread:
+            for name in names_of.get(part, ()):
+                enter(name)
+
+    def returned(part: nn.Module, inputs: Any, output: Any) -> None:
         if threading.get_ident() == thread:
-            function(*values)
+            for name in names_of.get(part, ()):
+                leave(name, output)
 
+    handles = [register_module_forward_pre_hook(entered), register_module_forward_hook(returned)]
     try:
-        for name in names:
-            part = module.get_submodule(name)
-            if enter is not None:
-                handles.append(part.register_forward_pre_hook(lambda _, inputs, name=name: here(enter, name)))
-            handles.append(part.register_forward_hook(lambda _, inputs, output, name=name: here(leave, name, output)))
         yield
     finally:
         for handle in handles:
