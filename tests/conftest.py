@@ -26,10 +26,11 @@ def pytest_unconfigure():
 @pytest.fixture(scope="session")
 def cascade():
     """A small and a large network on digits, calibrated."""
-    from adaptexit import CascadeSaver
+    from adaptexit import CascadeSaver, ThresholdCalibrator
     from tests.nets import digits, large_trained, small_trained
 
-    return CascadeSaver(large_trained(), small_trained()).fit(*digits()[1])
+    calibrator = ThresholdCalibrator(max_drop=0.01)
+    return CascadeSaver(large_trained(), small_trained(), calibrator=calibrator).fit(*digits()[1])
 
 
 @pytest.fixture(scope="session")
@@ -38,5 +39,5 @@ def three():
     from adaptexit import CascadeSaver, ThresholdCalibrator
     from tests.nets import digits, large_trained, middle_trained, small_trained
 
-    calibrator = ThresholdCalibrator(search="exact")
+    calibrator = ThresholdCalibrator(search="exact", max_drop=0.01)
     return CascadeSaver(large_trained(), [small_trained(), middle_trained()], calibrator=calibrator).fit(*digits()[1])

@@ -16,7 +16,7 @@ from adaptexit.core.em import Posterior, log_likelihoods
 from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, evaluate
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.scores import widened
-from adaptexit.core.search import SEARCHES, SearchName, search_thresholds
+from adaptexit.core.search import SEARCH_NAMES, SearchName, search_thresholds
 from adaptexit.exceptions import warn
 from adaptexit.utils.learning import learned_at_once
 from adaptexit.utils.schema import check_form, whole
@@ -225,7 +225,7 @@ class EMRouter(Calibrator):
         for name, value, allowed in (
             ("prior", self.prior, tuple(PRIORS)),
             ("inputs", self.inputs, get_args(InputsName)),
-            ("search", self.search, ("auto", *SEARCHES)),
+            ("search", self.search, SEARCH_NAMES),
         ):
             if value not in allowed:
                 raise ValueError(f"{name} must be one of {list(allowed)}; got {value!r}.")

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 
 from adaptexit.calibrators.base import ScoreCalibrator, ScoreName, check_outputs
 from adaptexit.core.outputs import ExitOutputs
-from adaptexit.core.search import SEARCHES, SearchName, SearchReport, search_thresholds
+from adaptexit.core.search import SEARCH_NAMES, SearchName, SearchReport, search_thresholds
 from adaptexit.utils.learning import learned_at_once
 from adaptexit.utils.schema import check_form
 from adaptexit.utils.validation import checked_number
 
-_REPORT = {"search": tuple(SEARCHES), "bagged": bool, "reason": str}
+_REPORT = {"search": SEARCH_NAMES[1:], "bagged": bool, "reason": str}
 """A search report, as JSON holds it."""
 
 
@@ -29,16 +29,19 @@ class ThresholdCalibrator(ScoreCalibrator):
         What is compared with the thresholds: the scores as recorded (largest probability unless the model's
         ``confidence`` says otherwise), a function of the recorded logits by name (``"entropy"`` is minus the entropy:
         with one threshold BranchyNet's rule), or a callable from logits (N, C) to scores (N,), larger = surer.
-    search : {"auto", "exact", "coord", "shared", "geometric"}, default="auto"
-        ``exact`` tries all thresholds (K <= 3); ``coord`` scans exit by exit to a fixed point over many cost weights
-        and repairs the result for every budget, averaged over bootstrap samples where they are few; ``shared`` puts
-        one threshold on isotonic P(correct); ``geometric`` is MSDNet's published rule. ``auto`` chooses by K and N
-        and says what it took in ``search_report_``.
+    search : {"auto", "smoothed", "exact", "coord", "shared", "geometric"}, default="auto"
+        ``auto`` is ``smoothed``: for every budget a policy that spends it, found by scans exit by exit on qualities
+        with the noise taken out, and moved towards MSDNet's rule where samples are few (``search_report_`` says how
+        far). The others take the calibration data at their word: ``exact`` tries all thresholds (K <= 3); ``coord``
+        scans exit by exit to a fixed point over many cost weights and repairs the result for every budget, averaged
+        over bootstrap samples where they are few; ``shared`` puts one threshold on isotonic P(correct); ``geometric``
+        is MSDNet's published rule.
     budget : float, optional
         Mean relative cost of the point in use.
     max_drop : float, optional
-        Instead: the point in use is the cheapest whose calibrated accuracy is at most this far below the full
-        model's (0.01 is one point). With neither, 0.
+        Instead: the point in use is the cheapest that loses at most so much accuracy against the full model (0.01 is
+        one point), on average on other data: it must keep part of its standard error's distance on these. With
+        neither, 0.
     n_points : int, default=100
         Budgets for which the search is made; predict only looks up.
     random_state : int, default=0
@@ -55,8 +58,8 @@ class ThresholdCalibrator(ScoreCalibrator):
     Notes
     -----
     Accuracy on the calibration data is optimistic: thresholds were chosen on it. Report accuracy on other data.
-    Stored points lie on a grid: a budget between two of them is served by the cheaper one. Give ``budget`` here to have
-    the thresholds searched for exactly that budget.
+    Stored points lie on a grid of costs: a budget between two of them is served by the cheaper one. Give ``budget``
+    here to have the thresholds searched for exactly that budget.
     """
 
     search_report_: SearchReport
@@ -94,8 +97,8 @@ class ThresholdCalibrator(ScoreCalibrator):
 
     def _search(self, outputs: ExitOutputs) -> None:
         """The frontier on outputs that have the scores to be thresholded, and the point in use."""
-        if self.search != "auto" and self.search not in SEARCHES:
-            raise ValueError(f"search must be one of {['auto', *SEARCHES]}; got {self.search!r}.")
+        if self.search not in SEARCH_NAMES:
+            raise ValueError(f"search must be one of {[*SEARCH_NAMES]}; got {self.search!r}.")
         if self.budget is not None and self.max_drop is not None:
             raise ValueError(f"give budget or max_drop, not both; got budget={self.budget}, max_drop={self.max_drop}.")
         if not (isinstance(self.n_points, (int, np.integer)) and self.n_points >= 1):

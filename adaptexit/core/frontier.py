@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from adaptexit.core.outputs import ExitOutputs
-from adaptexit.core.routing import exit_index, summarise, switched_on
+from adaptexit.core.routing import exit_index, standard_errors, summarise, switched_on
 from adaptexit.utils.frames import as_frame
 from adaptexit.utils.schema import check_form, whole
 from adaptexit.utils.validation import checked_number, checked_relative_cost, stored_array
@@ -27,8 +27,23 @@ Floats = NDArray[np.float64]
 _DESCRIPTION = {"full_accuracy": float, "n_samples": whole(1), "params": [dict]}
 """Of a frontier, as :meth:`ParetoFrontier.to_arrays` gives it beside the arrays."""
 
+ERRORS = ("accuracy_se", "cost_se", "drop_se")
+"""Standard errors that a point carries."""
+
 TOLERANCE = 1e-9
 """Slack in comparing accuracies and relative costs, far below one sample in any data set."""
+
+TOLD_APART = 3.0
+"""Standard errors by which a cheaper point must be better for a dearer one to be passed over: of a hundred points the
+best one looks better than it is."""
+
+_CAUTION, _CAUTIOUS_AT = 0.5, 500
+"""Standard errors of its loss by which a point must keep an allowed drop on many samples, and the number of samples at
+which it is twice as many: the cheapest point that seems to keep a drop is chosen for its luck. With these it is kept on
+average in benchmarks/small_calibration.py."""
+
+NEGLIGIBLE = 4e-4
+"""Loss of accuracy, beyond an allowed drop, that is passed over: 0.04 points."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +62,11 @@ class OperatingPoint:
         (:mod:`adaptexit.core.routing`). The last row is -inf.
     params : dict
         The knob that made the point: a target, a cost weight, a margin ...
+    accuracy_se, cost_se : float
+        Standard errors of accuracy and cost on those data, 0 where they were not estimated.
+    drop_se : float
+        Standard error of the full model's accuracy minus this point's, on the same samples: the smaller, the fewer
+        answers differ.
     """
 
     accuracy: float
@@ -55,6 +75,9 @@ class OperatingPoint:
     thresholds: Floats
     cutoffs: Floats
     params: dict[str, Any] = field(default_factory=dict)
+    accuracy_se: float = 0.0
+    cost_se: float = 0.0
+    drop_se: float = 0.0
 
     @property
     def on(self) -> NDArray[np.bool_]:
@@ -66,10 +89,11 @@ class OperatingPoint:
 class ParetoFrontier:
     """Operating points in rising cost, with the full model they are compared to.
 
-    On calibration data these are the points that no other beats in both accuracy and cost (or every setting of a
-    calibrator that sweeps one, as CPM's margins), and the plain full model in any case. Evaluated on other data
-    (:meth:`on`) every point is kept in its order, dominated or not, and :meth:`at` still chooses by what was
-    calibrated: a test curve never chooses for itself.
+    On calibration data these are policies for a grid of budgets, without those that a cheaper one beats beyond their
+    noise (or the points that no other beats in both accuracy and cost, where a search was asked for by name; or every
+    setting of a calibrator that sweeps one, as CPM's margins), and the plain full model in any case. Evaluated on other
+    data (:meth:`on`) every point is kept in its order and :meth:`at` still chooses by what was calibrated: a test curve
+    never chooses for itself.
 
     Parameters
     ----------
@@ -99,6 +123,16 @@ class ParetoFrontier:
     def cost(self) -> Floats:
         """Mean relative cost of every point, shape (P,)."""
         return np.array([point.cost for point in self.points])
+
+    @cached_property
+    def drop_se(self) -> Floats:
+        """Standard error of every point's loss against the full model, shape (P,)."""
+        return np.array([point.drop_se for point in self.points])
+
+    @cached_property
+    def beaten(self) -> NDArray[np.bool_]:
+        """Points that a cheaper one, or one as cheap, is better than by more than chance explains, shape (P,)."""
+        return beaten(self.accuracy, self.cost, self.drop_se)
 
     @classmethod
     def of(
@@ -131,13 +165,18 @@ class ParetoFrontier:
                     f"budget must be at least {calibrated.cost.min():.4g}, the relative cost of the cheapest operating "
                     f"point; got {budget:.4g}. Raise the budget or use a cheaper first exit."
                 )
-            return _best(np.where(within, calibrated.accuracy, -np.inf), -calibrated.cost)
+            return _best(np.where(within & ~calibrated.beaten, calibrated.cost, -np.inf), calibrated.accuracy)
         assert max_drop is not None
         max_drop = checked_number(
             "max_drop", max_drop, "a share of accuracy, at least 0 (0.01 is one point)", least=0.0
         )
-        good = calibrated.accuracy >= calibrated.full_accuracy - max_drop - TOLERANCE
-        return _best(np.where(good, -calibrated.cost, -np.inf), calibrated.accuracy)
+        caution = _CAUTION * (1 + _CAUTIOUS_AT / calibrated.n_samples)
+        loss = calibrated.full_accuracy - calibrated.accuracy + caution * calibrated.drop_se
+        plain = np.array([not point.on[:-1].any() for point in calibrated.points])
+        kept = plain | (loss <= max_drop + NEGLIGIBLE)
+        if not kept.any():  # a frontier without the plain full model
+            kept = loss == loss.min()
+        return _best(np.where(kept, -calibrated.cost, -np.inf), calibrated.accuracy)
 
     def at(self, *, budget: float | None = None, max_drop: float | None = None) -> OperatingPoint:
         """The operating point for a budget, or for a loss of accuracy that is allowed.
@@ -145,9 +184,11 @@ class ParetoFrontier:
         Parameters
         ----------
         budget : float, optional
-            The point of best calibrated accuracy whose mean relative cost is within it.
+            The dearest point whose mean relative cost is within it and that no cheaper one beats beyond their noise:
+            a budget is spent, unless the data say that less is better.
         max_drop : float, optional
-            The cheapest point whose calibrated accuracy is at most this far below the full model's (0.01: one point).
+            The cheapest point that loses at most so much accuracy against the full model (0.01: one point), corrected
+            for its being chosen: on average over calibration sets it holds on other data.
 
         Raises
         ------
@@ -199,7 +240,7 @@ class ParetoFrontier:
 
     def to_arrays(self) -> tuple[dict[str, Any], dict[str, Floats]]:
         """The frontier as a JSON value and named float64 arrays, for writing; :meth:`from_arrays` reads them."""
-        fields = ("accuracy", "cost", "exit_rates", "thresholds", "cutoffs")
+        fields = ("accuracy", "cost", *ERRORS, "exit_rates", "thresholds", "cutoffs")
         arrays = {
             name: np.stack([np.asarray(getattr(p, name), dtype=np.float64) for p in self.points]) for name in fields
         }
@@ -222,13 +263,14 @@ class ParetoFrontier:
             limits = stored_array(arrays, name, shape, "inf")
             if not np.isneginf(limits[:, -1]).all():
                 raise ValueError(f"array {name} must end in -inf, as the last exit takes everybody.")
-        for name in ("accuracy", "cost"):
+        for name in ("accuracy", "cost", *ERRORS):
             stored_array(arrays, name, (n_points,))
         for name in ("fixed_accuracy", "fixed_cost"):
             stored_array(arrays, name, (n_exits,))
-        rates = stored_array(arrays, "exit_rates", (n_points, n_exits))
-        if (rates < 0).any() or (arrays["cost"] < 0).any():
-            raise ValueError("arrays exit_rates and cost must not be negative; they are.")
+        stored_array(arrays, "exit_rates", (n_points, n_exits))
+        for name in ("exit_rates", "cost", *ERRORS):
+            if (arrays[name] < 0).any():
+                raise ValueError(f"array {name} must not be negative; it is.")
         points = [
             OperatingPoint(
                 accuracy=float(arrays["accuracy"][i]),
@@ -237,6 +279,7 @@ class ParetoFrontier:
                 thresholds=arrays["thresholds"][i],
                 cutoffs=arrays["cutoffs"][i],
                 params=params,
+                **{name: float(arrays[name][i]) for name in ERRORS},
             )
             for i, params in enumerate(described["params"])
         ]
@@ -245,9 +288,13 @@ class ParetoFrontier:
         )
 
     def to_frame(self) -> pandas.DataFrame:
-        """A pandas table, one row a point: accuracy, relative cost, exit rates, params (needs pandas)."""
+        """A pandas table, one row a point: accuracy and relative cost with their standard errors, exit rates, params.
+
+        Needs pandas. ``drop_se`` is the standard error of the accuracy lost against the full model.
+        """
         rows = [
-            {"accuracy": p.accuracy, "cost": p.cost}
+            {"accuracy": p.accuracy, "accuracy_se": p.accuracy_se, "cost": p.cost, "cost_se": p.cost_se}
+            | {"drop_se": p.drop_se}
             | {f"exit_rate_{k}": rate for k, rate in enumerate(p.exit_rates)}
             | p.params
             for p in self.points
@@ -277,9 +324,25 @@ def evaluate(
     outputs: ExitOutputs, thresholds: Floats, cutoffs: Floats, params: dict[str, Any] | None = None
 ) -> OperatingPoint:
     """The operating point of given thresholds on given outputs."""
-    exits = exit_index(outputs, cutoffs)
-    accuracy, cost, rates = summarise(outputs, exits, switched_on(thresholds))
-    return OperatingPoint(accuracy, cost, rates, thresholds, cutoffs, params or {})
+    exits, on = exit_index(outputs, cutoffs), switched_on(thresholds)
+    accuracy, cost, rates = summarise(outputs, exits, on)
+    return OperatingPoint(
+        accuracy, cost, rates, thresholds, cutoffs, params or {}, *standard_errors(outputs, exits, on)
+    )
+
+
+def beaten(accuracy: Floats, cost: Floats, drop_se: Floats) -> NDArray[np.bool_]:
+    """Points (P,) that another, no dearer, beats in accuracy by more than ``TOLD_APART`` standard errors.
+
+    The error of a difference is taken as if both losses were found on different samples: at most too large. Where no
+    errors are known, of equals the cheaper one beats.
+    """
+    better = accuracy[None, :] - accuracy[:, None]
+    error = np.hypot(drop_se[None, :], drop_se[:, None])
+    saved = cost[:, None] - cost[None, :]
+    by_accuracy = (saved >= -TOLERANCE) & (better > TOLD_APART * error + TOLERANCE)
+    by_cost = (saved > TOLERANCE) & (better >= -TOLERANCE) & (error == 0)
+    return np.asarray((by_accuracy | by_cost).any(axis=1))
 
 
 def not_dominated(accuracy: Sequence[float] | Floats, cost: Sequence[float] | Floats) -> NDArray[np.intp]:

@@ -54,6 +54,41 @@ def summarise(outputs: ExitOutputs, exits: NDArray[np.intp], on: NDArray[np.bool
     return quality / outputs.n_samples, cost, rates
 
 
+def standard_errors(outputs: ExitOutputs, exits: NDArray[np.intp], on: NDArray[np.bool_]) -> tuple[float, float, float]:
+    """Standard errors when sample i leaves at ``exits[i]``: of accuracy, of relative cost, and of the accuracy lost.
+
+    The loss is against the full model on the same samples, which agrees with most answers: its error is the smaller
+    one. Both as if one more sample disagreed, since where none does nothing is certain either.
+    """
+    n = outputs.n_samples
+    first, second, lost = 0.0, 0.0, _largest_difference(outputs.graded) ** 2
+    counts = np.zeros(outputs.n_exits)
+    full = outputs.graded[-1]
+    for k, graded in enumerate(outputs.graded):
+        here = exits == k
+        counts[k] = np.count_nonzero(here)
+        if graded.dtype == bool:
+            first += float(np.count_nonzero(graded & here))
+            lost += float(np.count_nonzero((graded != full) & here))
+        else:
+            values = graded[here].astype(np.float64)
+            first, second = first + float(values.sum()), second + float(values @ values)
+            lost += float(np.square(values - full[here]).sum())
+    mean = first / n
+    spread = mean * (1 - mean) if full.dtype == bool else second / n - mean**2
+    paths, rates = outputs.path_costs(on) / outputs.full_cost, counts / n
+    cost_spread = rates @ (paths - rates @ paths) ** 2
+    return float(np.sqrt(max(float(spread), 0.0) / n)), float(np.sqrt(cost_spread / n)), float(np.sqrt(lost) / n)
+
+
+def _largest_difference(graded: NDArray[Any]) -> float:
+    """Most that an exit's quality differs from the full model's on one sample: 1 for right and wrong."""
+    if graded.dtype == bool:
+        return 1.0
+    full = np.asarray(graded[-1], dtype=np.float64)
+    return max(float(np.abs(row - full).max()) for row in graded)
+
+
 def cutoffs_above(thresholds: NDArray[Any], scores: NDArray[Any]) -> Floats:
     """Half way from each threshold to the smallest observed score above it, shape of ``thresholds``.
 

@@ -161,4 +161,6 @@ def _lossless_cost(outputs: ExitOutputs) -> float:
     """Least mean cost at no loss of accuracy, relative to the last model alone."""
     few = outputs.n_exits <= 2 or (outputs.n_exits == 3 and outputs.n_samples <= MOST_SAMPLES_EXACT)
     frontier, _ = search_thresholds(outputs, "exact" if few else "coord", n_points=10)
-    return frontier.at(max_drop=0.0).cost * outputs.full_cost / float(outputs.exit_costs[-1])
+    # At their word, as the paper counts: no caution for the choice.
+    lossless = frontier.accuracy >= outputs.full_accuracy - TOLERANCE
+    return float(frontier.cost[lossless].min()) * outputs.full_cost / float(outputs.exit_costs[-1])

@@ -4,9 +4,9 @@ import math
 import numpy as np
 import pytest
 
-from adaptexit.core.frontier import ParetoFrontier, evaluate, not_dominated
+from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, evaluate, not_dominated
 from adaptexit.core.outputs import ExitOutputs
-from tests.properties.strategies import frontier_through
+from tests.properties.strategies import at_its_word, frontier_through
 
 INF = np.inf
 
@@ -25,7 +25,7 @@ def outputs():
 def frontier(outputs):
     settings = [[-INF, INF, -INF], [INF, -INF, -INF], [INF, 2.0, -INF], [INF, INF, -INF]]
     points = [evaluate(outputs, np.array(t), np.array(t), {"knob": i}) for i, t in enumerate(settings)]
-    return ParetoFrontier.of(points, outputs)
+    return at_its_word(ParetoFrontier.of(points, outputs))
 
 
 def test_accuracy_and_cost_are_those_of_the_points(frontier):
@@ -71,6 +71,70 @@ def test_a_budget_gets_the_most_accurate_point_within_it_and_of_equals_the_cheap
 @pytest.mark.parametrize(("drop", "index"), [(0.0, 2), (0.24, 2), (0.25, 1), (0.5, 0), (1.0, 0)])
 def test_a_drop_gets_the_cheapest_point_that_keeps_it(frontier, drop, index):
     assert frontier.index_at(max_drop=drop) == index
+
+
+# -- choosing on noisy accuracies --------------------------------------------------------------------------------------
+
+
+def noisy(accuracy, cost, drop_se, n_samples=10**6, plain=(0.9, 1.0)):
+    """A frontier of points with errors, and the plain full model, whose own error is nothing."""
+    on, off = np.array([0.5, -INF]), np.array([INF, -INF])
+    points = [
+        OperatingPoint(a, c, np.array([0.5, 0.5]), on, on, drop_se=se)
+        for a, c, se in zip(accuracy, cost, drop_se, strict=True)
+    ]
+    points.append(OperatingPoint(*plain, np.array([0.0, 1.0]), off, off))
+    return ParetoFrontier(points, plain[0], np.array([0.5, plain[0]]), np.array([0.1, 1.0]), n_samples)
+
+
+def test_of_points_that_cannot_be_told_apart_a_budget_gets_the_dearest():
+    frontier = noisy([0.89, 0.885], [0.4, 0.5], [0.003, 0.003])
+    assert frontier.beaten.tolist() == [False, False, False]
+    assert frontier.at(budget=0.6).cost == 0.5
+
+
+def test_a_point_that_a_cheaper_one_beats_beyond_their_noise_is_passed_over():
+    apart = 3 * math.hypot(0.003, 0.003)
+    frontier = noisy([0.89, 0.89 - 1.01 * apart], [0.4, 0.5], [0.003, 0.003])
+    assert frontier.beaten.tolist() == [False, True, False]
+    assert frontier.at(budget=0.6).cost == 0.4
+    assert not noisy([0.89, 0.89 - 0.99 * apart], [0.4, 0.5], [0.003, 0.003]).beaten.any()
+
+
+def test_a_dearer_point_beats_nobody():
+    assert not noisy([0.5, 0.8], [0.4, 0.5], [0.001, 0.001]).beaten.any()
+
+
+def test_the_plain_model_is_passed_over_where_exits_are_better_beyond_noise():
+    frontier = noisy([0.95], [0.4], [0.01])
+    assert frontier.at(budget=1.0).cost == 0.4
+    assert noisy([0.92], [0.4], [0.01]).at(budget=1.0).cost == 1.0
+
+
+def test_a_drop_is_kept_by_a_margin_of_its_error():
+    loss = 0.01
+    for drop, cost in ((loss + 0.5 * 0.002 - 3e-4, 0.4), (loss + 0.5 * 0.002 - 5e-4, 1.0)):
+        assert noisy([0.9 - loss], [0.4], [0.002]).at(max_drop=drop).cost == cost
+
+
+def test_the_margin_is_wider_on_few_samples():
+    for n_samples, margins in ((500, 1.0), (250, 1.5), (10**9, 0.5)):
+        just = noisy([0.89], [0.4], [0.004], n_samples)
+        assert just.at(max_drop=0.01 + margins * 0.004 - 3.9e-4).cost == 0.4
+        assert just.at(max_drop=0.01 + margins * 0.004 - 4.1e-4).cost == 1.0
+
+
+def test_the_plain_model_keeps_every_drop():
+    assert noisy([0.9], [0.4], [0.01]).at(max_drop=0.0).cost == 1.0
+
+
+def test_without_the_plain_model_the_safest_point_serves_a_drop_that_none_keeps():
+    frontier = noisy([0.8, 0.85], [0.4, 0.5], [0.01, 0.01])
+    without = dataclasses.replace(frontier, points=frontier.points[:2])
+    assert without.at(max_drop=0.0).cost == 0.5
+
+
+# -- refusals and other data -------------------------------------------------------------------------------------------
 
 
 def test_a_budget_computed_to_a_rounding_error_still_fits(frontier):
@@ -155,7 +219,8 @@ def test_data_evaluated_twice_still_choose_by_the_calibrated_frontier(frontier, 
 
 def test_the_table_has_a_row_a_point_with_its_params(frontier):
     table = frontier.to_frame()
-    assert list(table.columns) == ["accuracy", "cost", "exit_rate_0", "exit_rate_1", "exit_rate_2", "knob"]
+    errors = ["accuracy", "accuracy_se", "cost", "cost_se", "drop_se"]
+    assert list(table.columns) == [*errors, "exit_rate_0", "exit_rate_1", "exit_rate_2", "knob"]
     assert table["accuracy"].tolist() == frontier.accuracy.tolist()
     assert table["cost"].tolist() == frontier.cost.tolist()
     assert table["exit_rate_1"].tolist() == [0.0, 1.0, 0.5, 0.0]

@@ -7,7 +7,7 @@ import pytest
 
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.search import (
-    MOST_SAMPLES_EXACT,
+    SEARCH_NAMES,
     SEARCHES,
     SearchName,
     SearchReport,
@@ -20,6 +20,7 @@ from adaptexit.core.search import (
 from adaptexit.core.search.methods import _drop_exits, coord, exact, geometric_path
 from adaptexit.core.search.problem import Problem
 from adaptexit.core.search.targets import Targets, Weighted
+from tests.properties.strategies import at_its_word
 
 
 def random_outputs(n_exits, n_samples, seed=0, exit_costs=None, stage_costs=None, scores=None):
@@ -39,47 +40,26 @@ def random_outputs(n_exits, n_samples, seed=0, exit_costs=None, stage_costs=None
 # -- what is chosen ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("n_exits", "n_samples", "search", "bagged"),
-    [
-        (1, 10, "exact", False),
-        (2, 10, "exact", False),
-        (2, 10**6, "exact", False),
-        (3, 599, "geometric", False),
-        (3, 600, "coord", True),
-        (3, 2999, "coord", True),
-        (3, 3000, "exact", False),
-        (3, MOST_SAMPLES_EXACT, "exact", False),
-        (3, MOST_SAMPLES_EXACT + 1, "coord", False),
-        (5, 999, "geometric", False),
-        (5, 1000, "coord", True),
-        (5, 4999, "coord", True),
-        (5, 5000, "coord", False),
-    ],
-)
-def test_auto_chooses_by_exits_and_samples(n_exits, n_samples, search, bagged):
-    report = choose_search(n_exits, n_samples)
-    assert (report.search, report.bagged) == (search, bagged)
-
-
-def test_auto_says_why():
-    assert "599 samples are fewer than 200 an exit" in choose_search(3, 599).reason
-    assert "1000 samples are fewer than 1000 an exit" in choose_search(5, 1000).reason
-    assert "5000 samples are at least 1000 an exit" in choose_search(5, 5000).reason
-    assert "one early exit" in choose_search(2, 7).reason
+def test_auto_is_the_smoothed_search_and_says_how_far_it_trusts_the_data():
+    assert choose_search("auto", 2, 7) == SearchReport(
+        "smoothed", False, "one early exit: as many of the surest samples leave as a budget needs"
+    )
+    few, many = (choose_search("auto", 3, n) for n in (1000, 50_000))
+    assert few.reason == "1000 samples: qualities are 17% counted, policies 25% the geometric rule's"
+    assert many.reason.startswith("searched on 10000 of 50000 samples: qualities are 67% counted, policies 1%")
+    assert choose_search("smoothed", 3, 1000) == few
 
 
 def test_the_names_of_the_searches_are_written_once():
-    assert get_args(SearchName) == ("auto", *SEARCHES)
+    assert get_args(SearchName) == ("auto", "smoothed", *SEARCHES) == SEARCH_NAMES
 
 
 def test_auto_takes_what_it_reports():
     outputs = random_outputs(3, 100)
     by_auto, report = search_thresholds(outputs, n_points=5)
-    assert report == choose_search(3, 100)
-    frontiers = {name: search_thresholds(outputs, name, n_points=5)[0] for name in SEARCHES}
-    same = [name for name, other in frontiers.items() if other.cost.tolist() == by_auto.cost.tolist()]
-    assert same == [report.search]
+    assert report == choose_search("auto", 3, 100)
+    smoothed, _ = search_thresholds(outputs, "smoothed", n_points=5)
+    assert [p.thresholds.tolist() for p in smoothed.points] == [p.thresholds.tolist() for p in by_auto.points]
 
 
 @pytest.mark.parametrize(("search", "bagged"), [("coord", True), ("shared", False), ("geometric", False)])
@@ -134,7 +114,7 @@ def test_bagging_is_set_by_its_seed():
     outputs = random_outputs(3, 700)
 
     def thresholds(seed):
-        frontier, report = search_thresholds(outputs, n_points=6, random_state=seed)
+        frontier, report = search_thresholds(outputs, "coord", n_points=6, random_state=seed)
         assert report.bagged
         return [point.thresholds.tolist() for point in frontier.points]
 
@@ -147,7 +127,7 @@ def test_bagging_in_parallel_gives_the_same_thresholds():
 
     def points(n_jobs):
         with joblib.parallel_config(backend="threading", n_jobs=n_jobs):
-            frontier, report = search_thresholds(outputs, n_points=6)
+            frontier, report = search_thresholds(outputs, "coord", n_points=6)
         assert report.bagged
         return [(p.thresholds.tolist(), p.cutoffs.tolist(), p.accuracy, p.cost, p.params) for p in frontier.points]
 
@@ -195,7 +175,7 @@ def test_bagging_free_exits_averages_over_all_bootstrap_samples():
 # -- small and flat cases ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("search", ["auto", *SEARCHES])
+@pytest.mark.parametrize("search", SEARCH_NAMES)
 def test_one_exit_is_the_plain_model(search):
     outputs = random_outputs(1, 20)
     frontier, _ = search_thresholds(outputs, search)
@@ -204,7 +184,7 @@ def test_one_exit_is_the_plain_model(search):
     assert (frontier.points[0].accuracy, frontier.points[0].cost) == (outputs.full_accuracy, 1.0)
 
 
-@pytest.mark.parametrize("search", ["auto", *SEARCHES])
+@pytest.mark.parametrize("search", SEARCH_NAMES)
 def test_one_sample_is_enough(search):
     outputs = random_outputs(3, 1)
     frontier, _ = search_thresholds(outputs, search, n_points=5)
@@ -212,7 +192,7 @@ def test_one_sample_is_enough(search):
     assert frontier.cost.max() <= 1.0 + 1e-12
 
 
-@pytest.mark.parametrize("search", ["auto", *SEARCHES])
+@pytest.mark.parametrize("search", SEARCH_NAMES)
 def test_constant_scores_send_everybody_the_same_way(search):
     outputs = random_outputs(3, 40, scores=np.full((3, 40), 0.7))
     frontier, _ = search_thresholds(outputs, search, n_points=10)
@@ -221,7 +201,7 @@ def test_constant_scores_send_everybody_the_same_way(search):
     assert frontier.at(budget=1 / 3).exit_rates.tolist() == [1.0, 0.0, 0.0]
 
 
-@pytest.mark.parametrize("search", ["auto", *SEARCHES])
+@pytest.mark.parametrize("search", SEARCH_NAMES)
 def test_equal_scores_leave_together(search):
     scores = np.repeat([[3.0, 2.0, 1.0]], 20, axis=1).repeat(3, axis=0)
     outputs = random_outputs(3, 60, scores=scores)
@@ -258,7 +238,7 @@ def with_useless_exits(n_samples=200):
 
 @pytest.mark.parametrize("search", ["auto", "coord", "shared", "geometric"])
 def test_exits_that_do_not_earn_their_cost_are_switched_off(search):
-    frontier, _ = search_thresholds(with_useless_exits(), search, n_points=6)
+    frontier = at_its_word(search_thresholds(with_useless_exits(), search, n_points=6)[0])
     lossless = frontier.at(max_drop=0.0)
     assert not lossless.on[[1, 3]].any()
     assert lossless.on[0]
@@ -303,8 +283,8 @@ def test_a_middle_exit_is_kept_when_it_is_cheap_and_dropped_when_it_is_dear():
     answers = {"scores": scores, "quality": quality, "stage_costs": np.zeros(3)}
     cheap, _ = search_thresholds(ExitOutputs(**answers, exit_costs=[1.0, 2.0, 20.0]), "exact")
     dear, _ = search_thresholds(ExitOutputs(**answers, exit_costs=[1.0, 19.0, 20.0]), "exact")
-    assert cheap.at(max_drop=0.0).on[1]
-    assert dear.at(max_drop=0.0).on.tolist() == [True, False, True]
+    assert at_its_word(cheap).at(max_drop=0.0).on[1]
+    assert at_its_word(dear).at(max_drop=0.0).on.tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("exit_costs", [[0.0, 0.0, 0.0], [0.05, 0.1, 0.0]])
@@ -314,7 +294,7 @@ def test_exact_spends_nothing_that_earns_nothing_with_three_exits(exit_costs):
     problem = Problem.from_outputs(outputs)
     pairs = np.array([[i, j] for i in [0, *problem.ends[0]] for j in [0, *problem.ends[1]]])
     quality, cost = problem.values(pairs)
-    frontier, _ = search_thresholds(outputs, "exact", n_points=1, budgets=budgets)
+    frontier = at_its_word(search_thresholds(outputs, "exact", n_points=1, budgets=budgets)[0])
     for budget in budgets:
         point = frontier.at(budget=budget)
         as_accurate = quality >= point.accuracy * outputs.n_samples - 1e-6
@@ -399,8 +379,8 @@ def test_bagged_thresholds_of_three_models_still_save_where_no_accuracy_may_be_l
     ease = rng.random(700)
     right = (rng.random((3, 700)) < np.array([[0.5], [0.7], [0.8]])) | (ease > 0.4)  # the easy 60% are right anyway
     outputs = ExitOutputs(scores=np.tile(ease, (3, 1)), quality=right, stage_costs=[0, 0, 0], exit_costs=[1, 4, 12])
-    frontier, report = search_thresholds(outputs)
+    frontier, report = search_thresholds(outputs, "coord")
     assert report.bagged
-    lossless = frontier.at(max_drop=0.0)
+    lossless = at_its_word(frontier).at(max_drop=0.0)
     assert lossless.accuracy >= outputs.full_accuracy
     assert lossless.cost < 0.75

@@ -13,7 +13,7 @@ from tests.nets import digits, large_trained, small_trained
 @cache
 def cascade_by_margin():
     """Another score is thresholded than the one that was recorded."""
-    calibrator = ThresholdCalibrator(score="margin")
+    calibrator = ThresholdCalibrator(score="margin", max_drop=0.02)
     return CascadeSaver(large_trained(), small_trained(), calibrator=calibrator).fit(*digits()[1])
 
 

@@ -1,20 +1,28 @@
 import json
+import math
 
 import numpy as np
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from adaptexit.core.frontier import ParetoFrontier, not_dominated
-from adaptexit.core.search import SEARCHES, search_thresholds
+from adaptexit.core.frontier import ERRORS, NEGLIGIBLE, ParetoFrontier, not_dominated
+from adaptexit.core.search import SEARCH_NAMES, SEARCHES, search_thresholds
 from tests import reference
-from tests.properties.strategies import exit_outputs, frontier_through, generators, permutations_of, sizes
+from tests.properties.strategies import (
+    at_its_word,
+    exit_outputs,
+    frontier_through,
+    generators,
+    permutations_of,
+    sizes,
+)
 
 
 @st.composite
-def frontiers(draw):
+def frontiers(draw, searches=SEARCH_NAMES):
     """Outputs and the frontier that one of the searches made of them."""
-    search = draw(st.sampled_from([*SEARCHES, "auto"]))
+    search = draw(st.sampled_from(searches))
     outputs = draw(exit_outputs(max_exits=3 if search == "exact" else 4))
     return outputs, search_thresholds(outputs, search, n_points=draw(st.integers(1, 8)))[0]
 
@@ -31,8 +39,8 @@ def test_the_plain_full_model_is_always_a_point(pair):
     assert (plain[0].cost, plain[0].accuracy) == pytest.approx((1.0, outputs.full_accuracy), abs=1e-12)
 
 
-@given(frontiers())
-def test_no_point_is_dominated_apart_from_the_plain_full_model(pair):
+@given(frontiers(searches=tuple(SEARCHES)))
+def test_no_point_of_a_search_that_takes_data_at_their_word_is_dominated_apart_from_the_plain_model(pair):
     _, frontier = pair
     for i, point in enumerate(frontier.points):
         if not is_plain(point):
@@ -93,8 +101,25 @@ def test_cutoffs_and_thresholds_of_every_point_route_alike(pair):
 
 
 @given(frontiers(), st.floats(0, 1.2))
-def test_the_point_at_a_budget_is_the_best_within_it(pair, budget):
+def test_the_point_at_a_budget_is_the_dearest_within_it_that_none_beats_beyond_noise(pair, budget):
     _, frontier = pair
+    assume(budget >= frontier.cost.min())
+    within = [p for p in frontier.points if p.cost <= budget + 1e-9]
+    unbeaten = [
+        p
+        for p in within
+        if not any(
+            q.accuracy > p.accuracy + 3 * math.hypot(p.drop_se, q.drop_se) + 1e-9
+            for q in within
+            if q.cost <= p.cost + 1e-9
+        )
+    ]
+    assert frontier.at(budget=budget).cost == pytest.approx(max(p.cost for p in unbeaten))
+
+
+@given(frontiers(), st.floats(0, 1.2))
+def test_without_noise_the_point_at_a_budget_is_the_best_within_it(pair, budget):
+    frontier = at_its_word(pair[1])
     assume(budget >= frontier.cost.min())
     point = frontier.at(budget=budget)
     assert point.cost <= budget + 1e-9
@@ -102,17 +127,31 @@ def test_the_point_at_a_budget_is_the_best_within_it(pair, budget):
 
 
 @given(frontiers(), st.floats(0, 1))
-def test_the_point_at_a_drop_is_the_cheapest_that_keeps_it(pair, drop):
-    outputs, frontier = pair
-    floor = outputs.full_accuracy - drop - 1e-9
+def test_without_noise_the_point_at_a_drop_is_the_cheapest_that_keeps_it(pair, drop):
+    outputs, frontier = pair[0], at_its_word(pair[1])
+    floor = outputs.full_accuracy - drop - NEGLIGIBLE
+    assume(all(abs(p.accuracy - floor) > 1e-9 for p in frontier.points))
     point = frontier.at(max_drop=drop)
     assert point.accuracy >= floor
     assert point.cost == pytest.approx(min(p.cost for p in frontier.points if p.accuracy >= floor))
 
 
+@given(frontiers(), st.floats(0, 1))
+def test_the_point_at_a_drop_keeps_it_with_its_error_or_is_the_plain_model(pair, drop):
+    outputs, frontier = pair
+    point = frontier.at(max_drop=drop)
+    assert is_plain(point) or point.accuracy - 0.5 * point.drop_se >= outputs.full_accuracy - drop - NEGLIGIBLE
+
+
 @given(frontiers())
-def test_accuracy_at_the_budget_does_not_fall_as_the_budget_rises(pair):
+def test_cost_at_the_budget_does_not_fall_as_the_budget_rises(pair):
     _, frontier = pair
+    assert (np.diff([frontier.at(budget=cost).cost for cost in frontier.cost]) >= -1e-9).all()
+
+
+@given(frontiers())
+def test_without_noise_accuracy_at_the_budget_does_not_fall_as_the_budget_rises(pair):
+    frontier = at_its_word(pair[1])
     accuracy = [frontier.at(budget=cost).accuracy for cost in frontier.cost]
     assert (np.diff(accuracy) >= -1e-9).all()
 
@@ -132,6 +171,24 @@ def test_on_the_same_data_every_point_is_the_same(pair):
     again = frontier.on(outputs)
     assert again.accuracy == pytest.approx(frontier.accuracy, abs=1e-12)
     assert again.cost == pytest.approx(frontier.cost, abs=1e-12)
+    for name in ("accuracy_se", "cost_se", "drop_se"):
+        one, other = ([getattr(point, name) for point in f.points] for f in (again, frontier))
+        assert one == pytest.approx(other, abs=1e-9), name
+
+
+@given(frontiers())
+def test_standard_errors_are_those_of_the_samples(pair):
+    outputs, frontier = pair
+    n, graded = outputs.n_samples, np.asarray(outputs.graded, dtype=float)
+    largest = np.abs(graded - graded[-1]).max() if outputs.graded.dtype != bool else 1.0
+    for point in frontier.points:
+        exits = np.array(reference.route(outputs, point.thresholds))
+        quality = graded[exits, np.arange(n)]
+        cost = (outputs.path_costs(point.on) / outputs.full_cost)[exits]
+        assert point.accuracy_se == pytest.approx(quality.std() / math.sqrt(n), abs=1e-7)
+        assert point.cost_se == pytest.approx(cost.std() / math.sqrt(n), abs=1e-7)
+        lost = np.square(quality - graded[-1]).sum() + largest**2
+        assert point.drop_se == pytest.approx(math.sqrt(lost) / n, abs=1e-9)
 
 
 @given(frontiers())
@@ -149,7 +206,7 @@ def test_writing_and_reading_gives_the_same_frontier(pair):
     description, arrays = frontier.to_arrays()
     again = ParetoFrontier.from_arrays(json.loads(json.dumps(description)), arrays)
     for one, other in zip(frontier.points, again.points, strict=True):
-        for name in ("accuracy", "cost", "exit_rates", "thresholds", "cutoffs", "params"):
+        for name in ("accuracy", "cost", *ERRORS, "exit_rates", "thresholds", "cutoffs", "params"):
             assert np.array_equal(getattr(one, name), getattr(other, name)), name
     for name in ("full_accuracy", "fixed_accuracy", "fixed_cost", "n_samples"):
         assert np.array_equal(getattr(frontier, name), getattr(again, name)), name
@@ -167,7 +224,7 @@ def test_not_dominated_equals_comparing_every_pair(pairs):
     assert indices.tolist() == sorted(survivors, key=lambda i: pairs[i][1])
 
 
-@pytest.mark.parametrize("search", ["auto", *SEARCHES])
+@pytest.mark.parametrize("search", SEARCH_NAMES)
 @given(data=st.data())
 def test_the_cheapest_exit_for_everybody_can_be_had(search, data):
     outputs = data.draw(exit_outputs(min_exits=1, max_exits=3 if search == "exact" else 5))
@@ -196,9 +253,10 @@ def test_at_a_measured_reduction_the_best_accuracy_is_given(curve):
         assert value == (max(best, full) if r == 0 else best)
 
 
-@given(curves(), st.floats(-1, 1))
-def test_matched_accuracy_lies_between_its_neighbours(curve, target):
+@given(curves(), st.floats(0, 1))
+def test_matched_accuracy_lies_between_its_neighbours(curve, share):
     reduction, accuracy, full, frontier = curve
+    target = reduction.min() + share * np.ptp(reduction)
     accuracy_there = float(frontier.accuracy_at(reduction=target))
     assume(not np.isnan(accuracy_there))
     at, worth = np.append(reduction, 0.0), np.append(accuracy, full)

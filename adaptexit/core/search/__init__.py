@@ -4,20 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from joblib import Parallel, delayed
 
-from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, evaluate, not_dominated
+from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, beaten, evaluate, not_dominated
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.search.methods import Policies, Search, coord, exact, geometric, geometric_path, pick, shared
 from adaptexit.core.search.problem import Problem
+from adaptexit.core.search.spending import described, spend
 from adaptexit.core.search.targets import Targets, WithinBudget
 
-SearchName = Literal["auto", "exact", "coord", "shared", "geometric"]
+SearchName = Literal["auto", "smoothed", "exact", "coord", "shared", "geometric"]
+
+SEARCH_NAMES: tuple[SearchName, ...] = get_args(SearchName)
 
 SEARCHES: dict[SearchName, Search] = {"exact": exact, "coord": coord, "shared": shared, "geometric": geometric}
+"""Those that take the calibration data at their word: each gives the policy that looks best there for every target."""
 
 STANDARD_DROPS = (0.0, 0.001, 0.005, 0.01)
 """Allowed drops of accuracy that every frontier has a point for: the columns of TinySaver's Table 1."""
@@ -32,27 +36,18 @@ MOST_SAMPLES_EXACT = 5000
 
 @dataclass(frozen=True)
 class SearchReport:
-    """What a search took: its name, whether thresholds are bagged, and why ``auto`` chose so."""
+    """What a search took: its name, whether thresholds are bagged, and why."""
 
     search: SearchName
     bagged: bool
     reason: str
 
 
-def choose_search(n_exits: int, n_samples: int) -> SearchReport:
-    """What ``search="auto"`` takes for K exits and N calibration samples.
-
-    On few samples the rule with the fewest free choices did best on fresh data (benchmarks/README.md).
-    """
-    if n_exits <= 2:
-        return SearchReport("exact", False, "one early exit: every threshold can be tried")
-    if n_exits == 3 and 1000 * n_exits <= n_samples <= MOST_SAMPLES_EXACT:
-        return SearchReport("exact", False, f"two early exits, {n_samples} samples: every pair of thresholds is tried")
-    if n_samples < 200 * n_exits:
-        return SearchReport("geometric", False, f"{n_samples} samples are fewer than 200 an exit")
-    if n_samples < 1000 * n_exits:
-        return SearchReport("coord", True, f"{n_samples} samples are fewer than 1000 an exit")
-    return SearchReport("coord", False, f"{n_samples} samples are at least 1000 an exit")
+def choose_search(search: SearchName, n_exits: int, n_samples: int) -> SearchReport:
+    """What a search does with K exits and N calibration samples: ``"auto"`` is ``"smoothed"``, whatever they are."""
+    if search in ("auto", "smoothed"):
+        return SearchReport("smoothed", False, described(n_exits, n_samples))
+    return SearchReport(search, search == "coord" and n_samples < 1000 * n_exits, "asked for")
 
 
 def targets_for(
@@ -90,19 +85,20 @@ def search_thresholds(
     Parameters
     ----------
     outputs : ExitOutputs
-    search : {"auto", "exact", "coord", "shared", "geometric"}
+    search : {"auto", "smoothed", "exact", "coord", "shared", "geometric"}
     n_points : int
         Budgets on the grid; the frontier has about as many points, fewer where one policy serves several.
     drops, budgets : sequences of float
-        Allowed drops of accuracy and relative costs to serve beside the grid.
+        Allowed drops of accuracy and relative costs to serve beside the grid. ``smoothed`` needs no drops: its points
+        lie close, and which of them keeps a drop is read off them.
     random_state : int
-        Seed of the bootstrap samples where thresholds are bagged.
+        Seed of the bootstrap samples where thresholds are bagged, and of the draw where a search takes some samples
+        out of many.
     """
-    report = choose_search(outputs.n_exits, outputs.n_samples)
-    if search != "auto":
-        bagged = search == "coord" and outputs.n_samples < 1000 * outputs.n_exits
-        report = SearchReport(search, bagged, "asked for")
+    report = choose_search(search, outputs.n_exits, outputs.n_samples)
     problem = Problem.from_outputs(outputs)
+    if report.search == "smoothed":
+        return _smoothed_frontier(outputs, problem, n_points, budgets, random_state), report
     if problem.n_early == 0:
         policies, targets = np.zeros((1, 0), dtype=np.int64), Targets.of(drops=[0.0])
     else:
@@ -115,6 +111,33 @@ def search_thresholds(
         else:
             policies = method(problem, targets)
     return _frontier(outputs, problem, policies, targets), report
+
+
+def _smoothed_frontier(
+    outputs: ExitOutputs, problem: Problem, n_points: int, budgets: Sequence[float], random_state: int
+) -> ParetoFrontier:
+    """Points at even steps of cost and at the budgets, without those that a cheaper one beats beyond their noise."""
+    plain = np.zeros((1, problem.n_early), dtype=np.int64)
+    if problem.n_early == 0:
+        return ParetoFrontier.of(_points(outputs, problem, plain, [{}]), outputs)
+    cheapest = _cheapest(problem)
+    least = float(problem.costs(cheapest)[0]) / problem.n_samples
+    grid = np.union1d(np.linspace(least, 1.0, n_points + 1), budgets)
+    grid = grid[(grid >= least) & (grid <= 1.0)]  # none where the cheapest exit is dearer than the full model
+    spending = [spend(outputs, problem, grid.tolist(), random_state)] if len(grid) else []
+    policies = np.concatenate([*spending, cheapest, plain])
+    distinct, first = np.unique(policies, axis=0, return_index=True)
+    params: list[dict[str, float]] = [*({"budget": budget} for budget in grid.tolist()), {}, {}]
+    points = _points(outputs, problem, distinct, [params[i] for i in first])
+    accuracy, cost, drop_se = (np.array([getattr(p, name) for p in points]) for name in ("accuracy", "cost", "drop_se"))
+    worth = ~beaten(accuracy, cost, drop_se) | ~distinct.any(axis=1)
+    return ParetoFrontier.of([point for point, keep in zip(points, worth, strict=True) if keep], outputs)
+
+
+def _cheapest(problem: Problem) -> Policies:
+    """The policy (1, K-1) at which everybody leaves at the exit that costs least."""
+    everybody = np.diag(np.full(problem.n_early, problem.n_samples))
+    return everybody[np.argsort(problem.costs(everybody), kind="stable")[:1]]
 
 
 def _bagged(outputs: ExitOutputs, problem: Problem, method: Search, targets: Targets, random_state: int) -> Policies:
@@ -156,9 +179,7 @@ def _frontier(outputs: ExitOutputs, problem: Problem, policies: Policies, target
 
     That everybody leaves at the cheapest exit is among the choices, and the plain full model is a point in any case.
     """
-    everybody = np.diag(np.full(problem.n_early, problem.n_samples))
-    cheapest = everybody[np.argsort(problem.values(everybody)[1], kind="stable")[:1]]
-    choices = np.concatenate([policies, cheapest, np.zeros_like(policies[:1])])
+    choices = np.concatenate([policies, _cheapest(problem), np.zeros_like(policies[:1])])
     distinct, first = np.unique(choices, axis=0, return_index=True)
     params = [*targets.described(), {}, {}]
     points = _points(outputs, problem, distinct, [params[i] for i in first])
@@ -174,10 +195,14 @@ def _points(
     thresholds, cutoffs = problem.thresholds(policies)
     if problem.quality_unit != 1.0:
         return [evaluate(outputs, *setting) for setting in zip(thresholds, cutoffs, params, strict=True)]
+    n = problem.n_samples
     quality, counts, _ = problem.outcomes(policies)
-    accuracies, rates = (quality / problem.n_samples).tolist(), counts / problem.n_samples
+    accuracies, rates = quality / n, counts / n
+    accuracy_se, drop_se = np.sqrt(accuracies * (1 - accuracies) / n), np.sqrt(problem.disagreements(policies) + 1) / n
     on, places = np.unique(policies > 0, axis=0, return_inverse=True)  # few, however many policies there are
     paths = np.stack([outputs.path_costs(np.append(early, True)) for early in on])[places.ravel()]
     full_cost = outputs.full_cost
-    costs = [float(rate @ path) / full_cost for rate, path in zip(rates, paths, strict=True)]
-    return list(map(OperatingPoint, accuracies, costs, rates, thresholds, cutoffs, params))
+    costs = np.array([float(rate @ path) / full_cost for rate, path in zip(rates, paths, strict=True)])
+    cost_se = np.sqrt(np.sum(rates * (paths / full_cost - costs[:, None]) ** 2, axis=1) / n)
+    numbers = (values.tolist() for values in (accuracy_se, cost_se, drop_se))
+    return list(map(OperatingPoint, accuracies.tolist(), costs.tolist(), rates, thresholds, cutoffs, params, *numbers))

@@ -221,7 +221,7 @@ def geometric(problem: Problem, targets: Targets) -> Policies:
     return _by_subsets(problem, targets, geometric_path)
 
 
-def geometric_path(problem: Problem, points: Sequence[int] = range(1, 40), *, rounded_up: bool = False) -> Policies:
+def geometric_path(problem: Problem, points: Sequence[float] = range(1, 40), *, rounded_up: bool = False) -> Policies:
     """The policies of MSDNet's rule for the p of ``points``, shape (P, K-1), on the exits allowed.
 
     The rule rounds quotas down, which depends on how many samples there are; rounded up, copies of all samples change

@@ -88,7 +88,7 @@ class Problem:
             rank[k][order[k]] = np.arange(n, dtype=np.int32)
             sorted_scores[k] = outputs.scores[k][order[k]]
             ends.append(np.append(np.flatnonzero(np.diff(sorted_scores[k])) + 1, n))
-        quality, unit = _in_units(outputs.graded)
+        quality, unit = in_units(outputs.graded)
         full_cost = outputs.full_cost
         return cls(
             n_early=early,
@@ -134,7 +134,7 @@ class Problem:
     def priced(self, weight: float) -> Problem:
         """The same problem with every free exit's cost taken off its quality at ``weight``: nothing costs any more."""
         paths = np.cumsum(self.stage_costs + self.exit_costs) * COST_UNIT
-        quality, unit = _in_units(self.quality * self.quality_unit - weight * paths[:, None])
+        quality, unit = in_units(self.quality * self.quality_unit - weight * paths[:, None])
         nothing = np.zeros(self.n_early + 1, dtype=np.int64)
         return dataclasses.replace(self, quality=quality, quality_unit=unit, stage_costs=nothing, exit_costs=nothing)
 
@@ -161,20 +161,41 @@ class Problem:
         (quality, counts, costs)
             Summed quality and summed cost, (P,), and how many samples leave at each exit, (P, K).
         """
-        counts = np.zeros((len(policies), self.n_early + 1), dtype=np.int64)
         quality = np.zeros(len(policies), dtype=np.int64)
+        counts = self._counts(policies, quality)
+        return quality, counts, self._charged(policies, counts)
+
+    def costs(self, policies: Integers) -> Floats:
+        """Summed relative cost of policies (P, K-1), (P,): what :meth:`values` gives, without the qualities."""
+        return np.asarray(self._charged(policies, self._counts(policies)) * COST_UNIT)
+
+    def disagreements(self, policies: Integers) -> Integers:
+        """How many samples get another quality from policies (P, K-1) than from the full model: (P,)."""
+        differing = dataclasses.replace(self, quality=(self.quality != self.quality[-1]).astype(np.int64))
+        differing._counts(policies, numbers := np.zeros(len(policies), dtype=np.int64))
+        return numbers
+
+    def _counts(self, policies: Integers, quality: Integers | None = None) -> Integers:
+        """How many samples leave at each exit, (P, K); their qualities are added to ``quality`` (P,)."""
+        counts = np.zeros((len(policies), self.n_early + 1), dtype=np.int64)
         for block in blocks(len(policies), self.n_samples):
             ends = policies[block].astype(np.int32)  # as ranks are: comparing other types takes several times as long
             staying = np.ones((len(ends), self.n_samples), dtype=bool)
             for k in np.flatnonzero(ends.any(axis=0)):
                 leaving = staying & (self.rank[k] < ends[:, k, None])
                 counts[block, k] = leaving.sum(axis=1, dtype=np.int32)
-                quality[block] += leaving @ self.quality[k]
+                if quality is not None:
+                    quality[block] += leaving @ self.quality[k]
                 staying &= ~leaving
-            quality[block] += staying @ self.quality[-1]
+            if quality is not None:
+                quality[block] += staying @ self.quality[-1]
         counts[:, -1] = self.n_samples - counts.sum(axis=1)
+        return counts
+
+    def _charged(self, policies: Integers, counts: Integers) -> Integers:
+        """Summed cost of policies (P, K-1) with so many leaving at each exit (P, K)."""
         paths = np.cumsum(self.stage_costs + np.where(self._runs(policies > 0), self.exit_costs, 0), axis=1)
-        return quality, counts, (counts * paths).sum(axis=1)
+        return np.asarray((counts * paths).sum(axis=1))
 
     def _totals(self, policy: Policy) -> tuple[int, int]:
         """Summed quality and summed cost of a policy, in units."""
@@ -288,6 +309,14 @@ class Problem:
             snapped[..., k] = np.where(position > 0, nearest, 0)
         return snapped
 
+    def moved(self, positions: Floats, other: Problem) -> Floats:
+        """Positions (..., K-1) of a problem on other samples, as those of the same scores here; 0 stays off."""
+        here = np.zeros(positions.shape)
+        for k, (own, scores) in enumerate(zip(self.sorted_scores, other.sorted_scores, strict=True)):
+            last = np.clip(np.rint(positions[..., k]).astype(np.int64) - 1, 0, len(scores) - 1)
+            here[..., k] = np.searchsorted(-own, -scores[last], side="right")
+        return np.where(positions > 0, here, 0.0)
+
     def thresholds(self, policies: Integers) -> tuple[Floats, Floats]:
         """Thresholds and cutoffs, both (..., K), of policies (..., K-1): see :mod:`adaptexit.core.routing`."""
         thresholds = np.full((*policies.shape[:-1], self.n_early + 1), -np.inf)
@@ -309,7 +338,7 @@ def blocks(n_rows: int, width: int) -> list[slice]:
     return [slice(start, start + size) for start in range(0, n_rows, size)]
 
 
-def _in_units(quality: NDArray[Any]) -> tuple[Integers, float]:
+def in_units(quality: NDArray[Any]) -> tuple[Integers, float]:
     """Qualities as integers, and their unit."""
     if quality.dtype.kind in "biu":
         return quality.astype(np.int64), 1.0
