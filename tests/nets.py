@@ -155,7 +155,7 @@ branched_trained = partial(trained, branched_net, 8)
 
 EXITS = ["one", "two", "three"]
 """Of ``branched_net``."""
-QUICK = FrozenRecipe(epochs=6, lr=1e-2, batch_size=64)
+QUICK = FrozenRecipe(epochs=6, lr=2e-2, batch_size=150)
 
 
 def flat_head(spec, n_classes):

@@ -198,8 +198,13 @@ def test_calexnet_on_digits(tmp_path):
         assert np.asarray(picture.convert("L")).std() > 5
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("more", [[], ["--paper-costs"]])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param([], marks=pytest.mark.slow, id="macs"),
+        pytest.param(["--paper-costs"], marks=pytest.mark.exhaustive, id="paper costs"),
+    ],
+)
 def test_em_routing_on_digits(tmp_path, more):
     printed, _ = run("em_routing_cifar10.py", "--digits", *more, "--out", "em.png", folder=tmp_path)
     number = r"\s+([\d.]+)"

@@ -403,9 +403,17 @@ def test_whatever_was_changed_is_refused_with_the_files_name(name, tmp_path_fact
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-@settings(suppress_health_check=list(HealthCheck), max_examples=150)
+@settings(suppress_health_check=list(HealthCheck), max_examples=30)
 @given(data=st.data())
 def test_many_changes_are_refused_with_the_files_name(name, tmp_path_factory, data):
+    fuzz(name, tmp_path_factory, data)
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("name", CASES)
+@settings(suppress_health_check=list(HealthCheck), max_examples=500)
+@given(data=st.data())
+def test_hundreds_of_changes_are_refused_with_the_files_name(name, tmp_path_factory, data):
     fuzz(name, tmp_path_factory, data)
 
 

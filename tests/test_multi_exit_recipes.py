@@ -15,7 +15,7 @@ from adaptexit.training import PTEERecipe
 from tests.nets import branched, branched_trained, digits, flat_head, naive_branches
 
 CUTS = ["one", "two"]
-SETTINGS = {"epochs": 4, "batch_size": 64, "lr": 5e-3}
+SETTINGS = {"epochs": 4, "batch_size": 150, "lr": 1e-2}
 RECIPES = {
     "calexnet": (CalexNetRecipe(**SETTINGS), RefinedPrototypeHead),
     "ptee": (PTEERecipe(**SETTINGS), PrototypeHead),

@@ -1,5 +1,6 @@
 import copy
 import json
+from functools import cache
 
 import numpy as np
 import pytest
@@ -37,6 +38,15 @@ def recorded(n=600, seed=0, cost_unit="MACs", **changed):
 OUTPUTS = recorded()
 
 
+@cache
+def scheduled(scale=None):
+    """A schedule for the outputs, or for rounded logits times ``scale``, that tests only ask; and the outputs."""
+    outputs = OUTPUTS
+    if scale is not None:
+        outputs = ExitOutputs.from_logits(scale * np.round(OUTPUTS.logits, 1), OUTPUTS.labels, costs=[100, 300, 1000])
+    return EENetScheduler(**QUICK).fit(outputs), outputs
+
+
 # -- learning ---------------------------------------------------------------------------------------------------------
 
 
@@ -66,7 +76,7 @@ def test_scores_say_who_is_right_better_than_the_largest_probability():
 
 
 def test_shares_follow_the_budget():
-    cheap, dear = (EENetScheduler(budget, epochs=150, n_points=10).fit(OUTPUTS) for budget in (0.3, 0.8))
+    cheap, dear = (EENetScheduler(budget, epochs=60, n_points=10).fit(OUTPUTS) for budget in (0.3, 0.8))
     costs = np.array([0.1, 0.3, 1.0])
     assert cheap.shares_ @ costs == pytest.approx(0.3, abs=0.06)
     assert dear.shares_ @ costs == pytest.approx(0.8, abs=0.06)
@@ -128,7 +138,7 @@ def test_earlier_scores_are_taken_as_they_are():
 
 
 def test_the_first_exits_score_reads_itself_alone_and_the_next_what_came_before():
-    model = EENetScheduler(**QUICK).fit(OUTPUTS)
+    model, _ = scheduled()
     assert [scorer.net.in_features for scorer in model.scorers_] == [5, 6]
     other = OUTPUTS.logits.copy()
     other[0] = -other[0]
@@ -145,7 +155,7 @@ def test_what_scores_cost(unit, expected):
 
 
 def test_without_a_budget_the_middle_counts():
-    model = EENetScheduler(**QUICK).fit(OUTPUTS)
+    model, _ = scheduled()
     assert model.point_.params["budget"] == pytest.approx((105 / 1000 + 1) / 2)
 
 
@@ -170,7 +180,7 @@ def test_a_seed_determines_all_and_leaves_the_global_one_alone():
 
 
 def test_online_scores_are_the_offline_ones_and_1_at_the_last_exit():
-    model = EENetScheduler(**QUICK).fit(OUTPUTS)
+    model, _ = scheduled()
     memory = None
     for k in range(3):
         batch = Answer(predictions=OUTPUTS.predictions[k], scores=OUTPUTS.scores[k], logits=OUTPUTS.logits[k])
@@ -184,8 +194,7 @@ def test_online_scores_are_the_offline_ones_and_1_at_the_last_exit():
 @pytest.mark.parametrize("scale", [1, 30, 300])
 def test_leaving_online_is_routing_offline(size, scale):
     """Also where probabilities saturate and tie: rounding with the size of a batch must not part them."""
-    outputs = ExitOutputs.from_logits(scale * np.round(OUTPUTS.logits, 1), OUTPUTS.labels, costs=[100, 300, 1000])
-    model = EENetScheduler(**QUICK).fit(outputs)
+    model, outputs = scheduled(scale)
     order = np.random.default_rng(1).permutation(outputs.n_samples)
     for point in model.frontier_.points[:: 4 if size == 1 else 1]:
         exits = online_exits(model, outputs, np.split(order, range(size, 600, size)), point)
@@ -200,21 +209,25 @@ def test_each_exit_alone_is_charged_nothing_for_scores_or_for_those_before_it():
     assert model.pareto(outputs.take(np.arange(50))).fixed_cost.tolist() == alone.tolist()
 
 
-def test_budgets_are_served_by_points_within_them():
-    model = EENetScheduler(0.5, **QUICK).fit(OUTPUTS)
+@pytest.fixture(scope="module")
+def half():
+    """A schedule for half the cost, which tests only ask."""
+    return EENetScheduler(0.5, **QUICK).fit(OUTPUTS)
+
+
+def test_budgets_are_served_by_points_within_them(half):
     for budget in (0.2, 0.5, 0.9, 1.0):
-        assert model.policy(budget=budget).point.cost <= budget + 1e-9
-    fresh = model.pareto(recorded(seed=1))
+        assert half.policy(budget=budget).point.cost <= budget + 1e-9
+    fresh = half.pareto(recorded(seed=1))
     assert fresh.at(budget=0.5).cost == pytest.approx(0.5, abs=0.05)
-    assert len(fresh.points) == len(model.frontier_.points)
+    assert len(fresh.points) == len(half.frontier_.points)
 
 
-def test_a_schedule_for_each_budget():
-    model = EENetScheduler(0.5, **QUICK).fit(OUTPUTS)
+def test_a_schedule_for_each_budget(half):
     fresh = recorded(seed=1)
-    sweep = model.pareto(fresh, refit=True, budgets=[0.8, 0.5])
+    sweep = half.pareto(fresh, refit=True, budgets=[0.8, 0.5])
     assert [point.params["budget"] for point in sweep.points] == [0.5, 0.8]
-    own = model.pareto(fresh).points[[p.params for p in model.frontier_.points].index({"budget": 0.5})]
+    own = half.pareto(fresh).points[[p.params for p in half.frontier_.points].index({"budget": 0.5})]
     assert (sweep.points[0].accuracy, sweep.points[0].cost) == (own.accuracy, own.cost)
     quick = EENetScheduler(epochs=1).fit(OUTPUTS).pareto(fresh, refit=True)
     assert len(quick.points) == 10
@@ -227,7 +240,7 @@ def test_quality_is_what_points_are_judged_by_and_correctness_what_scores_learn(
         predictions=OUTPUTS.predictions, labels=OUTPUTS.labels, n_classes=3, logits=OUTPUTS.logits,
         scores=OUTPUTS.scores, costs=[100, 300, 1000], quality=10.0 * OUTPUTS.graded - 10.0, cost_unit="MACs",
     )  # fmt: skip
-    model, other = EENetScheduler(**QUICK).fit(graded), EENetScheduler(**QUICK).fit(OUTPUTS)
+    model, other = EENetScheduler(**QUICK).fit(graded), scheduled()[0]
     assert model.rescored(graded).scores.tolist() == other.rescored(OUTPUTS).scores.tolist()
     assert model.point_.accuracy == pytest.approx(10.0 * other.point_.accuracy - 10.0)
 
@@ -244,7 +257,7 @@ def test_a_first_exit_dearer_than_the_full_model():
 def test_memory_mapped_outputs(tmp_path):
     OUTPUTS.save(tmp_path / "outputs")
     on_disk = ExitOutputs.load(tmp_path / "outputs", mmap=True)
-    model, other = (EENetScheduler(**QUICK).fit(o) for o in (on_disk, OUTPUTS))
+    model, other = EENetScheduler(**QUICK).fit(on_disk), scheduled()[0]
     assert model.rescored(on_disk).scores.tolist() == other.rescored(OUTPUTS).scores.tolist()
 
 
@@ -275,7 +288,7 @@ def test_in_a_comparison():
     ],
 )
 def test_parameters_that_cannot_be(params, message):
-    model = EENetScheduler(**QUICK).fit(OUTPUTS)
+    model = copy.copy(scheduled()[0])
     before = model.point_
     with pytest.raises(ValueError, match=message):
         model.set_params(**params).fit(OUTPUTS)
@@ -288,7 +301,7 @@ def test_outputs_and_batches_that_lack_what_is_needed():
         EENetScheduler().fit(without)
     with pytest.raises(TypeError, match="outputs must be ExitOutputs; got list"):
         EENetScheduler().fit([])
-    model = EENetScheduler(**QUICK).fit(OUTPUTS)
+    model, _ = scheduled()
     with pytest.raises(ValueError, match="a schedule needs logits, but the outputs have none"):
         model.rescored(without)
     fewer = ExitOutputs.from_logits(OUTPUTS.logits[1:], OUTPUTS.labels, costs=[1, 2])
@@ -309,7 +322,7 @@ def test_outputs_and_batches_that_lack_what_is_needed():
 
 
 def test_state_there_and_back():
-    model = EENetScheduler(**QUICK).fit(OUTPUTS)
+    model, _ = scheduled()
     state, arrays = model.get_state()
     other = clone(model)
     other.set_state(json.loads(json.dumps(state)), arrays, OUTPUTS)

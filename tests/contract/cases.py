@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from sklearn.frozen import FrozenEstimator
 from sklearn.linear_model import LogisticRegression
@@ -41,7 +42,7 @@ from tests.nets import (
 
 TRAIN, VAL, TEST = digits()
 ROUTED = {"prior": "global", "epochs": 4, "hidden": 4, "n_points": 10}
-CHAINED = {"epochs": 4, "batch_size": 64, "lr": 5e-3}
+CHAINED = {"epochs": 4, "batch_size": 150, "lr": 1e-2}
 
 
 def flattened(data):
@@ -148,6 +149,15 @@ IMAGES = ["two modules", "branched", "native"]
 """Those of them that take images and are made from modules."""
 LEARNED = ["EM routers", "EENet", "branched, EM routers"]
 """Those whose calibrators train small modules."""
+
+ALIKE = ["three modules", "entropy", "EM routers", "boostnet", "stages"]
+"""Those whose network, heads and calibrator others of them have too, in other combinations or with other settings."""
+
+
+def in_turn(names):
+    """Parameters of a test of these estimators: those that are much like others come with the slow tests."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in ALIKE else name for name in names]
+
 
 SOURCES = {
     "tensors": lambda X, y: (torch.from_numpy(X), torch.from_numpy(y)),

@@ -1,13 +1,13 @@
-"""Every law of the contract is asked of every estimator."""
+"""Every law of the contract is asked of every estimator, of those that are much like others with the slow tests."""
 
 import copy
 
 import pytest
 
-from tests.contract.cases import CASES, fitted_once
+from tests.contract.cases import CASES, fitted_once, in_turn
 
 
-@pytest.fixture(params=CASES)
+@pytest.fixture(params=in_turn(CASES))
 def name(request):
     return request.param
 

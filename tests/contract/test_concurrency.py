@@ -8,16 +8,11 @@ import pytest
 import torch
 from torch import nn
 
-from tests.contract.cases import CASES, LEARNED, budgets_of, fitted_once, quietly
+from tests.contract.cases import LEARNED, budgets_of, fitted_once, in_turn, quietly
 from tests.threads import frequent_turns, together
 
 pytestmark = pytest.mark.filterwarnings("ignore::adaptexit.SaverWarning")
 N_THREADS = 8
-
-
-@pytest.fixture(params=CASES)
-def name(request):
-    return request.param
 
 
 @pytest.fixture(autouse=True)
@@ -55,7 +50,7 @@ def test_threads_that_do_different_things_do_not_meet(case, own, model):
     assert together([lambda call=call: call(own) for call in calls.values()]) == expected
 
 
-@pytest.mark.parametrize("name", ["two modules", "branched", *LEARNED], indirect=True)
+@pytest.mark.parametrize("name", in_turn(["two modules", "branched", *LEARNED]), indirect=True)
 def test_a_predictor_answers_as_before_while_the_estimator_is_calibrated(case, own):
     X, y = case.test
     predictors = [own.at(budget=budget) for budget in budgets_of(own)]
@@ -80,7 +75,7 @@ def test_a_predictor_answers_as_before_while_the_estimator_is_calibrated(case, o
     assert own.outputs_.n_samples == len(y) - 150
 
 
-@pytest.mark.parametrize("learned", LEARNED)
+@pytest.mark.parametrize("learned", in_turn(LEARNED))
 def test_what_a_calibrator_has_learned_stays_as_it_is_while_it_is_asked(learned):
     """Another thread may ask the same module at any moment."""
     own = copy.deepcopy(fitted_once(learned))
@@ -119,7 +114,7 @@ def test_threads_leave_random_states_and_modes(case, own):
     assert [part.training for part in own.heads_.modules()] == modes
 
 
-@pytest.mark.parametrize("name", ["two modules", "branched", *LEARNED], indirect=True)
+@pytest.mark.parametrize("name", in_turn(["two modules", "branched", *LEARNED]), indirect=True)
 def test_whoever_asks_during_a_calibration_is_answered_by_the_old_or_the_new_one(case, own):
     """The estimator itself, whose thresholds, scores and temperatures belong together at every moment."""
     X, y = case.test[0][:60], case.test[1]
@@ -152,7 +147,7 @@ def answer_of(model, X):
     return tuple(trace.labels.tolist()), tuple(trace.exits.tolist()), tuple(trace.costs.tolist())
 
 
-@pytest.mark.parametrize("name", ["two modules", "EM routers", "EENet"], indirect=True)
+@pytest.mark.parametrize("name", in_turn(["two modules", "EM routers", "EENet"]), indirect=True)
 def test_a_calibrator_fitted_anew_is_the_old_or_the_new_one(model):
     outputs = model.outputs_
     samples = [outputs.take(np.arange(0, outputs.n_samples, 2)), outputs.take(np.arange(1, outputs.n_samples, 2))]

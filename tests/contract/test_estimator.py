@@ -22,6 +22,7 @@ from tests.contract.cases import (
     LEARNED,
     assert_as_before,
     fitted_once,
+    in_turn,
     learned,
     quietly,
     random_states,
@@ -254,7 +255,7 @@ def test_modes_are_given_back_after_a_failure(kind, when):
     assert [part.training for part in module.modules()] == before
 
 
-@pytest.mark.parametrize("name", [*KINDS, *LEARNED, "ztw"], indirect=True)
+@pytest.mark.parametrize("name", in_turn([*KINDS, *LEARNED, "ztw"]), indirect=True)
 def test_random_states_are_untouched(case):
     estimator = case.make()
     before = random_states()
@@ -269,7 +270,7 @@ def test_random_states_are_untouched(case):
 
 
 @pytest.mark.parametrize("mode", [torch.inference_mode, torch.no_grad])
-@pytest.mark.parametrize("name", [*KINDS, *LEARNED], indirect=True)
+@pytest.mark.parametrize("name", in_turn([*KINDS, *LEARNED]), indirect=True)
 def test_fit_where_gradients_are_off(name, case, model, mode):
     with mode():
         other = case.fitted()

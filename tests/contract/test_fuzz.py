@@ -308,9 +308,20 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
 @given(odd=odd_calls())
 def test_odd_arguments_are_refused_by_name_and_change_nothing(elsewhere, odd):
+    assert_refused_by_name_and_nothing_changed(odd)
+
+
+@pytest.mark.exhaustive
+@settings(max_examples=5000, deadline=None, suppress_health_check=list(HealthCheck))
+@given(odd=odd_calls())
+def test_odd_arguments_of_every_kind_are_refused_by_name_and_change_nothing(elsewhere, odd):
+    assert_refused_by_name_and_nothing_changed(odd)
+
+
+def assert_refused_by_name_and_nothing_changed(odd):
     kinds = list(OWN)
     modules = [part for kind in kinds for part in model_of(kind)._network.modules]
     before = [snapshot(module) for module in modules]

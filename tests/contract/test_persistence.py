@@ -20,6 +20,7 @@ from adaptexit import ThresholdCalibrator
 from adaptexit.core.scores import max_proba
 from adaptexit.saved_config import FORMAT_VERSION
 from tests.contract.cases import (
+    ALIKE,
     CASES,
     IMAGES,
     KINDS,
@@ -28,6 +29,7 @@ from tests.contract.cases import (
     assert_same,
     config_of,
     fitted_once,
+    in_turn,
     learned,
     quietly,
     random_states,
@@ -64,7 +66,7 @@ def test_a_copy_is_shown_as_the_original(way, tmp_path):
     assert repr(other) == repr(model)
 
 
-@pytest.mark.parametrize("name", [*KINDS, *LEARNED, "ztw"], indirect=True)
+@pytest.mark.parametrize("name", in_turn([*KINDS, *LEARNED, "ztw"]), indirect=True)
 def test_a_loaded_one_can_be_calibrated_and_saved_again(case, own, model, saved, tmp_path):
     before = random_states()
     loaded = loaded_from(saved, case, model)
@@ -75,7 +77,7 @@ def test_a_loaded_one_can_be_calibrated_and_saved_again(case, own, model, saved,
     assert_same(loaded, loaded_from(tmp_path / "again", case, loaded), *case.test)
 
 
-@pytest.mark.parametrize("name", [*KINDS, *LEARNED, "ztw"], indirect=True)
+@pytest.mark.parametrize("name", in_turn([*KINDS, *LEARNED, "ztw"]), indirect=True)
 def test_a_second_fit_of_a_clone_is_bit_equal(case, model):
     copied = clone(model)
     assert learned(copied) == {}
@@ -202,7 +204,11 @@ COPIES = {
 
 @pytest.mark.parametrize(
     ("name", "way"),
-    [*((kind, way) for kind in KINDS for way in COPIES), *((name, "pickle") for name in CASES if name not in KINDS)],
+    [
+        pytest.param(name, way, marks=pytest.mark.slow if name in ALIKE else ())
+        for name in CASES
+        for way in (COPIES if name in KINDS else ["pickle"])
+    ],
     indirect=["name"],
 )
 def test_copies_answer_alike(case, model, way, tmp_path):

@@ -450,7 +450,8 @@ class Chained(Head):
 
 
 @pytest.mark.parametrize(
-    ("name", "spec"), [("mlp", spec) for spec in SPECS] + [(name, MAP) for name in HEADS if name != "mlp"]
+    ("name", "spec"),
+    [(name, MAP) for name in HEADS] + [pytest.param("mlp", spec, marks=pytest.mark.slow) for spec in SPECS[1:]],
 )
 def test_heads_can_be_compiled_and_exported(name, spec):
     head, x = awake(make_head(name, spec, N_CLASSES)), features(spec)

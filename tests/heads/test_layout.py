@@ -130,7 +130,16 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "kwargs", "size", "expected"), MODELS, ids=[f"{m[0]}-{m[2]}" for m in MODELS])
+LARGE = ["inception_v3", "maxvit_nano_rw_256", "volo_d1_224"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kwargs", "size", "expected"),
+    [
+        pytest.param(*model, marks=pytest.mark.slow if model[0] in LARGE else (), id=f"{model[0]}-{model[2]}")
+        for model in MODELS
+    ],
+)
 def test_layouts_of_timm_models(name, kwargs, size, expected):
     net = timm_model(name, **kwargs)
     specs = {}

@@ -293,7 +293,11 @@ def test_torchscript_is_refused_as_a_model_and_is_one_piece_inside_one():
     ("name", "cuts"),
     [
         ("resnet18", ["layer1", "layer2", "layer3"]),
-        ("swin_tiny_patch4_window7_224", ["layers.0", "layers.2.blocks.1", "layers.2"]),  # stage 2: half the MACs
+        pytest.param(
+            "swin_tiny_patch4_window7_224",
+            ["layers.0", "layers.2.blocks.1", "layers.2"],  # stage 2: half the MACs
+            marks=pytest.mark.slow,
+        ),
         ("mobilenetv3_small_050", None),
         ("test_vit", None),
     ],

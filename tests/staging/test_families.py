@@ -78,9 +78,8 @@ VARIANTS_TOLD = words("""
     efficientformerv2_s1 pit_xs_224 nest_tiny_jx hiera_small_abswin_256 visformer_small naflexvit_base_patch16_par_gap
     volo_d2_224 cait_xxs36_224 eva02_small_patch14_224 qwen3_vit_88m sebotnet33ts_256 resnet50_clip_gap
 """)
-TIMM += VARIANTS
 TOLD_THEIR_SIZE += VARIANTS_TOLD
-FAMILIES = [*TIMM, *TOLD_THEIR_SIZE, *(f"torchvision/{name}" for name in TORCHVISION)]
+FAMILIES = [*TIMM, *VARIANTS, *TOLD_THEIR_SIZE, *(f"torchvision/{name}" for name in TORCHVISION)]
 
 SIDES = {
     "inception_v3": 96, "inception_v4": 96, "inception_resnet_v2": 96, "torchvision/inception_v3": 96,
@@ -91,13 +90,28 @@ SIDES = {
 """Sides of the images that are not 64: what the family supports at least."""
 
 OPTIONS = {
+    "vgg11": {"mlp_ratio": 1 / 64},
+    "nasnetalarge": {"num_features": 384},
+    "beit_base_patch16_224": {"embed_dim": 192, "depth": 6, "num_heads": 3},
+    "samvit_base_patch16_224": {"embed_dim": 192, "depth": 6, "num_heads": 3, "global_attn_indexes": [2, 5]},
+    "naflexvit_base_patch16_gap": {"embed_dim": 192, "depth": 6, "num_heads": 3},
     "torchvision/vit_b_16": {"image_size": 64},
     "torchvision/googlenet": {"init_weights": False},
     "torchvision/inception_v3": {"init_weights": False},
 }
+"""What makes a family's smallest member smaller still, or its library quiet."""
 
 FAST = ["torchvision/resnet18", "vit_tiny_patch16_224", "coat_lite_tiny", "levit_128s", "mobilevit_xxs"]
 """Of both libraries, some that are traced with values beside the graph, some with many live values."""
+
+WIDE = {*VARIANTS, *VARIANTS_TOLD, "inception_v4", "pnasnet5large", "swin_s3_tiny_224", "torchvision/vgg11_bn"}
+"""Made as another family is: of its blocks in another order, of other blocks in its network, or much larger."""
+
+EVERY_FAMILY = [
+    pytest.param(name, marks=pytest.mark.exhaustive if name in WIDE else pytest.mark.slow)
+    for name in FAMILIES
+    if name not in FAST
+]
 
 REFUSED = dict.fromkeys(
     ["crossvit_9_240", "tnt_s_patch16_224"],
@@ -253,8 +267,8 @@ def test_staged_equals_plain_for_whoever_stays(name):
     assert_staged_equals_plain(name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in FAST])
+@pytest.mark.usefixtures("freed")
+@pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_staged_equals_plain_for_whoever_stays_in_every_family(name):
     assert_staged_equals_plain(name)
 

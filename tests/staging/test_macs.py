@@ -13,7 +13,7 @@ from adaptexit.networks.row import Row
 from adaptexit.staging.cost import count_macs, counted_macs
 from adaptexit.staging.profiling import Scan
 from tests.staging.definitions import macs_by_definition
-from tests.staging.test_families import FAMILIES, FAST, images, untrained, words
+from tests.staging.test_families import EVERY_FAMILY, FAST, images, untrained, words
 
 STEPS, WIDTH, HIDDEN = 5, 6, 4
 
@@ -220,8 +220,8 @@ def test_macs_are_those_of_the_definitions(name):
     assert_counted(name)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", [name for name in FAMILIES if name not in FAST])
+@pytest.mark.usefixtures("freed")
+@pytest.mark.parametrize("name", EVERY_FAMILY)
 def test_macs_are_those_of_the_definitions_in_every_family(name):
     assert_counted(name)
 
@@ -243,6 +243,7 @@ SMALL = ("squeezenet1_1", "mobilenet_v2")
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("freed")
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_macs_are_those_of_the_papers(name):
     model = timm.create_model(name).eval()

@@ -214,7 +214,7 @@ def test_confidence_is_learned_without_touching_anything_else():
 def test_confidence_tells_right_from_wrong():
     cache, y = digit_cache()
     heads = [SmallHead(32, confidence=True), SmallHead(64)]
-    FrozenRecipe(epochs=5, lr=1e-2, confidence_epochs=40, batch_size=64).train(heads, cache, np.arange(1200), y[:1200])
+    FrozenRecipe(epochs=5, lr=1e-2, confidence_epochs=40, batch_size=200).train(heads, cache, np.arange(1200), y[:1200])
     out = heads[0].answer(torch.from_numpy(cache.features[0][1200:]))
     predicted = out.logits.argmax(1)
     entry = out.confidence_logits.gather(1, predicted[:, None])[:, 0].detach().numpy()
