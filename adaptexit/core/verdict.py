@@ -33,7 +33,7 @@ class Verdict:
     pays : bool or None
         None where the samples do not tell.
     saving : float
-        Share of the full model's cost that is saved; below 0 where early exits cost more than they save.
+        Share of the full model's cost that the setting saves.
     saving_interval : (float, float)
     accuracy_difference : float
         Accuracy less that of the full model (mean quality, for outputs by ``quality``).
@@ -218,15 +218,13 @@ def _said(
     worth = _Worth(100.0, " points", "accuracy") if in_range else _Worth(1.0, "", "mean quality")
     allowed = f"without losing {worth.name}" if drop == 0 else f"at a loss of at most {worth.amount(drop)}"
     measured = f"measured on {n:,} samples ({100 * figures['confidence']:.4g}% intervals)"
-    found = f"{_cheaper(saving)} ({_range(saves)}) at {worth.change(figures['accuracy_difference'], changes)}"
+    found = f"{100 * saving:.0f}% cheaper ({_range(saves)}) at {worth.change(figures['accuracy_difference'], changes)}"
     if off and stayed_off > 0.5 and changes[0] >= limit:
         more = ""
         if within_slack > 0:
             more = f" With max_drop={drop + slack:g} it might save {100 * within_slack:.0f}%."
         return False, f"{advice}: no setting saves anything {allowed}, measured on {n:,} samples.{more}"
-    if saves[1] <= 0:
-        return False, f"{advice}: it costs more than it saves, {found}, {measured}."
-    if changes[1] < limit:
+    if not off and changes[1] < limit:
         return False, f"{advice}: it loses more than is allowed, {found}, {measured}. Calibrate on more samples."
     if saves[0] > 0 and changes[0] >= limit:
         return True, f"{what[0].upper()}{what[1:]} pays: {found}, {measured}."
@@ -235,7 +233,7 @@ def _said(
         needed = "Calibrate on more."
     else:
         reason = found + f", {measured}"
-        times = [_times(i, end) for i, end in ((saves, 0.0), (changes, limit)) if i[0] < end or i[0] == end == 0.0]
+        times = [_times(i, end) for i, end in ((saves, 0.0), (changes, limit)) if i[0] <= end]
         needed = _samples_needed(n, max(times))
     few = f"early answers and the full model's differ in being right on {figures['n_disagreements']:,} of them"
     return None, f"Cannot tell whether {what} pays: {reason}; {few}. {needed}"
@@ -268,10 +266,6 @@ class _Worth:
         else:
             middle = f"the same {self.name}"
         return f"{middle} ({one(interval[0])} to {one(interval[1])})"
-
-
-def _cheaper(saving: float) -> str:
-    return f"{100 * abs(saving):.0f}% {'cheaper' if saving >= 0 else 'dearer'}"
 
 
 def _range(saves: Interval) -> str:
