@@ -29,7 +29,6 @@ TRAIN, VAL, TEST = digits()
 BUDGETS = [None, 0.05, 0.2, 0.5, 1.0]
 confidence = partial(max_proba, xp=torch)
 saver_may_not_pay = pytest.mark.filterwarnings("ignore::adaptexit.SaverWarning")
-saver_guesses = pytest.mark.filterwarnings("ignore::adaptexit.LabelWarning")
 
 
 # -- answers ----------------------------------------------------------------------------------------------------------
@@ -131,7 +130,6 @@ def test_reports_of_the_savers(cascade):
 # -- preprocessing ----------------------------------------------------------------------------------------------------
 
 
-@saver_guesses
 @saver_may_not_pay
 def test_each_model_has_its_own_preprocessing_and_input_size():
     def enlarged(x):
@@ -152,7 +150,6 @@ def test_each_model_has_its_own_preprocessing_and_input_size():
     assert outputs.predictions.tolist() == [logits.argmax(dim=1).tolist() for logits in expected]
 
 
-@saver_guesses
 @saver_may_not_pay
 def test_one_preprocessing_for_all_savers():
     savers = [Constant(64, 10, 1), middle_trained()]
@@ -223,7 +220,6 @@ def test_labels_of_a_dataset_by_name():
 # -- savers that pay and that do not ----------------------------------------------------------------------------------
 
 
-@saver_guesses
 def test_a_saver_that_does_not_pay_warns_where_fit_was_called():
     with pytest.warns(SaverWarning, match=r"saver does not pay.*ΔC >= 0; it could take 0.0% of the samples") as caught:
         fitted = CascadeSaver(large_trained(), Constant(64, 10, answer=3)).fit(*VAL)
@@ -243,7 +239,6 @@ def test_a_base_and_a_saver_that_are_swapped_are_told_so():
         CascadeSaver(large_trained(), large_trained()).fit(*VAL)
 
 
-@saver_guesses
 def test_of_several_savers_only_the_one_that_does_not_pay_is_named():
     with pytest.warns(SaverWarning) as caught:
         CascadeSaver(large_trained(), [Constant(64, 10, answer=3), small_trained()]).fit(*VAL)

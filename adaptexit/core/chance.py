@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.exceptions import LabelWarning, warn
@@ -13,8 +14,14 @@ from adaptexit.exceptions import LabelWarning, warn
 MANY_LABELS = 50
 """Samples from which on a model that is no better than guessing is remarked on."""
 
+MOST_CLASSES = 2000
+"""Up to which another order of the classes is looked for."""
+
 _STANDARD_ERRORS = 2.0
-"""By which a full model that has learned its task is better than guessing."""
+"""By which a model that has learned its task is better than guessing."""
+
+_CERTAIN_ERRORS = 4.0
+"""By which it is under other names, where these are the cause."""
 
 
 def chance_level(predictions: NDArray[Any], labels: NDArray[Any], n_classes: int) -> tuple[float, float]:
@@ -37,11 +44,21 @@ def chance_level(predictions: NDArray[Any], labels: NDArray[Any], n_classes: int
     return level, float(np.sqrt(max(variance, 0.0) / len(labels)))
 
 
-def warn_of_chance(outputs: ExitOutputs) -> None:
-    """One :class:`LabelWarning` where the full model is not clearly better than guessing, or an early exit no better.
+def renamed_accuracy(predictions: NDArray[Any], labels: NDArray[Any], n_classes: int) -> float:
+    """Accuracy on one half of the samples once classes are renamed, one to one, as suits the other half best."""
+    halves = np.array_split(np.random.default_rng(0).permutation(len(labels)), 2)
+    table = np.zeros((n_classes, n_classes), dtype=np.int64)
+    np.add.at(table, (predictions[halves[0]], labels[halves[0]]), 1)
+    _, names = linear_sum_assignment(table, maximize=True)
+    return float(np.mean(names[predictions[halves[1]]] == labels[halves[1]]))
 
-    A weak early exit, which guesses a little better, is none of them. Nothing is said of fewer than ``MANY_LABELS``
-    samples, of a single class, and of outputs graded by ``quality``.
+
+def warn_of_chance(outputs: ExitOutputs) -> None:
+    """One :class:`LabelWarning` where the full model is not clearly better than guessing, or answers under other names.
+
+    An early exit may be as weak as it likes: it is remarked on only where it seems to guess, but would come half way
+    up to the full model under other names, so that it has its classes in another order. Nothing is said of fewer than
+    ``MANY_LABELS`` samples, of a single class, and of outputs graded by ``quality``.
     """
     labels, n_classes = outputs.labels, outputs.n_classes
     if outputs.quality is not None or outputs.predictions is None or labels is None or n_classes is None:
@@ -52,13 +69,20 @@ def warn_of_chance(outputs: ExitOutputs) -> None:
     for k, predictions in enumerate(outputs.predictions):
         accuracy = float(np.mean(predictions == labels))
         level, error = chance_level(predictions, labels, n_classes)
+        if accuracy > level + _STANDARD_ERRORS * error + 1e-9:
+            continue
+        renamed = renamed_accuracy(predictions, labels, n_classes) if n_classes <= MOST_CLASSES else 0.0
+        half_error = float(np.sqrt(level * (1 - level) / (outputs.n_samples // 2)))
+        best = outputs.full_accuracy if outputs.full_accuracy > level + _CERTAIN_ERRORS * half_error else 1.0
+        misnamed = renamed > max(level + _CERTAIN_ERRORS * half_error, (level + best) / 2)
         is_full = k == outputs.n_exits - 1
-        if accuracy <= level + (_STANDARD_ERRORS * error if is_full else 0.0) + 1e-9:
+        if is_full or misnamed:
             name = "the full model" if is_full else f"exit {k}"
-            remarks.append(f"{name} is right on {100 * accuracy:.1f}% of them (guessing: {100 * level:.1f}%)")
+            better = f"; about {100 * renamed:.0f}% with its classes in another order" if misnamed else ""
+            remarks.append(f"{name} is right on {100 * accuracy:.1f}% of them (guessing: {100 * level:.1f}%{better})")
     if remarks:
         warn(
-            f"hardly better than guessing on the {outputs.n_samples} calibration samples: {'; '.join(remarks)}. Are "
+            f"hardly better than guessing on the {outputs.n_samples} calibration samples: {', '.join(remarks)}. Are "
             "labels in the order of the model's classes (classes=), and inputs prepared as those it was trained on? "
             "Otherwise it has not learned this task.",
             LabelWarning,
