@@ -176,7 +176,7 @@ SETTINGS = {
 }
 
 
-@pytest.mark.parametrize("n", [150, 800])
+@pytest.mark.parametrize("n", [150, pytest.param(800, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("case", SETTINGS)
 def test_intervals_cover_what_the_setting_gives_on_fresh_data(case, n):
     made, max_drop = SETTINGS[case]
