@@ -23,6 +23,8 @@ from .core.frontier import OperatingPoint as OperatingPoint
 from .core.frontier import ParetoFrontier as ParetoFrontier
 from .core.outputs import ExitOutputs as ExitOutputs
 from .core.trace import ExitTrace as ExitTrace
+from .core.verdict import Verdict as Verdict
+from .core.verdict import verdict as verdict
 from .displays import BarsDisplay as BarsDisplay
 from .displays import ComparisonDisplay as ComparisonDisplay
 from .displays import ExemplarDisplay as ExemplarDisplay

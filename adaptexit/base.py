@@ -26,7 +26,7 @@ from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.policy import ExitAlone, Policy
 from adaptexit.core.trace import ExitTrace
 from adaptexit.data.batches import Batches, as_batches
-from adaptexit.data.classes import accuracy_of, warn_of_labels
+from adaptexit.data.classes import accuracy_of
 from adaptexit.data.inputs import InputSpec
 from adaptexit.data.sources import is_stream, split_pair
 from adaptexit.networks.base import Network, below
@@ -81,7 +81,6 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
     _network: Network
     _prepared: dict[str, Predictor]
     _confidence: Any
-    _label_hint = ""
 
     # -- what a subclass provides --------------------------------------------------------------------------------------
 
@@ -307,8 +306,6 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
             calibrator.fit(outputs, **({"training": training} if calibrator.needs_training else {}))
         if self.budget is not None:
             calibrator.policy(budget=self.budget)
-        if labelled:
-            warn_of_labels(outputs, network.exit_names[-1], self._label_hint)
         self.__dict__.update(
             _network=network, _inputs=inputs, _prepared={}, classes_=classes, calibrator_=calibrator, outputs_=outputs,
             labelled_=labelled, _confidence=self.confidence,

@@ -142,7 +142,6 @@ class MultiExitClassifier(AdaptiveClassifier):
     that part).
     """
 
-    _label_hint = " Without labels the heads learn the backbone's own answers."
     exits_: list[str]
     history_: dict[str, Any]
     self_calibrated_: bool

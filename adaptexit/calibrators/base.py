@@ -11,6 +11,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils.validation import check_is_fitted
 
 from adaptexit.core.answer import Answer
+from adaptexit.core.chance import warn_of_chance
 from adaptexit.core.costs import Costs
 from adaptexit.core.frontier import OperatingPoint, ParetoFrontier
 from adaptexit.core.outputs import ExitOutputs
@@ -58,7 +59,8 @@ class Calibrator(BaseEstimator):
         raise NotImplementedError
 
     def _keep(self, points: Iterable[OperatingPoint], point: OperatingPoint, outputs: ExitOutputs) -> None:
-        """Store the points, the one in use, and what exits cost."""
+        """Store the points, the one in use, and what exits cost; remark on models that only guess."""
+        warn_of_chance(outputs)
         self.frontier_, self.point_ = ParetoFrontier.of(points, outputs), point
         self.costs_ = outputs.pricing.charged(self.extra_costs_, self.remembers)
 

@@ -48,15 +48,15 @@ class Costs:
         if cumulative is not None:
             if stage_costs is not None or exit_costs is not None:
                 raise ValueError("costs replaces stage_costs and exit_costs: give either costs or those two, not both.")
-            rising = _cost_array(cumulative, n_exits, "costs")
+            rising = cost_array(cumulative, n_exits, "costs")
             if (np.diff(rising) < 0).any():
                 raise ValueError(f"costs are cumulative and must not fall from exit to exit; got {rising.tolist()}.")
             stage_costs, exit_costs = np.diff(rising, prepend=0.0), np.zeros(n_exits)
         if stage_costs is None or exit_costs is None:
             missing = [n for n, v in (("stage_costs", stage_costs), ("exit_costs", exit_costs)) if v is None]
             raise ValueError(f"{' and '.join(missing)} must be given, or costs= (cumulative, free exits) instead.")
-        stages = _cost_array(stage_costs, n_exits, "stage_costs")
-        exits = _cost_array(exit_costs, n_exits, "exit_costs")
+        stages = cost_array(stage_costs, n_exits, "stage_costs")
+        exits = cost_array(exit_costs, n_exits, "exit_costs")
         if stages.sum() + exits[-1] <= 0:
             raise ValueError("the full model must cost something: stage_costs plus the last of exit_costs is 0.")
         return cls(stages, exits, bool(chained), unit)
@@ -90,7 +90,8 @@ class Costs:
         return dataclasses.replace(self, exits=self.exits + extra, chained=self.chained or chained)
 
 
-def _cost_array(values: Any, n_exits: int, name: str) -> Floats:
+def cost_array(values: Any, n_exits: int, name: str) -> Floats:
+    """One cost an exit, shape (K,), or a ValueError for what cannot be one."""
     array = np.array(real_array(name, values), dtype=np.float64)
     check_shape(array, (n_exits,), name)
     if not (np.isfinite(array).all() and (array >= 0).all()):

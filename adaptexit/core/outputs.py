@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from functools import cached_property
 from numbers import Integral
@@ -15,6 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from adaptexit.core.answer import Answer
 from adaptexit.core.costs import Costs
+from adaptexit.core.logs import read_log
 from adaptexit.core.saved_outputs import ARRAYS, read_outputs, write_outputs
 from adaptexit.core.scores import largest_of, resolve_score, scores_of
 from adaptexit.utils.files import naming
@@ -197,6 +198,54 @@ class ExitOutputs:
             cost_unit=costs.unit, chained=chained, logits=logits,
             features=[none if a.features is None else a.features for a in answers] if has_features else None,
         )  # fmt: skip
+
+    @classmethod
+    def from_frame(
+        cls,
+        frame: Any,
+        *,
+        models: Sequence[Any] | None = None,
+        scores: Sequence[Any] | None = None,
+        correct: Sequence[Any] | None = None,
+        predictions: Sequence[Any] | None = None,
+        label: Any = "label",
+        classes: ArrayLike | None = None,
+        cost: ArrayLike | Mapping[Any, float] | None = None,
+        stage_costs: ArrayLike | None = None,
+        exit_costs: ArrayLike | None = None,
+        **others: Any,
+    ) -> ExitOutputs:
+        """Outputs of models, or exits, from a log: one row a sample, every model asked in every row.
+
+        Parameters
+        ----------
+        frame : path of a CSV or Parquet file, DataFrame, or dict of columns
+        models : K names, cheapest first, the full model last
+            Read are the columns ``<model>_score`` (larger = surer; the last model's decides nothing and may be left
+            out) and ``<model>_correct`` (0 ... 1) or ``<model>_prediction``. Unless given, the keys of ``cost``, or
+            the models of all such columns in their order.
+        scores, correct, predictions : K column names each
+            Instead, for columns of other names: scores, and correctness or predictions.
+        label : column name, default="label"
+            True classes, where predictions are given. Names or whole numbers, as the predictions.
+        classes : sequence of C labels, optional
+            In the order that class indices are to have. Unless given, all that occur, sorted.
+        cost : K floats, or a dict from model to cost
+            What each model costs a sample, as ``CascadeSaver(cost=...)``: models share nothing.
+        stage_costs, exit_costs : as in the constructor, instead, for exits on one model
+        **others
+            ``chained``, ``cost_unit`` ("given" unless told).
+
+        Raises
+        ------
+        TypeError, ValueError, FileNotFoundError, ImportError
+            For a table that lacks a column or a value: the message names the column and the first such row.
+        """
+        fields = read_log(
+            frame, models=models, scores=scores, correct=correct, predictions=predictions, label=label,
+            classes=classes, cost=cost, stage_costs=stage_costs, exit_costs=exit_costs,
+        )  # fmt: skip
+        return cls(**fields, **({"cost_unit": "given"} | others))
 
     def _replace(self, **fields: Any) -> ExitOutputs:
         """A copy with some fields exchanged, not validated again."""

@@ -9,12 +9,7 @@ from numpy.typing import NDArray
 from sklearn.metrics import accuracy_score
 from sklearn.model_selection import train_test_split
 
-from adaptexit.core.outputs import ExitOutputs
-from adaptexit.exceptions import LabelWarning, warn
 from adaptexit.utils.validation import check_shape, plain_array, real_array
-
-MANY_LABELS = 50
-"""Calibration samples from which on a backbone that is no better than guessing is remarked on."""
 
 
 def hold_out(y: NDArray[Any], size: float, random_state: int) -> tuple[NDArray[np.intp], NDArray[np.intp]]:
@@ -108,16 +103,3 @@ def accuracy_of(answers: NDArray[Any], y: NDArray[Any], classes: NDArray[Any], s
 
 def _shortened(values: NDArray[Any]) -> str:
     return str(values.tolist()) if len(values) <= 6 else f"[{values[0]}, {values[1]}, ..., {values[-1]}]"
-
-
-def warn_of_labels(outputs: ExitOutputs, model: str, hint: str = "") -> None:
-    """Labels in another order, or of another task, than the logits of the full model."""
-    assert outputs.labels is not None
-    commonest = float(np.bincount(outputs.labels).max()) / outputs.n_samples
-    if outputs.n_samples >= MANY_LABELS and outputs.full_accuracy <= commonest < 1:
-        warn(
-            f"the {model} is right on {100 * outputs.full_accuracy:.1f}% of the calibration data, "
-            f"no more than the commonest label ({100 * commonest:.1f}%). Are labels in the order of its logits "
-            f"(classes=)?{hint}",
-            LabelWarning,
-        )

@@ -388,6 +388,7 @@ def test_a_classifier_with_exits_is_saved_and_loaded_with_its_margins(branched_b
     assert loaded.trace(images).exits.tolist() == branched_by_class.trace(images).exits.tolist()
 
 
+@pytest.mark.filterwarnings("ignore::adaptexit.LabelWarning")
 def test_outputs_of_other_classes_are_refused():
     rng = np.random.default_rng(0)
 

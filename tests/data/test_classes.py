@@ -1,12 +1,9 @@
-import warnings
-
 import numpy as np
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from adaptexit import ExitOutputs, LabelWarning
-from adaptexit.data.classes import MANY_LABELS, class_indices, hold_out, known_classes, warn_of_labels
+from adaptexit.data.classes import class_indices, hold_out, known_classes
 
 
 @given(labels=st.lists(st.sampled_from("abcde"), min_size=1), classes=st.permutations("abcde"))
@@ -73,25 +70,6 @@ def test_classes_are_counted_given_or_those_of_fitted_models():
             known_classes(refused, 2, None)
     with pytest.raises(ValueError, match=r"those of the fitted classifiers, \['a', 'b'\]; got \['b', 'a'\]"):
         known_classes(["b", "a"], 2, np.array(["a", "b"]))
-
-
-def answered(n, n_right):
-    """Outputs of n samples of three classes, each as common, of which the full model gets so many right."""
-    labels = np.arange(n) % 3
-    answers = np.where(np.arange(n) < n_right, labels, (labels + 1) % 3)
-    return ExitOutputs(predictions=[answers], scores=np.ones((1, n)), labels=labels, n_classes=3, costs=[1.0])
-
-
-def test_a_model_no_better_than_guessing_is_remarked_on():
-    with pytest.warns(
-        LabelWarning, match=r"the base is right on 10\.0% of .* label \(33\.3%\).*classes=\)\? Look"
-    ) as warned:
-        warn_of_labels(answered(60, 6), "base", " Look again.")
-    assert warned[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warn_of_labels(answered(60, 30), "base")
-        warn_of_labels(answered(MANY_LABELS - 1, 0), "base")
 
 
 @given(
