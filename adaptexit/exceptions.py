@@ -11,7 +11,7 @@ _PACKAGE = str(Path(__file__).parent) + os.sep
 
 
 class CalibrationWarning(UserWarning):
-    """Calibration data say less than they seem to: the model may have learned from them, or classes are missing."""
+    """Calibration data say less than they seem to: they are few, learned from already, or without some classes."""
 
 
 class LabelWarning(UserWarning):

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from adaptexit.calibrators.base import ScoreCalibrator, ScoreName, check_outputs
+from adaptexit.core.doubt import warn_of_doubt
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.search import SEARCH_NAMES, SearchName, SearchReport, search_thresholds
 from adaptexit.utils.learning import learned_at_once
@@ -90,6 +91,12 @@ class ThresholdCalibrator(ScoreCalibrator):
         ValueError
             For a parameter outside what is allowed, outputs without the logits that the score needs, or a budget
             below the cheapest operating point.
+
+        Warns
+        -----
+        CalibrationWarning
+            Where the point that keeps ``max_drop`` rests on fewer than 30 samples on which answers differ, or where it
+            is the plain full model because the samples do not tell of a cheaper one.
         """
         check_outputs(outputs)
         self._search(self.rescored(outputs))
@@ -117,7 +124,10 @@ class ThresholdCalibrator(ScoreCalibrator):
         if budget is not None:
             point = frontier.at(budget=budget)
         else:
-            point = frontier.at(max_drop=0.0 if drop is None else drop)
+            kept = 0.0 if drop is None else drop
+            point = frontier.at(max_drop=kept)
+            if outputs.quality is None:  # the error counts answers that differ
+                warn_of_doubt(frontier, point, kept)
         self.search_report_ = report
         self._keep(frontier.points, point, outputs)
 

@@ -39,8 +39,8 @@ best one looks better than it is."""
 
 _CAUTION, _CAUTIOUS_AT = 0.5, 500
 """Standard errors of its loss by which a point must keep an allowed drop on many samples, and the number of samples at
-which it is twice as many: the cheapest point that seems to keep a drop is chosen for its luck. With these it is kept on
-average in benchmarks/small_calibration.py."""
+and below which it is twice as many: the cheapest point that seems to keep a drop is chosen for its luck. With these it
+is kept on average in benchmarks/small_calibration.py."""
 
 NEGLIGIBLE = 4e-4
 """Loss of accuracy, beyond an allowed drop, that is passed over: 0.04 points."""
@@ -170,7 +170,7 @@ class ParetoFrontier:
         max_drop = checked_number(
             "max_drop", max_drop, "a share of accuracy, at least 0 (0.01 is one point)", least=0.0
         )
-        caution = _CAUTION * (1 + _CAUTIOUS_AT / calibrated.n_samples)
+        caution = _CAUTION * (1 + min(_CAUTIOUS_AT / calibrated.n_samples, 1.0))
         loss = calibrated.full_accuracy - calibrated.accuracy + caution * calibrated.drop_se
         plain = np.array([not point.on[:-1].any() for point in calibrated.points])
         kept = plain | (loss <= max_drop + NEGLIGIBLE)
