@@ -171,7 +171,7 @@ MADE_UP = {
     "a point behind the last": (["state", "calibrator", "point_in_use"], 999, "point_in_use must be .* at most"),
     "a point that is a switch": (["state", "calibrator", "point_in_use"], True, "point_in_use must be a whole number"),
     "other samples": (["state", "calibrator", "frontier", "n_samples"], 3, "outputs must be the 3 calibrated on; got"),
-    "a search": (["state", "calibrator", "search_report", "search"], "magic", "search must be 'exact' or 'coord'"),
+    "a search": (["state", "calibrator", "search_report", "search"], "magic", "search must be 'smoothed' or 'exact'"),
     "a kind of model": (["state", "models", 0, "kind"], "pickle", r"models\[0\].kind must be 'torch' or"),
     "a parameter": (["params", "hook"], "os.system", r"must be parameters of CascadeSaver, .*; got \['hook'\]"),
     "twice": (["params", "base"], "resnet18", r"must be parameters of CascadeSaver, each once: .*; got \['base'\]"),

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from scipy.stats import t as student
 
 from adaptexit.core.chance import warn_of_chance
-from adaptexit.core.frontier import OperatingPoint
+from adaptexit.core.frontier import TOLERANCE, OperatingPoint
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.routing import exit_index
 from adaptexit.core.search import search_thresholds
@@ -134,7 +134,7 @@ def verdict(
         )
     warn_of_chance(outputs)
     n = outputs.n_samples
-    point, closest = _chosen(outputs, drop, random_state, also=drop + slack)
+    point, closest, seeming = _chosen(outputs, drop, random_state, also=drop + slack)
     _, costs = _outcomes(outputs, point)
     gains, choices, stayed_off = _cross_fitted(outputs, drop, n_folds, random_state)
     quantile = float(student.ppf((1 + confidence) / 2, n - 1))
@@ -152,7 +152,8 @@ def verdict(
         "n_disagreements": int(np.count_nonzero((outputs.graded[:-1] != outputs.graded[-1]).any(axis=0))),
         "confidence": confidence,
     }
-    pays, text = _said(outputs, drop, slack, figures, stayed_off, 1 - closest.cost)
+    settled = not seeming and stayed_off > 0.5
+    pays, text = _said(outputs, drop, slack, figures, settled, 1 - closest.cost)
     return Verdict(pays=pays, text=text, **figures)
 
 
@@ -161,11 +162,12 @@ def verdict(
 
 def _chosen(
     outputs: ExitOutputs, drop: float, random_state: int, also: float | None = None
-) -> tuple[OperatingPoint, OperatingPoint]:
-    """The setting for a drop that is allowed, and for another one."""
+) -> tuple[OperatingPoint, OperatingPoint, bool]:
+    """The setting for a drop that is allowed, and for another one; whether any cheaper one seems to keep the first."""
     drops = (drop, drop if also is None else also)
     frontier, _ = search_thresholds(outputs, drops=drops, random_state=random_state)
-    return frontier.at(max_drop=drops[0]), frontier.at(max_drop=drops[1])
+    seeming = (frontier.accuracy >= frontier.full_accuracy - drop - TOLERANCE) & (frontier.cost < 1 - TOLERANCE)
+    return frontier.at(max_drop=drops[0]), frontier.at(max_drop=drops[1]), bool(seeming.any())
 
 
 def _outcomes(outputs: ExitOutputs, point: OperatingPoint) -> tuple[Floats, Floats]:
@@ -184,7 +186,7 @@ def _cross_fitted(outputs: ExitOutputs, drop: float, n_folds: int, random_state:
     gains, choices, off = np.empty(n), np.empty(n_folds), np.empty(n_folds, dtype=bool)
     for f, fold in enumerate(folds):
         others = np.sort(np.concatenate([folds[g] for g in range(n_folds) if g != f]))
-        point, _ = _chosen(outputs.take(others), drop, random_state)
+        point, _, _ = _chosen(outputs.take(others), drop, random_state)
         everyone, _ = _outcomes(outputs, point)
         gains[fold], choices[f], off[f] = everyone[fold], everyone.mean(), not point.on[:-1].any()
     return gains, choices, float(off.mean())
@@ -202,12 +204,12 @@ def _paired_error(gains: Floats, outputs: ExitOutputs) -> float:
 
 
 def _said(
-    outputs: ExitOutputs, drop: float, slack: float, figures: dict[str, Any], stayed_off: float, within_slack: float
+    outputs: ExitOutputs, drop: float, slack: float, figures: dict[str, Any], settled: bool, within_slack: float
 ) -> tuple[bool | None, str]:
     """Whether it pays, and all figures in words.
 
-    ``stayed_off`` is the share of folds that chose the plain full model; ``within_slack`` the saving where the slack is
-    allowed too, as the samples it was chosen on have it.
+    ``settled`` says whether no setting even seems to keep the drop, nor does on most folds; ``within_slack`` is the
+    saving where the slack is allowed too, as the samples it was chosen on have it.
     """
     saving, saves = figures["saving"], figures["saving_interval"]
     changes, limit = figures["accuracy_interval"], -(drop + slack)
@@ -219,7 +221,7 @@ def _said(
     allowed = f"without losing {worth.name}" if drop == 0 else f"at a loss of at most {worth.amount(drop)}"
     measured = f"measured on {n:,} samples ({100 * figures['confidence']:.4g}% intervals)"
     found = f"{100 * saving:.0f}% cheaper ({_range(saves)}) at {worth.change(figures['accuracy_difference'], changes)}"
-    if off and stayed_off > 0.5 and changes[0] >= limit:
+    if off and settled and changes[0] >= limit:
         more = ""
         if within_slack > 0:
             more = f" With max_drop={drop + slack:g} it might save {100 * within_slack:.0f}%."
@@ -229,8 +231,10 @@ def _said(
     if saves[0] > 0 and changes[0] >= limit:
         return True, f"{what[0].upper()}{what[1:]} pays: {found}, {measured}."
     if off:
-        reason = f"whether any setting saves {allowed} depends on which of the {n:,} samples are asked"
+        reason = f"of the settings that seem to save {allowed}, {n:,} samples do not tell whether they do"
         needed = "Calibrate on more."
+        if within_slack > 0:
+            needed += f" With max_drop={drop + slack:g} it might save {100 * within_slack:.0f}%."
     else:
         reason = found + f", {measured}"
         times = [_times(i, end) for i, end in ((saves, 0.0), (changes, limit)) if i[0] <= end]

@@ -29,7 +29,7 @@ def graded(score, small, large, cost, **others):
 
 
 def test_a_cascade_that_pays():
-    found = verdict(pair(3000))
+    found = verdict(pair(3000), max_drop=0.005)
     assert found.pays is True
     assert found.saving_interval[0] < found.saving < found.saving_interval[1]
     assert found.accuracy_interval[0] < found.accuracy_difference < found.accuracy_interval[1]
@@ -131,7 +131,7 @@ def test_the_folds_are_drawn_by_random_state():
 
 
 def test_wider_intervals_at_more_confidence():
-    narrow, wide = verdict(pair(500), confidence=0.8), verdict(pair(500), confidence=0.99)
+    narrow, wide = (verdict(pair(500), max_drop=0.01, confidence=c) for c in (0.8, 0.99))
     for name in ("saving_interval", "accuracy_interval"):
         assert np.ptp(getattr(wide, name)) > np.ptp(getattr(narrow, name))
     assert "80% intervals" in str(narrow)

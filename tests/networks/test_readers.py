@@ -257,4 +257,4 @@ def test_whole_numbers_without_an_image_processor_name_the_model(call):
     model = CascadeSaver(vit(), resnet(), cost=[1, 10])
     message = "X must hold floats for saver, a ResNetForImageClassification without preprocessing.*or give its preproc"
     with pytest.raises(TypeError, match=message):
-        model.fit(images, KINDS) if call == "fit" else model.fit(IMAGES, KINDS).predict(images)
+        model.fit(images, KINDS) if call == "fit" else model.fit(IMAGES, KINDS).predict(images, budget=0.5)
