@@ -166,13 +166,15 @@ def _curve(problem: Problem, budgets: Floats) -> Floats:
     everybody = np.zeros((1, problem.n_early), dtype=np.int64)
     everybody[0, on[0]] = problem.n_samples
     nobody = np.zeros_like(everybody)
-    by_rule = _between(problem, np.concatenate([everybody, geometric_path(problem, _RATIOS.tolist()), nobody]), budgets)
-    if len(on) == 1:
-        return by_rule  # a prefix of one exit is told by its cost
-    moved = _moved(problem.n_samples)
-    searched = _between(problem, np.concatenate([everybody, _priced_path(problem), nobody]), budgets)
-    if moved < 0.01:
-        return searched
+    moved = 1.0 if len(on) == 1 else _moved(problem.n_samples)  # a prefix of one exit is told by its cost
+    if moved < 1:
+        searched = _between(problem, np.concatenate([everybody, _priced_path(problem), nobody]), budgets)
+        if moved < 0.01:
+            return searched
+    rule = geometric_path(problem, _RATIOS.tolist())
+    by_rule = _between(problem, np.concatenate([everybody, rule, nobody]), budgets)
+    if moved == 1:
+        return by_rule
     return _fitted(problem, (1 - moved) * searched + moved * by_rule, budgets).astype(np.float64)
 
 
@@ -189,13 +191,12 @@ def _priced_path(problem: Problem) -> Policies:
 
 def _between(problem: Problem, curve: Policies, budgets: Floats) -> Floats:
     """Positions (B, K-1) that cost the budgets, interpolated along policies (P, K-1)."""
-    _, cost = problem.values(curve)
+    cost = problem.costs(curve)
     order = np.argsort(cost, kind="stable")
     steps = np.linspace(cost[order[0]], cost[order[-1]], _DENSE)
     dense = _interpolated(steps, cost[order], curve[order])
     # Costs are not linear between policies: counted once more on the dense ones, they nearly are.
-    _, dense_cost = problem.values(problem.snap(dense))
-    dense_cost = np.maximum.accumulate(dense_cost / problem.n_samples)
+    dense_cost = np.maximum.accumulate(problem.costs(problem.snap(dense)) / problem.n_samples)
     return _interpolated(budgets, dense_cost + 1e-12 * np.arange(len(dense)), dense)
 
 
