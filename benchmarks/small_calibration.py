@@ -121,7 +121,7 @@ def before(calibration: ExitOutputs, budgets: Sequence[float]) -> Chosen:
         search = "exact"
     elif n < 200 * k:
         search = "geometric"
-    frontier, _ = search_thresholds(calibration, search, drops=DROPS)
+    frontier, _ = search_thresholds(calibration, search, n_points=100, drops=DROPS)
     accuracy, cost = frontier.accuracy, frontier.cost
 
     def at_drop(drop: float) -> int:
@@ -186,7 +186,7 @@ def report(title: str, by_size: dict[int, dict[str, Any]]) -> None:
         for way in ("before", "now"):
             found = figures[way]
             cells = (
-                f"{100 * 0 + loss - 100 * d:+.2f} ± {sd:.2f} at {cost:.3f}"
+                f"{loss - 100 * d:+.2f} ± {sd:.2f} at {cost:.3f}"
                 for d, loss, sd, cost in zip(
                     DROPS, found["drop_loss"], found["drop_loss_sd"], found["drop_cost"], strict=True
                 )

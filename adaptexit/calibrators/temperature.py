@@ -49,7 +49,7 @@ class TemperatureCalibrator(ThresholdCalibrator):
         *,
         budget: float | None = None,
         max_drop: float | None = None,
-        n_points: int = 100,
+        n_points: int = 200,
         random_state: int = 0,
     ) -> None:
         super().__init__(

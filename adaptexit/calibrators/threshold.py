@@ -43,7 +43,7 @@ class ThresholdCalibrator(ScoreCalibrator):
         Instead: the point in use is the cheapest that loses at most so much accuracy against the full model (0.01 is
         one point), on average on other data: it must keep part of its standard error's distance on these. With
         neither, 0.
-    n_points : int, default=100
+    n_points : int, default=200
         Budgets for which the search is made; predict only looks up.
     random_state : int, default=0
         Seed of the bootstrap samples.
@@ -72,7 +72,7 @@ class ThresholdCalibrator(ScoreCalibrator):
         *,
         budget: float | None = None,
         max_drop: float | None = None,
-        n_points: int = 100,
+        n_points: int = 200,
         random_state: int = 0,
     ) -> None:
         self.score = score

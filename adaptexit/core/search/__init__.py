@@ -75,7 +75,7 @@ def search_thresholds(
     outputs: ExitOutputs,
     search: SearchName = "auto",
     *,
-    n_points: int = 100,
+    n_points: int = 200,
     drops: Sequence[float] = (),
     budgets: Sequence[float] = (),
     random_state: int = 0,
