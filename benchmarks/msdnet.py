@@ -29,6 +29,7 @@ class Profile:
 
 
 MSDNET = Profile((0.60, 0.665, 0.705, 0.73, 0.75), (6.8, 14.2, 27.3, 41.4, 58.1))
+ALIKE = Profile((0.70, 0.72, 0.735, 0.745, 0.75), (0.23, 0.44, 0.63, 0.82, 1.0))
 TWO_EXITS = Profile((0.60, 0.75), (6.8, 58.1))
 TEN_EXITS = Profile(
     tuple(np.interp(np.linspace(0, 4, 10), np.arange(5), MSDNET.accuracies)),

@@ -35,14 +35,13 @@ from adaptexit.core.search import Problem, SearchName, search_thresholds
 from adaptexit.core.search.methods import geometric_path
 from benchmarks.cifar import arguments, tensors
 from benchmarks.common import print_table, require_one_thread, write_result
-from benchmarks.msdnet import MSDNET, Profile, simulate
+from benchmarks.msdnet import ALIKE, MSDNET, simulate
 from examples.cifar import images, pretrained
 
 SIZES = (100, 200, 500, 1000, 3000, 5000)
 BUDGETS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
 DROPS = (0.0, 0.005, 0.01)
 EXITS = ["layer1.4", "layer1.8", "layer2.4", "layer2.8"]
-ALIKE = Profile((0.70, 0.72, 0.735, 0.745, 0.75), (0.23, 0.44, 0.63, 0.82, 1.0))
 SIMULATED = {"simulated, exits differ": MSDNET, "simulated, exits alike": ALIKE}
 POOL, MOST_FRESH = 60_000, 30_000
 
