@@ -91,7 +91,16 @@ def spend(outputs: ExitOutputs, problem: Problem, budgets: Sequence[float], rand
     positions = _of_best_exits(estimated, wanted)
     if searched is not problem:
         positions = problem.moved(positions, searched)
-    return _fitted(problem, positions, wanted)
+    policies = _fitted(problem, positions, wanted)
+    # On few samples a set of exits may be taken that is dearer than its budget for anybody.
+    policies[problem.costs(policies) / problem.n_samples > wanted + 1e-9] = cheapest(problem)
+    return policies
+
+
+def cheapest(problem: Problem) -> Policies:
+    """The policy (1, K-1) at which everybody leaves at the exit that costs least."""
+    everybody = np.diag(np.full(problem.n_early, problem.n_samples))
+    return everybody[np.argsort(problem.costs(everybody), kind="stable")[:1]]
 
 
 def _estimated(outputs: ExitOutputs, problem: Problem) -> Problem:
@@ -209,22 +218,55 @@ def _interpolated(at: Floats, cost: Floats, positions: NDArray[np.number]) -> Fl
 def _fitted(problem: Problem, positions: Floats, budgets: Floats) -> Policies:
     """Policies near positions (B, K-1) that cost the budgets or less, and spend of them what exits allow.
 
-    Positions are stretched or shrunk together: the farther, the more samples leave early and the cheaper.
+    Positions are stretched or shrunk together: the farther, the more samples leave early and the cheaper. Where even
+    that everybody leaves at the first of the exits is too dear, that is what is returned.
     """
     n = problem.n_samples
-    limits = budgets + 1e-9
-    best = problem.snap(positions)
-    cost = problem.costs(best) / n
-    spent = np.where(cost <= limits, cost, -np.inf)
+    policies = problem.snap(positions)
+    cost = problem.costs(policies) / n
     # Interpolated positions nearly cost their budgets: it is near them that the cost is looked for.
     reach = np.clip(8 * np.abs(cost - budgets), 4 / n, 0.5)
-    low, high = np.where(cost <= limits, -reach, 0.0), np.where(cost <= limits, 0.0, reach)
-    for _ in range(_HALVINGS if n > MOST_SEARCHED else 2 * _HALVINGS):
-        guess = (low + high) / 2
-        policies = problem.snap(np.where(positions > 0, np.clip(positions * np.exp(guess)[:, None], 1, n), 0))
-        cost = problem.costs(policies) / n
-        within = cost <= limits
-        better = within & (cost > spent)
-        best[better], spent[better] = policies[better], cost[better]
-        low, high = np.where(within, low, guess), np.where(within, guess, high)
+    within = cost <= budgets + 1e-9
+    ranges = np.where(within, -reach, 0.0), np.where(within, 0.0, reach)
+    halvings = _HALVINGS if n > MOST_SEARCHED else 2 * _HALVINGS
+    best, enclosed = _halved(problem, positions, policies, cost, budgets, ranges, halvings)
+    if not enclosed.all():  # ties are in the way, or so few leave that stretching moves next to nobody
+        rest = ~enclosed
+        far = np.full(np.count_nonzero(rest), np.log(n))
+        ranges = np.where(within[rest], -far, 0.0), np.where(within[rest], 0.0, far)
+        best[rest], _ = _halved(
+            problem, positions[rest], best[rest], problem.costs(best[rest]) / n, budgets[rest], ranges, 2 * _HALVINGS
+        )
     return best
+
+
+def _halved(
+    problem: Problem,
+    positions: Floats,
+    policies: Policies,
+    cost: Floats,
+    budgets: Floats,
+    ranges: tuple[Floats, Floats],
+    halvings: int,
+) -> tuple[Policies, NDArray[np.bool_]]:
+    """The dearest policies within their budgets that halving ranges (B,) of log stretch meets; ``policies`` where none is.
+
+    Returns
+    -------
+    (policies, enclosed)
+        Policies (B, K-1), and whether some were within the budget and others not: else it may lie outside the range.
+    """
+    n, (low, high) = problem.n_samples, ranges
+    best, limits = policies.copy(), budgets + 1e-9
+    spent = np.where(cost <= limits, cost, -np.inf)
+    too_dear = cost > limits
+    for _ in range(halvings):
+        guess = (low + high) / 2
+        tried = problem.snap(np.where(positions > 0, np.clip(positions * np.exp(guess)[:, None], 1, n), 0))
+        cost = problem.costs(tried) / n
+        within = cost <= limits
+        too_dear |= ~within
+        better = within & (cost > spent)
+        best[better], spent[better] = tried[better], cost[better]
+        low, high = np.where(within, low, guess), np.where(within, guess, high)
+    return best, too_dear & np.isfinite(spent)
