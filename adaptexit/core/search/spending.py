@@ -123,30 +123,28 @@ def _estimated(outputs: ExitOutputs, problem: Problem) -> Problem:
 def _of_best_exits(problem: Problem, budgets: Floats) -> Floats:
     """For every budget the positions (B, K-1) of the best set of exits.
 
-    All sets are tried where exits cost something and are few; where they are many, one after the other is left out as
-    long as that helps; where they are free, all are on.
+    All sets are tried where exits cost something and are few; where they are many, one after the other is left out, the
+    most useless first and down to one: of two that are no use, each alone may look as if it had to stay. Where exits
+    are free, all are on.
     """
     everything = np.ones(problem.n_early, dtype=bool)
     best = _Best(problem, budgets)
     if problem.free:
         best.offer(everything)
     elif problem.n_early <= MOST_EXHAUSTIVE:
-        for some in product((True, False), repeat=problem.n_early):
-            if any(some):
-                best.offer(np.array(some))
+        for some in sorted(product((True, False), repeat=problem.n_early), key=sum, reverse=True)[:-1]:
+            best.offer(np.array(some))
     else:
-        exits, merit = everything, best.offer(everything)
+        exits = everything
+        best.offer(exits)
         while np.count_nonzero(exits) > 1:
             trials = [exits & (np.arange(problem.n_early) != k) for k in np.flatnonzero(exits)]
-            merits = [best.offer(fewer) for fewer in trials]
-            if max(merits) <= merit:
-                break
-            merit, exits = max(merits), trials[int(np.argmax(merits))]
+            exits = trials[int(np.argmax([best.offer(fewer) for fewer in trials]))]
     return best.positions
 
 
 class _Best:
-    """The best positions that were offered for every budget, by estimated quality."""
+    """The best positions that were offered for every budget, by estimated quality; of equals the last."""
 
     def __init__(self, problem: Problem, budgets: Floats) -> None:
         self.problem, self.budgets = problem, budgets
@@ -154,16 +152,17 @@ class _Best:
         self.merits = np.full(len(budgets), -np.inf)
 
     def offer(self, exits: NDArray[np.bool_]) -> float:
-        """Try a set of exits; the mean merit of its policies."""
+        """Try a set of exits; the mean quality of its policies, that of the worst exit where they are too dear."""
         positions = _curve(self.problem.committed(exits), self.budgets)
         quality, cost = self.problem.values(self.problem.snap(positions))
         n = self.problem.n_samples
         # Too dear is worse than any quality; a little too dear is set right in the end.
         excess = np.maximum(cost / n - self.budgets - 2e-3 - 1 / n, 0.0)
         merits = quality / n - np.where(excess > 0, 1e6 * (1 + excess), 0.0)
-        better = merits > self.merits
+        better = merits >= self.merits
         self.positions[better], self.merits[better] = positions[better], merits[better]
-        return float(merits.mean())
+        worst = self.problem.quality.sum(axis=1).min() * self.problem.quality_unit
+        return float(np.where(excess > 0, worst, quality).mean()) / n
 
 
 # -- from cheap to dear ------------------------------------------------------------------------------------------------
@@ -249,7 +248,7 @@ def _halved(
     ranges: tuple[Floats, Floats],
     halvings: int,
 ) -> tuple[Policies, NDArray[np.bool_]]:
-    """The dearest policies within their budgets that halving ranges (B,) of log stretch meets; ``policies`` where none is.
+    """The dearest policies within their budgets that halving ranges (B,) of log stretch meets; else ``policies``.
 
     Returns
     -------
