@@ -11,7 +11,7 @@ from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.search import search_thresholds
 from adaptexit.core.search.methods import geometric_path
 from adaptexit.core.search.problem import Problem
-from adaptexit.core.search.spending import MOST_SEARCHED, spend
+from adaptexit.core.search.spending import MOST_SEARCHED, _estimated, spend
 from tests.core.test_search import random_outputs, with_useless_exits
 
 BUDGETS = (0.45, 0.6, 0.75, 0.9)
@@ -51,6 +51,18 @@ def on(outputs, points):
 
 def standard_error(values):
     return np.std(values, axis=0, ddof=1) / np.sqrt(len(values))
+
+
+# -- what a sample is worth --------------------------------------------------------------------------------------------
+
+
+def test_what_a_sample_is_worth_is_a_mixture_of_what_it_was_and_of_what_its_score_says():
+    scores = np.array([[1.0, 2.0, 3.0, 3.0], [0.0, 0.0, 0.0, 0.0]])
+    outputs = ExitOutputs(scores=scores, quality=[[1.0, 0.0, 1.0, 0.0], [0.0, 1.0, 1.0, 0.0]], costs=[0.5, 1.0])
+    estimated = _estimated(outputs, Problem.from_outputs(outputs))
+    counted = 4 / 5004
+    expected = [counted * outputs.quality[0] + (1 - counted) * 0.5, outputs.quality[1]]  # its fit is flat at a half
+    np.testing.assert_allclose(estimated.quality * estimated.quality_unit, expected, atol=1e-8)
 
 
 # -- spent budgets -----------------------------------------------------------------------------------------------------
