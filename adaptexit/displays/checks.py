@@ -44,6 +44,14 @@ def number(name: str, value: Any) -> float:
     return float(numbers(name, value))
 
 
+def standard_errors(values: Any, length: int) -> NDArray[Any]:
+    """Of accuracies, one each, none negative."""
+    errors = numbers("accuracy_se", values, length, beside="cost")
+    if (errors < 0).any():
+        raise ValueError(f"accuracy_se must be standard errors, 0 or above; got {errors.min()}.")
+    return errors
+
+
 def chosen_point(chosen: Any) -> tuple[float, float] | None:
     """(cost, accuracy) of an operating point, or None."""
     if chosen is None:
@@ -56,6 +64,12 @@ def check_exit(name: str, value: Any, n_exits: int) -> None:
     """Refuse what is none of the exits before the last."""
     if not isinstance(value, Integral) or isinstance(value, bool) or value not in range(n_exits - 1):
         raise ValueError(f"{name} must be one of 0 ... {n_exits - 2}; got {value!r}.")
+
+
+def check_switch(name: str, value: Any) -> None:
+    """Refuse what is neither True nor False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False; got {value!r}.")
 
 
 # -- words ------------------------------------------------------------------------------------------------------------

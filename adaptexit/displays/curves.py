@@ -11,15 +11,19 @@ from numpy.typing import ArrayLike
 from adaptexit.displays.checks import (
     check_exit,
     check_kind,
+    check_switch,
     chosen_point,
     number,
     numbers,
     optional_text,
+    standard_errors,
     text,
 )
 from adaptexit.displays.drawing import drawing
 from adaptexit.displays.shared import (
+    BAND,
     FULL_MODEL,
+    ONE_ERROR,
     RING,
     Outputs,
     Point,
@@ -41,6 +45,10 @@ Curve = Any  # adaptexit.core.saver.JobCurve
 class ParetoDisplay:
     """Accuracy against mean relative cost: the curve, each exit alone, the full model and the point in use.
 
+    One standard error of accuracy is shaded around the curve, where it is known. It says how far the whole curve, the
+    full model's level with it, might lie elsewhere on other samples; a loss against the full model, on the same
+    samples, is known better (``drop_se`` of a point).
+
     Make one with :meth:`from_estimator` or :meth:`from_frontier`; a frontier of recorded outputs is
     ``calibrator.pareto(outputs)``.
 
@@ -50,6 +58,8 @@ class ParetoDisplay:
         The operating points in rising cost.
     fixed_cost, fixed_accuracy : arrays (K,)
         Each exit alone; the last is the full model.
+    accuracy_se : array (P,), optional
+        Standard errors of the points' accuracies, 0 or above; without, or where all are 0, nothing is shaded.
     chosen : (cost, accuracy), optional
         The operating point in use.
     chosen_by : str, optional
@@ -61,6 +71,7 @@ class ParetoDisplay:
     Attributes
     ----------
     ax_, figure_, line_ : matplotlib Axes, Figure and the curve's Line2D, after :meth:`plot`
+    band_ : what is shaded around it, a PolyCollection, or None
     """
 
     def __init__(
@@ -70,6 +81,7 @@ class ParetoDisplay:
         accuracy: ArrayLike,
         fixed_cost: ArrayLike,
         fixed_accuracy: ArrayLike,
+        accuracy_se: ArrayLike | None = None,
         chosen: tuple[float, float] | None = None,
         chosen_by: str | None = None,
         exit_names: Sequence[str] | None = None,
@@ -77,6 +89,7 @@ class ParetoDisplay:
     ) -> None:
         self.cost = numbers("cost", cost, "P")
         self.accuracy = numbers("accuracy", accuracy, len(self.cost), beside="cost")
+        self.accuracy_se = None if accuracy_se is None else standard_errors(accuracy_se, len(self.cost))
         self.fixed_cost = numbers("fixed_cost", fixed_cost, "K")
         self.fixed_accuracy = numbers("fixed_accuracy", fixed_accuracy, len(self.fixed_cost), beside="fixed_cost")
         self.chosen = chosen_point(chosen)
@@ -156,6 +169,7 @@ class ParetoDisplay:
         return cls(
             cost=frontier.cost,
             accuracy=frontier.accuracy,
+            accuracy_se=[p.accuracy_se for p in frontier.points],
             fixed_cost=frontier.fixed_cost,
             fixed_accuracy=frontier.fixed_accuracy,
             chosen=None if point is None else (point.cost, point.accuracy),
@@ -165,16 +179,28 @@ class ParetoDisplay:
         )
 
     @drawing
-    def plot(self, ax: Any = None, *, name: str | None = None, **kwargs: Any) -> ParetoDisplay:
+    def plot(self, ax: Any = None, *, name: str | None = None, errors: bool = True, **kwargs: Any) -> ParetoDisplay:
         """Draw on ``ax`` (a new figure unless given); ``kwargs`` go to the curve's ``Axes.plot``. Returns self.
 
-        A second curve on the same axes gets other markers and dashes, and exits of the same names are listed once.
+        A second curve on the same axes gets other markers and dashes, and exits of the same names are listed once, as
+        is what the shading means. ``errors=False`` shades nothing.
         """
+        check_switch("errors", errors)
         ax = axes(ax, layout="constrained")
         n_curves = sum(not str(line.get_label()).startswith("_") for line in ax.lines)
         legend_labels = {dots.get_label() for dots in ax.collections}
         style = line_style(n_curves) | {"label": name or self.name or "operating points"} | kwargs
         (self.line_,) = ax.plot(self.cost, self.accuracy, **style)
+        self.band_ = None
+        if errors and self.accuracy_se is not None and self.accuracy_se.any():
+            self.band_ = ax.fill_between(
+                self.cost,
+                self.accuracy - self.accuracy_se,
+                self.accuracy + self.accuracy_se,
+                **BAND,
+                color=self.line_.get_color(),
+                label=f"_{ONE_ERROR}" if ONE_ERROR in legend_labels else ONE_ERROR,
+            )
         *early, full = self.exit_names
         labels = [*(f"{exit_name} alone" for exit_name in early), full]
         styles = [*(point_style(k) | {"color": f"C{k + 1}"} for k in range(len(early))), FULL_MODEL]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from inspect import signature
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,6 +26,8 @@ def pyplot() -> Any:
 def drawing(plot: Plot) -> Plot:
     """Let a ``plot`` check its axes and name, say which styles matplotlib refuses, and leave no figure if it fails."""
 
+    own = {name for name, parameter in signature(plot).parameters.items() if parameter.kind is parameter.KEYWORD_ONLY}
+
     @wraps(plot)
     def checked(self: Any, ax: Any = None, **kwargs: Any) -> Any:
         plt = pyplot()
@@ -38,7 +41,7 @@ def drawing(plot: Plot) -> Plot:
         except Exception as error:
             for figure in set(plt.get_fignums()) - before:
                 plt.close(figure)
-            styles = sorted(set(kwargs) - {"name"})
+            styles = sorted(set(kwargs) - own)
             if not styles:
                 raise
             kind = TypeError if isinstance(error, (TypeError, AttributeError)) else ValueError

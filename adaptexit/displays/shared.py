@@ -22,6 +22,11 @@ FULL_MODEL = {"marker": "s", "s": 50, "color": "black", "zorder": 3}
 RING = {"marker": "o", "s": 130, "facecolors": "none", "edgecolors": "black", "zorder": 4}
 """Around the one point of a curve that matters."""
 
+BAND = {"alpha": 0.15, "linewidth": 0}
+"""Around a curve, in its colour; lighter than the curve where bands of several lie on each other."""
+
+ONE_ERROR = "± 1 standard error"
+
 
 # -- drawing ----------------------------------------------------------------------------------------------------------
 

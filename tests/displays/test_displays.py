@@ -15,7 +15,7 @@ from adaptexit.core.frontier import ParetoFrontier, evaluate
 from adaptexit.core.metrics import exemplars, exit_calibration, flow, survivor_shift
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.displays import ExemplarDisplay, ExitFlowDisplay, ReliabilityDisplay
-from adaptexit.displays.shared import choice
+from adaptexit.displays.shared import ONE_ERROR, choice
 from tests.displays.pictures import cascade_by_margin, labels_of
 from tests.nets import digits, large_trained, middle_trained, small_trained
 
@@ -38,7 +38,8 @@ def closed():
 
 def markers_of(display):
     """Positions of the single points, by label."""
-    return {dots.get_label(): tuple(dots.get_offsets()[0]) for dots in display.ax_.collections}
+    points = [dots for dots in display.ax_.collections if dots is not getattr(display, "band_", None)]
+    return {dots.get_label(): tuple(dots.get_offsets()[0]) for dots in points}
 
 
 # -- the curve --------------------------------------------------------------------------------------------------------
@@ -61,7 +62,7 @@ def test_the_curve_of_an_estimator(cascade, data, budget):
         "base": pytest.approx((1.0, frontier.full_accuracy)),
         says: pytest.approx((cost, accuracy)),
     }
-    assert labels_of(display) == ["digits", "saver alone", "base", says]
+    assert labels_of(display) == ["digits", ONE_ERROR, "saver alone", "base", says]
     assert display.figure_ is display.ax_.figure
     assert "relative cost" in display.ax_.get_xlabel()
     assert display.ax_.get_ylabel() == "accuracy"
@@ -70,11 +71,11 @@ def test_the_curve_of_an_estimator(cascade, data, budget):
 def test_the_curve_of_a_frontier(cascade):
     frontier = cascade.pareto(*TEST)
     plain = ParetoDisplay.from_frontier(frontier).plot()
-    assert labels_of(plain) == ["operating points", "exit 0 alone", "full model"]
+    assert labels_of(plain) == ["operating points", ONE_ERROR, "exit 0 alone", "full model"]
     display = ParetoDisplay.from_frontier(frontier, budget=0.2, exit_names=["tiny", "big"], name="curve").plot()
     point = frontier.at(budget=0.2)
     *others, says = labels_of(display)
-    assert others == ["curve", "tiny alone", "big"]
+    assert others == ["curve", ONE_ERROR, "tiny alone", "big"]
     assert says == f"budget 0.20: accuracy {point.accuracy:.3f} at cost {point.cost:.2f}"
     assert markers_of(display)[says] == pytest.approx((point.cost, point.accuracy))
 
@@ -130,7 +131,7 @@ def test_a_budget_that_cannot_be_met(cascade):
 def test_several_savers():
     fitted = CascadeSaver(large_trained(), [small_trained(), middle_trained()]).fit(*VAL)
     display = ParetoDisplay.from_estimator(fitted).plot()
-    assert labels_of(display)[:-1] == ["operating points", "saver[0] alone", "saver[1] alone", "base"]
+    assert labels_of(display)[:-1] == ["operating points", ONE_ERROR, "saver[0] alone", "saver[1] alone", "base"]
 
 
 def shape_of(dots):
@@ -150,7 +151,58 @@ def test_curves_on_the_same_axes_differ_without_colour(cascade):
     assert lines[0].get_marker() != lines[1].get_marker()
     assert lines[0].get_linestyle() != lines[1].get_linestyle()
     labels = [text.get_text() for text in ax.get_legend().get_texts()]
-    assert labels == ["one", "exit 0 alone", "full model", "two"]
+    assert labels == ["one", ONE_ERROR, "exit 0 alone", "full model", "two"]
+
+
+def edges_of(band, cost):
+    """Of a shaded band of P points: the lower edge as it runs to the right, and the upper one, (P, 2) each."""
+    (path,) = band.get_paths()
+    vertices, n = path.vertices, len(cost)
+    return vertices[1 : n + 1], vertices[n + 2 : 2 * n + 2][::-1]
+
+
+@pytest.mark.parametrize("data", [(), TEST], ids=["calibrated", "on other data"])
+def test_one_standard_error_is_shaded_around_the_curve_in_its_colour(cascade, data):
+    frontier = cascade.pareto(*data)
+    display = ParetoDisplay.from_frontier(frontier).plot(color="red")
+    errors = np.array([point.accuracy_se for point in frontier.points])
+    assert errors.max() > 0.005
+    assert display.accuracy_se.tolist() == errors.tolist()
+    lower, upper = edges_of(display.band_, frontier.cost)
+    np.testing.assert_allclose(lower, np.column_stack([frontier.cost, frontier.accuracy - errors]))
+    np.testing.assert_allclose(upper, np.column_stack([frontier.cost, frontier.accuracy + errors]))
+    *colour, alpha = display.band_.get_facecolor()[0]
+    assert colour == [1.0, 0.0, 0.0]
+    assert 0 < alpha < 0.3
+    assert display.band_.get_zorder() < display.line_.get_zorder()
+
+
+def test_bands_of_several_curves_are_each_in_their_curves_colour_and_explained_once(cascade):
+    _, ax = pyplot.subplots()
+    displays = [cascade.pareto(*data).plot(ax, name=name) for name, data in (("one", ()), ("two", TEST))]
+    colours = [display.band_.get_facecolor()[0, :3].tolist() for display in displays]
+    assert colours == [list(matplotlib.colors.to_rgb(display.line_.get_color())) for display in displays]
+    assert colours[0] != colours[1]
+    assert labels_of(displays[1]).count(ONE_ERROR) == 1
+
+
+def test_nothing_is_shaded_where_it_is_not_wanted_or_no_error_is_known(cascade):
+    curve = {"cost": [0.1, 1.0], "accuracy": [0.5, 0.9], "fixed_cost": [0.1, 1.0], "fixed_accuracy": [0.5, 0.9]}
+    for display in (
+        ParetoDisplay.from_frontier(cascade.pareto()).plot(errors=False),
+        ParetoDisplay(**curve).plot(),
+        ParetoDisplay(**curve, accuracy_se=[0.0, 0.0]).plot(),
+    ):
+        assert display.band_ is None
+        assert ONE_ERROR not in labels_of(display)
+        assert len(display.ax_.collections) == 2
+    assert ParetoDisplay(**curve, accuracy_se=[0.0, 0.01]).plot().band_ is not None
+
+
+@pytest.mark.parametrize("style", [{}, {"color": "red"}])
+def test_whether_errors_are_shaded_is_true_or_false(cascade, style):
+    with pytest.raises(TypeError, match=r"errors must be True or False; got 0\.05"):
+        cascade.pareto().plot(errors=0.05, **style)
 
 
 def test_frontiers_plot_themselves(cascade):

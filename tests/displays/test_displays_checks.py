@@ -23,7 +23,8 @@ STRIP, EMPTY = np.zeros((2, 4, 5)), np.zeros((0, 4, 5))
 GOOD = {
     ParetoDisplay: {
         "cost": [0.2, 0.5], "accuracy": [0.7, 0.9], "fixed_cost": [0.2, 1.0], "fixed_accuracy": [0.7, 0.9],
-        "chosen": (0.5, 0.9), "chosen_by": "budget 0.50", "exit_names": ["one", "full"], "name": "curve",
+        "accuracy_se": [0.01, 0.0], "chosen": (0.5, 0.9), "chosen_by": "budget 0.50", "exit_names": ["one", "full"],
+        "name": "curve",
     },
     JobRatioDisplay: {
         "exit_ratio": [0.5, 1.0], "saver_accuracy": [0.9, 0.8], "base_accuracy": [0.9, 0.9], "job_ratio": 0.5,
@@ -85,6 +86,7 @@ ODD = {
     **dict.fromkeys(("cost", "accuracy", "fixed_cost", "fixed_accuracy", "exit_ratio", "saver_accuracy"), NUMBERS),
     **dict.fromkeys(("base_accuracy", "values", "exit_rates", "counts", "ece", "n", "edges"), NUMBERS),
     **dict.fromkeys(("confidence", "count", "images", "scores"), NUMBERS),
+    "accuracy_se": NUMBERS | {"negative": [0.01, -0.01]},
     **dict.fromkeys(("chosen_by", "name"), WORDS),
     **dict.fromkeys(("saver_name", "base_name", "full_name", "knob"), WORDS | {"nothing": None}),
     **dict.fromkeys(("exit_names", "class_names", "names", "labels"), SEQUENCES),

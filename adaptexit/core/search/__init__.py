@@ -13,7 +13,7 @@ from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, beaten, eval
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.search.methods import Policies, Search, coord, exact, geometric, geometric_path, pick, shared
 from adaptexit.core.search.problem import Problem
-from adaptexit.core.search.spending import described, spend
+from adaptexit.core.search.spending import cheapest, described, spend
 from adaptexit.core.search.targets import Targets, WithinBudget
 
 SearchName = Literal["auto", "smoothed", "exact", "coord", "shared", "geometric"]
@@ -120,24 +120,18 @@ def _smoothed_frontier(
     plain = np.zeros((1, problem.n_early), dtype=np.int64)
     if problem.n_early == 0:
         return ParetoFrontier.of(_points(outputs, problem, plain, [{}]), outputs)
-    cheapest = _cheapest(problem)
-    least = float(problem.costs(cheapest)[0]) / problem.n_samples
+    everybody = cheapest(problem)
+    least = float(problem.costs(everybody)[0]) / problem.n_samples
     grid = np.union1d(np.linspace(least, 1.0, n_points + 1), budgets)
     grid = grid[(grid >= least) & (grid <= 1.0)]  # none where the cheapest exit is dearer than the full model
     spending = [spend(outputs, problem, grid.tolist(), random_state)] if len(grid) else []
-    policies = np.concatenate([*spending, cheapest, plain])
+    policies = np.concatenate([*spending, everybody, plain])
     distinct, first = np.unique(policies, axis=0, return_index=True)
     params: list[dict[str, float]] = [*({"budget": budget} for budget in grid.tolist()), {}, {}]
     points = _points(outputs, problem, distinct, [params[i] for i in first])
     accuracy, cost, drop_se = (np.array([getattr(p, name) for p in points]) for name in ("accuracy", "cost", "drop_se"))
     worth = ~beaten(accuracy, cost, drop_se) | ~distinct.any(axis=1)
     return ParetoFrontier.of([point for point, keep in zip(points, worth, strict=True) if keep], outputs)
-
-
-def _cheapest(problem: Problem) -> Policies:
-    """The policy (1, K-1) at which everybody leaves at the exit that costs least."""
-    everybody = np.diag(np.full(problem.n_early, problem.n_samples))
-    return everybody[np.argsort(problem.costs(everybody), kind="stable")[:1]]
 
 
 def _bagged(outputs: ExitOutputs, problem: Problem, method: Search, targets: Targets, random_state: int) -> Policies:
@@ -179,7 +173,7 @@ def _frontier(outputs: ExitOutputs, problem: Problem, policies: Policies, target
 
     That everybody leaves at the cheapest exit is among the choices, and the plain full model is a point in any case.
     """
-    choices = np.concatenate([policies, _cheapest(problem), np.zeros_like(policies[:1])])
+    choices = np.concatenate([policies, cheapest(problem), np.zeros_like(policies[:1])])
     distinct, first = np.unique(choices, axis=0, return_index=True)
     params = [*targets.described(), {}, {}]
     points = _points(outputs, problem, distinct, [params[i] for i in first])

@@ -91,7 +91,16 @@ def spend(outputs: ExitOutputs, problem: Problem, budgets: Sequence[float], rand
     positions = _of_best_exits(estimated, wanted)
     if searched is not problem:
         positions = problem.moved(positions, searched)
-    return _fitted(problem, positions, wanted)
+    policies = _fitted(problem, positions, wanted)
+    # On few samples a set of exits may be taken that is dearer than its budget for anybody.
+    policies[problem.costs(policies) / problem.n_samples > wanted + 1e-9] = cheapest(problem)
+    return policies
+
+
+def cheapest(problem: Problem) -> Policies:
+    """The policy (1, K-1) at which everybody leaves at the exit that costs least."""
+    everybody = np.diag(np.full(problem.n_early, problem.n_samples))
+    return everybody[np.argsort(problem.costs(everybody), kind="stable")[:1]]
 
 
 def _estimated(outputs: ExitOutputs, problem: Problem) -> Problem:
@@ -114,30 +123,28 @@ def _estimated(outputs: ExitOutputs, problem: Problem) -> Problem:
 def _of_best_exits(problem: Problem, budgets: Floats) -> Floats:
     """For every budget the positions (B, K-1) of the best set of exits.
 
-    All sets are tried where exits cost something and are few; where they are many, one after the other is left out as
-    long as that helps; where they are free, all are on.
+    All sets are tried where exits cost something and are few; where they are many, one after the other is left out, the
+    most useless first and down to one: of two that are no use, each alone may look as if it had to stay. Where exits
+    are free, all are on.
     """
     everything = np.ones(problem.n_early, dtype=bool)
     best = _Best(problem, budgets)
     if problem.free:
         best.offer(everything)
     elif problem.n_early <= MOST_EXHAUSTIVE:
-        for some in product((True, False), repeat=problem.n_early):
-            if any(some):
-                best.offer(np.array(some))
+        for some in sorted(product((True, False), repeat=problem.n_early), key=sum, reverse=True)[:-1]:
+            best.offer(np.array(some))
     else:
-        exits, merit = everything, best.offer(everything)
+        exits = everything
+        best.offer(exits)
         while np.count_nonzero(exits) > 1:
             trials = [exits & (np.arange(problem.n_early) != k) for k in np.flatnonzero(exits)]
-            merits = [best.offer(fewer) for fewer in trials]
-            if max(merits) <= merit:
-                break
-            merit, exits = max(merits), trials[int(np.argmax(merits))]
+            exits = trials[int(np.argmax([best.offer(fewer) for fewer in trials]))]
     return best.positions
 
 
 class _Best:
-    """The best positions that were offered for every budget, by estimated quality."""
+    """The best positions that were offered for every budget, by estimated quality; of equals the last."""
 
     def __init__(self, problem: Problem, budgets: Floats) -> None:
         self.problem, self.budgets = problem, budgets
@@ -145,16 +152,17 @@ class _Best:
         self.merits = np.full(len(budgets), -np.inf)
 
     def offer(self, exits: NDArray[np.bool_]) -> float:
-        """Try a set of exits; the mean merit of its policies."""
+        """Try a set of exits; the mean quality of its policies, that of the worst exit where they are too dear."""
         positions = _curve(self.problem.committed(exits), self.budgets)
         quality, cost = self.problem.values(self.problem.snap(positions))
         n = self.problem.n_samples
         # Too dear is worse than any quality; a little too dear is set right in the end.
         excess = np.maximum(cost / n - self.budgets - 2e-3 - 1 / n, 0.0)
         merits = quality / n - np.where(excess > 0, 1e6 * (1 + excess), 0.0)
-        better = merits > self.merits
+        better = merits >= self.merits
         self.positions[better], self.merits[better] = positions[better], merits[better]
-        return float(merits.mean())
+        worst = self.problem.quality.sum(axis=1).min() * self.problem.quality_unit
+        return float(np.where(excess > 0, worst, quality).mean()) / n
 
 
 # -- from cheap to dear ------------------------------------------------------------------------------------------------
@@ -210,22 +218,55 @@ def _interpolated(at: Floats, cost: Floats, positions: NDArray[np.number]) -> Fl
 def _fitted(problem: Problem, positions: Floats, budgets: Floats) -> Policies:
     """Policies near positions (B, K-1) that cost the budgets or less, and spend of them what exits allow.
 
-    Positions are stretched or shrunk together: the farther, the more samples leave early and the cheaper.
+    Positions are stretched or shrunk together: the farther, the more samples leave early and the cheaper. Where even
+    that everybody leaves at the first of the exits is too dear, that is what is returned.
     """
     n = problem.n_samples
-    limits = budgets + 1e-9
-    best = problem.snap(positions)
-    cost = problem.costs(best) / n
-    spent = np.where(cost <= limits, cost, -np.inf)
+    policies = problem.snap(positions)
+    cost = problem.costs(policies) / n
     # Interpolated positions nearly cost their budgets: it is near them that the cost is looked for.
     reach = np.clip(8 * np.abs(cost - budgets), 4 / n, 0.5)
-    low, high = np.where(cost <= limits, -reach, 0.0), np.where(cost <= limits, 0.0, reach)
-    for _ in range(_HALVINGS if n > MOST_SEARCHED else 2 * _HALVINGS):
-        guess = (low + high) / 2
-        policies = problem.snap(np.where(positions > 0, np.clip(positions * np.exp(guess)[:, None], 1, n), 0))
-        cost = problem.costs(policies) / n
-        within = cost <= limits
-        better = within & (cost > spent)
-        best[better], spent[better] = policies[better], cost[better]
-        low, high = np.where(within, low, guess), np.where(within, guess, high)
+    within = cost <= budgets + 1e-9
+    ranges = np.where(within, -reach, 0.0), np.where(within, 0.0, reach)
+    halvings = _HALVINGS if n > MOST_SEARCHED else 2 * _HALVINGS
+    best, enclosed = _halved(problem, positions, policies, cost, budgets, ranges, halvings)
+    if not enclosed.all():  # ties are in the way, or so few leave that stretching moves next to nobody
+        rest = ~enclosed
+        far = np.full(np.count_nonzero(rest), np.log(n))
+        ranges = np.where(within[rest], -far, 0.0), np.where(within[rest], 0.0, far)
+        best[rest], _ = _halved(
+            problem, positions[rest], best[rest], problem.costs(best[rest]) / n, budgets[rest], ranges, 2 * _HALVINGS
+        )
     return best
+
+
+def _halved(
+    problem: Problem,
+    positions: Floats,
+    policies: Policies,
+    cost: Floats,
+    budgets: Floats,
+    ranges: tuple[Floats, Floats],
+    halvings: int,
+) -> tuple[Policies, NDArray[np.bool_]]:
+    """The dearest policies within their budgets that halving ranges (B,) of log stretch meets; else ``policies``.
+
+    Returns
+    -------
+    (policies, enclosed)
+        Policies (B, K-1), and whether some were within the budget and others not: else it may lie outside the range.
+    """
+    n, (low, high) = problem.n_samples, ranges
+    best, limits = policies.copy(), budgets + 1e-9
+    spent = np.where(cost <= limits, cost, -np.inf)
+    too_dear = cost > limits
+    for _ in range(halvings):
+        guess = (low + high) / 2
+        tried = problem.snap(np.where(positions > 0, np.clip(positions * np.exp(guess)[:, None], 1, n), 0))
+        cost = problem.costs(tried) / n
+        within = cost <= limits
+        too_dear |= ~within
+        better = within & (cost > spent)
+        best[better], spent[better] = tried[better], cost[better]
+        low, high = np.where(within, low, guess), np.where(within, guess, high)
+    return best, too_dear & np.isfinite(spent)
