@@ -37,13 +37,13 @@ TOLD_APART = 3.0
 """Standard errors by which a cheaper point must be better for a dearer one to be passed over: of a hundred points the
 best one looks better than it is."""
 
-_CAUTION, _CAUTIOUS_AT = 0.5, 500
-"""Standard errors of its loss by which a point must keep an allowed drop on many samples, and the number of samples at
-and below which it is twice as many: the cheapest point that seems to keep a drop is chosen for its luck. With these it
-is kept on average in benchmarks/small_calibration.py."""
+_CAUTION, _MORE_CAUTION, _CAUTIOUS_AT = 0.6, 0.4, 500
+"""Standard errors of its loss by which a point must keep an allowed drop: on many samples, and how many more at and
+below a number of samples. The cheapest point that seems to keep a drop is chosen for its luck; with these it is kept on
+average in benchmarks/small_calibration.py."""
 
-NEGLIGIBLE = 4e-4
-"""Loss of accuracy, beyond an allowed drop, that is passed over: 0.04 points."""
+NEGLIGIBLE = 3e-4
+"""Loss of accuracy, beyond an allowed drop, that is passed over: 0.03 points."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +170,7 @@ class ParetoFrontier:
         max_drop = checked_number(
             "max_drop", max_drop, "a share of accuracy, at least 0 (0.01 is one point)", least=0.0
         )
-        caution = _CAUTION * (1 + min(_CAUTIOUS_AT / calibrated.n_samples, 1.0))
+        caution = _CAUTION + _MORE_CAUTION * min(_CAUTIOUS_AT / calibrated.n_samples, 1.0)
         loss = calibrated.full_accuracy - calibrated.accuracy + caution * calibrated.drop_se
         plain = np.array([not point.on[:-1].any() for point in calibrated.points])
         kept = plain | (loss <= max_drop + NEGLIGIBLE)

@@ -140,7 +140,7 @@ def test_without_noise_the_point_at_a_drop_is_the_cheapest_that_keeps_it(pair, d
 def test_the_point_at_a_drop_keeps_it_with_its_error_or_is_the_plain_model(pair, drop):
     outputs, frontier = pair
     point = frontier.at(max_drop=drop)
-    assert is_plain(point) or point.accuracy - 0.5 * point.drop_se >= outputs.full_accuracy - drop - NEGLIGIBLE
+    assert is_plain(point) or point.accuracy - 0.6 * point.drop_se >= outputs.full_accuracy - drop - NEGLIGIBLE
 
 
 @given(frontiers())
