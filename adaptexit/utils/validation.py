@@ -114,6 +114,23 @@ def check_shape(array: NDArray[Any], shape: tuple[int, ...], name: str) -> None:
         raise ValueError(f"{name} must have shape {shape}; got shape {array.shape}.")
 
 
+def checked_weights(values: Any, n_samples: int) -> NDArray[np.float64]:
+    """Weights of samples as floats (N,): finite, not negative, not all 0."""
+    weights = real_array("sample_weight", values).astype(np.float64)
+    if weights.shape != (n_samples,):
+        raise ValueError(
+            f"sample_weight must have shape ({n_samples},), one weight a sample; got shape {weights.shape}."
+        )
+    allowed = "sample_weight must be finite, not negative and not all 0"
+    refused = ~(np.isfinite(weights) & (weights >= 0))
+    if refused.any():
+        where = int(np.argmax(refused))
+        raise ValueError(f"{allowed}; sample {where} has {float(weights[where])}.")
+    if not weights.any():
+        raise ValueError(f"{allowed}; all are 0. Give weights above 0 to the samples that are to count.")
+    return weights
+
+
 def stored_array(
     arrays: Mapping[str, NDArray[Any]], name: str, shape: tuple[int | None, ...], allowed: str = ""
 ) -> NDArray[np.float64]:
