@@ -264,7 +264,7 @@ class CascadeSaver(AdaptiveClassifier):
         if not isinstance(saver, Integral) or isinstance(saver, bool) or saver not in range(self.outputs_.n_exits - 1):
             raise ValueError(f"saver must be one of 0 ... {self.outputs_.n_exits - 2}; got {saver!r}.")
         outputs = self._thresholded(X, y)
-        return job_curve(outputs.scores[saver], outputs.graded[saver], outputs.graded[-1])
+        return job_curve(outputs.scores[saver], outputs.graded[saver], outputs.graded[-1], outputs.sample_weight)
 
     def _get_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state, tensors = super()._get_state()

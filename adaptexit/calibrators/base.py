@@ -246,6 +246,16 @@ class ScoreCalibrator(Calibrator):
         return resolve_score(self.score, "score", also=("recorded",))
 
 
+def check_unweighted(calibrator: Calibrator, *sources: ExitOutputs) -> None:
+    """Refuse outputs with weights where what is learned from them would not read these."""
+    if any(outputs.sample_weight is not None for outputs in sources):
+        raise ValueError(
+            f"{type(calibrator).__name__} does not read sample_weight, which the outputs have. ThresholdCalibrator, "
+            "TemperatureCalibrator, PatienceCalibrator and CPMCalibrator do; or draw a sample by weight, as "
+            "rng.choice(n, size=n, p=weights / weights.sum()), and calibrate on that without weights."
+        )
+
+
 def check_outputs(outputs: Any, cutoffs: NDArray[np.float64] | None = None) -> None:
     """Refuse what is no :class:`ExitOutputs`, or has other exits or classes than were calibrated."""
     if not isinstance(outputs, ExitOutputs):
