@@ -114,13 +114,12 @@ def check_shape(array: NDArray[Any], shape: tuple[int, ...], name: str) -> None:
         raise ValueError(f"{name} must have shape {shape}; got shape {array.shape}.")
 
 
-def checked_weights(values: Any, n_samples: int) -> NDArray[np.float64]:
-    """Weights of samples as floats (N,): finite, not negative, not all 0."""
+def checked_weights(values: Any, n_samples: int | None) -> NDArray[np.float64]:
+    """Weights of samples as floats (N,): finite, not negative, not all 0; None where N is not known yet."""
     weights = real_array("sample_weight", values).astype(np.float64)
-    if weights.shape != (n_samples,):
-        raise ValueError(
-            f"sample_weight must have shape ({n_samples},), one weight a sample; got shape {weights.shape}."
-        )
+    if weights.ndim != 1 or n_samples not in (None, len(weights)):
+        n = "N" if n_samples is None else n_samples
+        raise ValueError(f"sample_weight must have shape ({n},), one weight a sample; got shape {weights.shape}.")
     allowed = "sample_weight must be finite, not negative and not all 0"
     refused = ~(np.isfinite(weights) & (weights >= 0))
     if refused.any():
