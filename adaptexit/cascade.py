@@ -303,6 +303,7 @@ def _fitted(model: Any, X: NDArray[Any], y: NDArray[Any], weights: Any, rows: ND
     """A clone of a classifier, fitted on some rows, by weight where it can be."""
     if weights is None:
         return clone(model).fit(X[rows], y[rows])
+    rows = rows[weights[rows] > 0]  # as if those of weight 0 were not there, with any class that they alone have
     if has_fit_parameter(model, "sample_weight"):
         return clone(model).fit(X[rows], y[rows], sample_weight=weights[rows])
     warn(

@@ -70,7 +70,7 @@ def mean_one(weights: NDArray[np.float64]) -> NDArray[np.float64] | None:
         raise ValueError("samples must have a weight above 0 among them; all of these have the weight 0.")
     if (weights == largest).all():
         return None
-    if abs(float(weights.mean()) - 1.0) <= MEAN_TOLERANCE:
+    if largest <= len(weights) and abs(float(weights.mean()) - 1.0) <= MEAN_TOLERANCE:
         return weights
     shares = weights / largest  # sums of very large ones would overflow
     return np.asarray(shares / shares.mean())
