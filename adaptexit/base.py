@@ -18,7 +18,7 @@ from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from adaptexit.calibrators.base import Calibrator
+from adaptexit.calibrators.base import Calibrator, check_weights
 from adaptexit.calibrators.threshold import ThresholdCalibrator
 from adaptexit.core.costs import Costs
 from adaptexit.core.frontier import TOLERANCE
@@ -260,19 +260,25 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
 
     # -- recording and calibrating -----------------------------------------------------------------------------------
 
-    def record(self, X: Any, y: Any = None) -> ExitOutputs:
-        """What every exit answers on (X, y), as :class:`ExitOutputs` for calibrators, metrics and pictures."""
-        return self._record(X, y, ordered=False)
+    def record(self, X: Any, y: Any = None, sample_weight: Any = None) -> ExitOutputs:
+        """What every exit answers on (X, y), as :class:`ExitOutputs` for calibrators, metrics and pictures.
 
-    def _record(self, X: Any, y: Any, ordered: bool) -> ExitOutputs:
+        ``sample_weight`` (N,) says how often each sample counts, in the order of X: a loader must not shuffle then.
+        """
+        return self._record(X, y, sample_weight is not None, sample_weight)
+
+    def _record(self, X: Any, y: Any, ordered: bool, sample_weight: Any = None) -> ExitOutputs:
         check_is_fitted(self)
         self._check_confidence()
-        own = twin_of(self)
+        own, weights = twin_of(self), self._checked_weights(X, sample_weight)
         batches = own._labelled_batches(X, y, needed=own.labelled_, ordered=ordered)
-        return own._recorded(own._network, batches, own.classes_, own.outputs_.pricing, own.calibrator_, "recording")
+        costs, calibrator = own.outputs_.pricing, own.calibrator_
+        return own._recorded(own._network, batches, own.classes_, costs, calibrator, "recording", weights)
 
-    def _fresh_calibrator(self) -> Calibrator:
-        return ThresholdCalibrator() if self.calibrator is None else clone(self.calibrator)
+    def _fresh_calibrator(self, weights: Any = None) -> Calibrator:
+        calibrator = ThresholdCalibrator() if self.calibrator is None else clone(self.calibrator)
+        check_weights(calibrator, weights)
+        return calibrator
 
     def _recorded(
         self,
@@ -282,13 +288,16 @@ class AdaptiveClassifier(ExitReports, ClassifierMixin, BaseEstimator):
         costs: Costs,
         calibrator: Calibrator,
         doing: str,
+        weights: NDArray[np.float64] | None = None,
     ) -> ExitOutputs:
         """What every exit answers; batches without labels are graded by the full model's answers."""
         with evaluating(network.modules), self._progress(batches, doing) as progress:
             answers = record(network, progress, logits=calibrator.needs_logits, features=calibrator.needs_features)
         full = answers[-1].predictions
         labels = batches.indices(classes, len(full)) if batches.labelled else full
-        return ExitOutputs.from_answers(answers, labels, len(classes), costs, chained=network.chained)
+        return ExitOutputs.from_answers(
+            answers, labels, len(classes), costs, chained=network.chained, sample_weight=weights
+        )
 
     def _calibrated(
         self,

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from sklearn.base import clone
-from sklearn.utils.validation import check_is_fitted
+from sklearn.utils.validation import check_is_fitted, has_fit_parameter
 from torch import Tensor
 
 from adaptexit.base import AdaptiveClassifier, ConfidenceName, CostName
@@ -23,7 +23,7 @@ from adaptexit.data.batches import Batches, as_batches
 from adaptexit.data.classes import hold_out, known_classes
 from adaptexit.data.inputs import InputSpec
 from adaptexit.data.sources import check_source, check_table, is_stream, split_pair
-from adaptexit.exceptions import SaverWarning, warn
+from adaptexit.exceptions import CalibrationWarning, SaverWarning, warn
 from adaptexit.networks.base import Network, below
 from adaptexit.networks.build import seed_of
 from adaptexit.networks.models import (
@@ -159,38 +159,52 @@ class CascadeSaver(AdaptiveClassifier):
     # -- learning ------------------------------------------------------------------------------------------------------
 
     @learned_at_once
-    def fit(self, X: Any, y: Any = None) -> CascadeSaver:
+    def fit(self, X: Any, y: Any = None, sample_weight: Any = None) -> CascadeSaver:
         """Build the models, fit those that are not, and calibrate.
 
         Parameters
         ----------
         X : array (N, ...), Dataset or DataLoader of (x, y), or a pair (X, y)
         y : array (N,), optional
+        sample_weight : array (N,), optional
+            How much each sample counts, where the mix of these is not that to come, in the order of X (a loader must
+            not shuffle then). Classifiers that have to be fitted get theirs too.
 
         Raises
         ------
         ValueError, TypeError
             For bad data or parameters; the estimator is then left as it was.
+
+        Warns
+        -----
+        CalibrationWarning
+            Where a classifier has to be fitted that takes no weights: it learns without.
         """
         self._check_parameters()
         seed = seed_of(self.random_state)
+        weights = self._checked_weights(X, sample_weight)
+        self._fresh_calibrator(weights)
         X, y = split_pair(X, y)
         check_source(X)
         X, y = self._validated(X, y, reset=True)
         entries = self._given()
-        models, X, y = self._fit_classifiers(entries, X, y, seed)
+        models, X, y, weights = self._fit_classifiers(entries, X, y, weights, seed)
         network = Row(
             [build_model(model, how, label, self.device) for model, how, label in models],
             [label for _, _, label in entries],
         )
-        return self._calibrate(network, as_batches(X, y, batch_size=self.batch_size, labels=True, ordered=False))
+        ordered = weights is not None
+        batches = as_batches(X, y, batch_size=self.batch_size, labels=True, ordered=ordered)
+        return self._calibrate(network, batches, weights)
 
     @learned_at_once
-    def calibrate(self, X: Any, y: Any = None) -> CascadeSaver:
+    def calibrate(self, X: Any, y: Any = None, sample_weight: Any = None) -> CascadeSaver:
         """Calibrate anew on other data (as for :meth:`fit`); the models stay as they are."""
         check_is_fitted(self)
         self._check_parameters()
-        return self._calibrate(self._network, self._labelled_batches(X, y, needed=True))
+        weights = self._checked_weights(X, sample_weight)
+        batches = self._labelled_batches(X, y, needed=True, ordered=weights is not None)
+        return self._calibrate(self._network, batches, weights)
 
     def _given(self) -> list[tuple[Any, Any, str]]:
         """(model, preprocessing, name in errors) of every saver, then the base."""
@@ -207,31 +221,31 @@ class CascadeSaver(AdaptiveClassifier):
         return [*zip(savers, preprocesses, labels, strict=True), (self.base, self.base_preprocess, "base")]
 
     def _fit_classifiers(
-        self, given: list[tuple[Any, Any, str]], X: Any, y: Any, seed: int
-    ) -> tuple[list[Any], Any, Any]:
+        self, given: list[tuple[Any, Any, str]], X: Any, y: Any, weights: Any, seed: int
+    ) -> tuple[list[Any], Any, Any, Any]:
         """Unfitted classifiers fitted on the held-in part; the part for calibration is what remains."""
         to_fit = [is_scikit(model) and not is_fitted(model) for model, _, _ in given]
         if not any(to_fit):
-            return given, X, y
+            return given, X, y, weights
         check_table(X, "a classifier has to be fitted")
         X, y = np.asarray(X), np.asarray(y)
         held_in, held_out = hold_out(y, self.calibration_size, seed)
         flat = X.reshape(len(X), -1)
         models = [
-            (clone(model).fit(flat[held_in], y[held_in]) if new else model, how, label)
+            (_fitted(model, flat, y, weights, held_in, label) if new else model, how, label)
             for (model, how, label), new in zip(given, to_fit, strict=True)
         ]
-        return models, X[held_out], y[held_out]
+        return models, X[held_out], y[held_out], None if weights is None else weights[held_out]
 
-    def _calibrate(self, network: Network, batches: Batches) -> CascadeSaver:
-        calibrator, network = self._fresh_calibrator(), self._with_reader(network)
+    def _calibrate(self, network: Network, batches: Batches, weights: Any) -> CascadeSaver:
+        calibrator, network = self._fresh_calibrator(weights), self._with_reader(network)
         assert isinstance(network, Row)
         models: Any = network.networks
         with evaluating(network.modules):
             example = batches.first()
             classes = self._known_classes(models, example)
             costs = network.costs(example, self.cost)
-        outputs = self._recorded(network, batches, classes, costs, calibrator, "calibrating")
+        outputs = self._recorded(network, batches, classes, costs, calibrator, "calibrating", weights)
         resizes = all(getattr(getattr(model, "preprocess", None), "resizes", False) for model in models)
         self._calibrated(network, calibrator, outputs, classes, InputSpec.of(example, resizes), labelled=True)
         self.saver_reports_ = saver_reports(calibrator.rescored(outputs))
@@ -264,7 +278,7 @@ class CascadeSaver(AdaptiveClassifier):
         if not isinstance(saver, Integral) or isinstance(saver, bool) or saver not in range(self.outputs_.n_exits - 1):
             raise ValueError(f"saver must be one of 0 ... {self.outputs_.n_exits - 2}; got {saver!r}.")
         outputs = self._thresholded(X, y)
-        return job_curve(outputs.scores[saver], outputs.graded[saver], outputs.graded[-1])
+        return job_curve(outputs.scores[saver], outputs.graded[saver], outputs.graded[-1], outputs.sample_weight)
 
     def _get_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state, tensors = super()._get_state()
@@ -283,6 +297,21 @@ class CascadeSaver(AdaptiveClassifier):
             for k, entry in enumerate(entries)
         ]
         return Row(models, [label for _, _, label in entries])
+
+
+def _fitted(model: Any, X: NDArray[Any], y: NDArray[Any], weights: Any, rows: NDArray[Any], label: str) -> Any:
+    """A clone of a classifier, fitted on some rows, by weight where it can be."""
+    if weights is None:
+        return clone(model).fit(X[rows], y[rows])
+    rows = rows[weights[rows] > 0]  # as if those of weight 0 were not there, with any class that they alone have
+    if has_fit_parameter(model, "sample_weight"):
+        return clone(model).fit(X[rows], y[rows], sample_weight=weights[rows])
+    warn(
+        f"{label} is fitted without sample_weight, which {type(model).__name__}.fit does not take: only the thresholds "
+        "read it. Give a classifier that is fitted, or one that takes weights.",
+        CalibrationWarning,
+    )
+    return clone(model).fit(X[rows], y[rows])
 
 
 def _width(model: WholeModel, x: Tensor) -> int:

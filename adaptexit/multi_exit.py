@@ -239,14 +239,15 @@ class MultiExitClassifier(AdaptiveClassifier):
             return self._take_trained(network, batches, classes, seed)
 
     @learned_at_once
-    def calibrate(self, X: Any, y: Any = None) -> MultiExitClassifier:
-        """Calibrate on other data (as for :meth:`fit`); the backbone and its heads stay as they are."""
+    def calibrate(self, X: Any, y: Any = None, sample_weight: Any = None) -> MultiExitClassifier:
+        """Calibrate on other data (as for :meth:`fit`), by weight as :meth:`record`; backbone and heads stay."""
         check_is_fitted(self)
         self._check_parameters()
-        batches = self._labelled_batches(X, y, needed=False)
+        weights = self._checked_weights(X, sample_weight)
+        batches = self._labelled_batches(X, y, needed=False, ordered=weights is not None)
         classes = known_classes(self.classes, len(self.classes_), self._fitted_classes)
-        calibrator, network = self._fresh_calibrator(), self._with_reader(self._network)
-        outputs = self._outputs_on(network, batches, calibrator, classes)
+        calibrator, network = self._fresh_calibrator(weights), self._with_reader(self._network)
+        outputs = self._outputs_on(network, batches, calibrator, classes, weights)
         self.self_calibrated_ = False
         return self._keep(network, calibrator, outputs, batches, classes)
 
@@ -330,12 +331,12 @@ class MultiExitClassifier(AdaptiveClassifier):
         return self._keep(network, calibrator, outputs, batches, classes)
 
     def _outputs_on(
-        self, network: Network, batches: Batches, calibrator: Calibrator, classes: NDArray[Any]
+        self, network: Network, batches: Batches, calibrator: Calibrator, classes: NDArray[Any], weights: Any = None
     ) -> ExitOutputs:
         """What every exit answers, at costs counted or measured anew."""
         with evaluating(network.modules):
             costs = network.costs(batches.first(), self.cost)
-        return self._recorded(network, batches, classes, costs, calibrator, "calibrating")
+        return self._recorded(network, batches, classes, costs, calibrator, "calibrating", weights)
 
     def _keep(
         self,

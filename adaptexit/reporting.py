@@ -40,7 +40,7 @@ class ExitReports(TakesData):
     _network: Network
 
     @abstractmethod
-    def record(self, X: Any, y: Any = None) -> ExitOutputs:
+    def record(self, X: Any, y: Any = None, sample_weight: Any = None) -> ExitOutputs:
         """What every exit answers on (X, y)."""
 
     @abstractmethod
@@ -51,15 +51,16 @@ class ExitReports(TakesData):
     def _remark(self) -> None:
         """Warn of what should be known before thresholds are used."""
 
-    def pareto(self, X: Any = None, y: Any = None) -> ParetoFrontier:
+    def pareto(self, X: Any = None, y: Any = None, sample_weight: Any = None) -> ParetoFrontier:
         """The frontier on the calibration data, or every calibrated point re-evaluated on (X, y).
 
-        Re-evaluated points keep their order, dominated or not, and ``at`` still chooses by the calibration data.
+        Re-evaluated points keep their order, dominated or not, and ``at`` still chooses by the calibration data. With
+        ``sample_weight`` (N,) samples count by weight, as :meth:`record` says.
         """
         check_is_fitted(self)
         self._remark()
-        _check_alone(X, y)
-        return self.calibrator_.pareto(None if X is None else self.record(X, y))
+        _check_alone(X, y, sample_weight)
+        return self.calibrator_.pareto(None if X is None else self.record(X, y, sample_weight))
 
     def operating_point(self, budget: float | None = None, max_drop: float | None = None) -> OperatingPoint:
         """The stored operating point that ``predict`` uses; arguments as for :meth:`at`."""
@@ -136,10 +137,13 @@ class ExitReports(TakesData):
         )
 
 
-def _check_alone(X: Any, y: Any) -> None:
-    """Refuse labels without the data that they are of."""
-    if X is None and y is not None:
-        raise ValueError("X must be given where y is; got y alone. Leave both out for the calibration data.")
+def _check_alone(X: Any, y: Any, sample_weight: Any = None) -> None:
+    """Refuse labels and weights without the data that they are of."""
+    for name, value in (("y", y), ("sample_weight", sample_weight)):
+        if X is None and value is not None:
+            raise ValueError(
+                f"X must be given where {name} is; got {name} alone. Leave both out for the calibration data."
+            )
 
 
 def _is(value: Any, default: Any) -> bool:

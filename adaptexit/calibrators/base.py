@@ -47,6 +47,9 @@ class Calibrator(BaseEstimator):
     needs_training: bool = False
     """Whether ``fit`` takes ``training=``, the outputs on the data that the heads were trained on."""
 
+    reads_weights: bool = True
+    """Whether ``fit`` takes outputs whose samples have weights; evaluating on such is always possible."""
+
     remembers: bool = False
     """Whether scores read what was found at earlier exits: all up to the deepest one on are run and paid for."""
 
@@ -244,6 +247,16 @@ class ScoreCalibrator(Calibrator):
 
     def _formula(self) -> Callable[[Any], NDArray[Any]]:
         return resolve_score(self.score, "score", also=("recorded",))
+
+
+def check_weights(calibrator: Calibrator, *weights: Any) -> None:
+    """Refuse weights, of which any may be None, where what is learned would not read them."""
+    if not calibrator.reads_weights and any(own is not None for own in weights):
+        raise ValueError(
+            f"{type(calibrator).__name__} does not read sample_weight, which samples have here. ThresholdCalibrator, "
+            "TemperatureCalibrator, PatienceCalibrator and CPMCalibrator do; or draw a sample by weight, as "
+            "rng.choice(n, size=n, p=weights / weights.sum()), and calibrate on that without weights."
+        )
 
 
 def check_outputs(outputs: Any, cutoffs: NDArray[np.float64] | None = None) -> None:

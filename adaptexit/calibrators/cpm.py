@@ -107,7 +107,7 @@ class CPMCalibrator(ScoreCalibrator):
         ------
         ValueError
             For a parameter outside what is allowed, outputs without classes, or without the logits that ``score``
-            needs.
+            needs, and for another bound than "none" where samples have weights.
 
         Warns
         -----
@@ -127,8 +127,10 @@ class CPMCalibrator(ScoreCalibrator):
             points.append(_plain(outputs))
         assert outputs.predictions is not None
         assert outputs.labels is not None
-        precision = class_precision(outputs.predictions[-1], outputs.labels, outputs.n_classes or 0)
-        unknown = np.bincount(outputs.labels, minlength=len(precision)) == 0
+        precision = class_precision(
+            outputs.predictions[-1], outputs.labels, outputs.n_classes or 0, outputs.sample_weight
+        )
+        unknown = np.bincount(outputs.labels, outputs.sample_weight, minlength=len(precision)) == 0
         _warn_of_classes("have no calibration sample", np.flatnonzero(unknown), len(precision))
         unsaid = np.isnan(precision) & ~unknown
         _warn_of_classes("are never answered by the full model", np.flatnonzero(unsaid), len(precision))

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 
-from adaptexit.calibrators.base import Calibrator, Memory, check_outputs, check_sweep, sweep_of
+from adaptexit.calibrators.base import Calibrator, Memory, check_outputs, check_sweep, check_weights, sweep_of
 from adaptexit.core.answer import Answer
 from adaptexit.core.frontier import ParetoFrontier, evaluate
 from adaptexit.core.outputs import ExitOutputs
@@ -75,6 +75,7 @@ class EENetScheduler(Calibrator):
     """
 
     needs_logits = True
+    reads_weights = False
     remembers = True
     scorers_: list[Scorer]
     shares_: Floats
@@ -123,9 +124,10 @@ class EENetScheduler(Calibrator):
         ------
         ValueError
             For parameters outside what is allowed, a budget below the first exit's cost, or outputs without what is
-            needed.
+            needed or with weights.
         """
         check_outputs(outputs)
+        check_weights(self, outputs.sample_weight)
         self._check(outputs)
         budget = self._reachable(outputs, self.budget)
         schedule = self._learned(outputs, budget)

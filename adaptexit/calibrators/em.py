@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.utils.validation import check_is_fitted
 
-from adaptexit.calibrators.base import Calibrator, Memory, check_outputs, check_sweep, sweep_of
+from adaptexit.calibrators.base import Calibrator, Memory, check_outputs, check_sweep, check_weights, sweep_of
 from adaptexit.core.answer import Answer
 from adaptexit.core.em import Posterior, log_likelihoods
 from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, evaluate
@@ -110,6 +110,7 @@ class EMRouter(Calibrator):
 
     needs_logits = True
     needs_training = True
+    reads_weights = False
     routers_: list[Router]
     posterior_: Posterior
 
@@ -181,7 +182,7 @@ class EMRouter(Calibrator):
         Raises
         ------
         ValueError
-            For parameters outside what is allowed, or outputs without what is needed.
+            For parameters outside what is allowed, or outputs without what is needed or with weights.
         """
         check_outputs(outputs)
         self._check()
@@ -194,6 +195,7 @@ class EMRouter(Calibrator):
                     f"{training.n_exits} exits and {training.n_classes} classes. Record both with one model."
                 )
             source = training
+        check_weights(self, outputs.sample_weight, source.sample_weight)
         reads_logits = self._reading_logits(outputs, source)
         inputs, log_p = _router_inputs(source, reads_logits), log_likelihoods(source)
         in_macs = outputs.cost_unit == "MACs"

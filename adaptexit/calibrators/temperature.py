@@ -69,7 +69,8 @@ class TemperatureCalibrator(ThresholdCalibrator):
         if outputs.logits is None or outputs.labels is None:
             gap = "logits (record them with keep_logits=True)" if outputs.logits is None else "labels"
             raise ValueError(f"outputs must have logits and labels for temperatures to be fitted; they lack {gap}.")
-        temperatures = np.array([fit_temperature(logits, outputs.labels) for logits in outputs.logits])
+        labels, weights = outputs.labels, outputs.sample_weight
+        temperatures = np.array([fit_temperature(logits, labels, weights) for logits in outputs.logits])
         self._search(_scaled(outputs, temperatures))
         self.temperatures_ = temperatures
         return self

@@ -58,14 +58,16 @@ def warn_of_chance(outputs: ExitOutputs) -> None:
 
     An early exit may be as weak as it likes: it is remarked on only where it seems to guess, but would come half way
     up to the full model under other names, so that it has its classes in another order. Nothing is said of fewer than
-    ``MANY_LABELS`` samples, of a single class, and of outputs graded by ``quality``.
+    ``MANY_LABELS`` samples, of a single class, and of outputs graded by ``quality``. Samples count alike whatever their
+    weights, as labels fit or do not fit in any mix; those of weight 0 are not looked at.
     """
+    outputs = outputs.counted()
     labels, n_classes = outputs.labels, outputs.n_classes
     if outputs.quality is not None or outputs.predictions is None or labels is None or n_classes is None:
         return
     if outputs.n_samples < MANY_LABELS or (labels == labels[0]).all():
         return
-    remarks = []
+    remarks, full_accuracy = [], float(np.mean(outputs.predictions[-1] == labels))
     for k, predictions in enumerate(outputs.predictions):
         accuracy = float(np.mean(predictions == labels))
         level, error = chance_level(predictions, labels, n_classes)
@@ -73,7 +75,7 @@ def warn_of_chance(outputs: ExitOutputs) -> None:
             continue
         renamed = renamed_accuracy(predictions, labels, n_classes) if n_classes <= MOST_CLASSES else 0.0
         half_error = float(np.sqrt(level * (1 - level) / (outputs.n_samples // 2)))
-        best = outputs.full_accuracy if outputs.full_accuracy > level + _CERTAIN_ERRORS * half_error else 1.0
+        best = full_accuracy if full_accuracy > level + _CERTAIN_ERRORS * half_error else 1.0
         misnamed = renamed > max(level + _CERTAIN_ERRORS * half_error, (level + best) / 2)
         is_full = k == outputs.n_exits - 1
         if is_full or misnamed:

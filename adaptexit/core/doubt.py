@@ -25,10 +25,11 @@ def warn_of_doubt(frontier: ParetoFrontier, point: OperatingPoint, max_drop: flo
         The one chosen for ``max_drop``.
     max_drop : float
     """
-    n = frontier.n_samples
+    size = frontier.effective_size or frontier.n_samples  # of samples with weights, as many as say as much
+    n = f"{size:.0f}" if frontier.effective_size is None else f"{size:.0f} (by weight)"
     if point.on[:-1].any():
         # drop_se counts one disagreement more than there are
-        number = round((point.drop_se * n) ** 2) - 1
+        number = max(round((point.drop_se * size) ** 2) - 1, 0)
         if point.drop_se > 0 and number < FEW_DISAGREEMENTS:
             warn(
                 f"max_drop={max_drop:g} was chosen for by {_samples(number)} of {n} on which the chosen point and the "

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 Floats = NDArray[np.float64]
 
-_DESCRIPTION = {"full_accuracy": float, "n_samples": whole(1), "params": [dict]}
+_DESCRIPTION = {"full_accuracy": float, "n_samples": whole(1), "effective_size?": float, "params": [dict]}
 """Of a frontier, as :meth:`ParetoFrontier.to_arrays` gives it beside the arrays."""
 
 ERRORS = ("accuracy_se", "cost_se", "drop_se")
@@ -105,6 +105,8 @@ class ParetoFrontier:
     n_samples : int
     chosen_on : ParetoFrontier or None
         The calibrated frontier, where the points were evaluated on other data.
+    effective_size : float or None
+        Samples of equal weight that say as much, where they have weights (:attr:`ExitOutputs.effective_size`).
     """
 
     points: list[OperatingPoint]
@@ -113,6 +115,7 @@ class ParetoFrontier:
     fixed_cost: Floats
     n_samples: int
     chosen_on: ParetoFrontier | None = None
+    effective_size: float | None = None
 
     @cached_property
     def accuracy(self) -> Floats:
@@ -143,7 +146,8 @@ class ParetoFrontier:
         if chosen_on is None:
             in_order.sort(key=lambda point: (point.cost, point.accuracy))
         alone = outputs.alone_costs() / outputs.full_cost
-        return cls(in_order, outputs.full_accuracy, outputs.accuracies, alone, outputs.n_samples, chosen_on)
+        size = None if outputs.sample_weight is None else outputs.effective_size
+        return cls(in_order, outputs.full_accuracy, outputs.accuracies, alone, outputs.n_samples, chosen_on, size)
 
     def index(self, point: OperatingPoint) -> int:
         """Where a stored point, itself and not one like it, stands in :attr:`points`; a ValueError for any other."""
@@ -170,7 +174,8 @@ class ParetoFrontier:
         max_drop = checked_number(
             "max_drop", max_drop, "a share of accuracy, at least 0 (0.01 is one point)", least=0.0
         )
-        caution = _CAUTION + _MORE_CAUTION * min(_CAUTIOUS_AT / calibrated.n_samples, 1.0)
+        size = calibrated.effective_size or calibrated.n_samples
+        caution = _CAUTION + _MORE_CAUTION * min(_CAUTIOUS_AT / size, 1.0)
         loss = calibrated.full_accuracy - calibrated.accuracy + caution * calibrated.drop_se
         plain = np.array([not point.on[:-1].any() for point in calibrated.points])
         kept = plain | (loss <= max_drop + NEGLIGIBLE)
@@ -245,11 +250,13 @@ class ParetoFrontier:
             name: np.stack([np.asarray(getattr(p, name), dtype=np.float64) for p in self.points]) for name in fields
         }
         arrays |= {"fixed_accuracy": self.fixed_accuracy, "fixed_cost": self.fixed_cost}
-        description = {
+        description: dict[str, Any] = {
             "full_accuracy": self.full_accuracy,
             "n_samples": self.n_samples,
             "params": [point.params for point in self.points],
         }
+        if self.effective_size is not None:
+            description["effective_size"] = self.effective_size
         return description, arrays
 
     @classmethod
@@ -283,9 +290,13 @@ class ParetoFrontier:
             )
             for i, params in enumerate(described["params"])
         ]
+        size = described.get("effective_size")
+        if size is not None and not 0 < size < described["n_samples"] + 1e-6:
+            raise ValueError(f"frontier.effective_size must be above 0 and at most n_samples; got {size!r}.")
         return cls(
-            points, described["full_accuracy"], arrays["fixed_accuracy"], arrays["fixed_cost"], described["n_samples"]
-        )
+            points, described["full_accuracy"], arrays["fixed_accuracy"], arrays["fixed_cost"], described["n_samples"],
+            effective_size=size,
+        )  # fmt: skip
 
     def to_frame(self) -> pandas.DataFrame:
         """A pandas table, one row a point: accuracy and relative cost with their standard errors, exit rates, params.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from typing import Any
@@ -90,6 +90,7 @@ def read_log(
     cost: ArrayLike | Mapping[Any, float] | None,
     stage_costs: ArrayLike | None,
     exit_costs: ArrayLike | None,
+    sample_weight: Any = None,
 ) -> dict[str, Any]:
     """Arguments of :class:`~adaptexit.core.outputs.ExitOutputs`, as its ``from_frame`` says."""
     table = _Table(frame)
@@ -107,6 +108,8 @@ def read_log(
         fields["quality"] = np.stack([_correctness(table, name) for name in columns.correct])
     if columns.predictions is not None:
         fields |= _coded(table, columns.predictions, label, classes)
+    if sample_weight is not None:
+        fields["sample_weight"] = _weights(table, sample_weight)
     return fields
 
 
@@ -249,6 +252,16 @@ def _scores(table: _Table, names: list[Any]) -> NDArray[np.float64]:
     else:
         rows.append(np.zeros(table._n_rows or 0))
     return np.stack(rows)
+
+
+def _weights(table: _Table, name: Any) -> NDArray[np.float64]:
+    """Weights (N,) of the samples, of the column that is named."""
+    if not isinstance(name, Hashable):
+        raise TypeError(
+            f"sample_weight must name a column of frame; got {type(name).__name__}. Add the weights to the frame."
+        )
+    table.check(name, "sample_weight")
+    return _numbers(table, name, "weights, finite and at least 0", lambda n: np.isfinite(n) & (n >= 0))
 
 
 def _correctness(table: _Table, name: Any) -> Array:

@@ -51,12 +51,16 @@ class Rule:
     delta: float = 0.1
 
 
-def class_precision(predictions: NDArray[Any], labels: NDArray[Any], n_classes: int) -> Floats:
-    """Share of right ones among the samples predicted as each class, shape (C,); NaN where there are none."""
-    answers = np.bincount(predictions, minlength=n_classes)
-    right = np.bincount(predictions[predictions == labels], minlength=n_classes)
+def class_precision(
+    predictions: NDArray[Any], labels: NDArray[Any], n_classes: int, sample_weight: Floats | None = None
+) -> Floats:
+    """Share, by weight, of right ones among the samples predicted as each class, (C,); NaN where there are none."""
+    hits = predictions == labels
+    answers = np.bincount(predictions, sample_weight, n_classes)
     with np.errstate(invalid="ignore"):
-        return np.asarray(right / answers, dtype=np.float64)
+        if sample_weight is not None:
+            return _share(np.bincount(predictions, hits * sample_weight, n_classes), answers)
+        return np.asarray(np.bincount(predictions[hits], minlength=n_classes) / answers, dtype=np.float64)
 
 
 def margin_thresholds(
@@ -76,23 +80,32 @@ def margin_thresholds(
 
     Notes
     -----
+    Where samples have weights, precisions are weighted, and those of weight 0 are left out; ``min_support`` still
+    counts samples. Intervals and tests need numbers of equal samples, so those have to be done without weights.
+
     Candidates for a threshold are -inf and the scores observed in the cell, so the samples that leave are always whole
     groups of equal scores. +inf, nobody leaves, where no candidate is feasible, where the exit never answers with the
     class and where the full model never does. The cutoff lies half way from the threshold to the next score above.
 
     All margins and classes of an exit are served by one sort: O(N log N + M C log N), and O(M N) more for survivors.
     """
-    rule = rule or Rule()
+    rule, outputs = rule or Rule(), outputs.counted()
+    weights = outputs.sample_weight
+    if weights is not None and rule.bound != "none":
+        raise ValueError(
+            f"bound must be 'none' for outputs with sample_weight; got {rule.bound!r}, which counts samples as alike. "
+            "Draw a sample by weight and take its outputs: outputs.take(indices), without weights."
+        )
     predictions, labels = _classes(outputs)
     n_exits, n_classes = outputs.n_exits, outputs.n_classes or 0
-    precision = class_precision(predictions[-1], labels, n_classes)
+    precision = class_precision(predictions[-1], labels, n_classes, weights)
     targets = (1.0 - np.asarray(margins, dtype=np.float64)[:, None]) * precision
     targets[:, np.isnan(precision)] = np.inf
     thresholds = np.full((len(margins), n_exits, n_classes), -np.inf)
     cutoffs = thresholds.copy()
     alive = np.ones((len(margins), outputs.n_samples), dtype=bool)
     for k in range(n_exits - 1):
-        cells = _Cells.sorted(predictions[k], outputs.scores[k], labels, n_classes)
+        cells = _Cells.sorted(predictions[k], outputs.scores[k], labels, n_classes, weights)
         if not cascade_aware or k == 0:
             thresholds[:, k], cutoffs[:, k] = cells.smallest_feasible(targets, rule)
         else:
@@ -121,19 +134,31 @@ class _Cells:
     scores: Floats
     right: NDArray[np.bool_]
     n_classes: int
+    weights: Floats | None = None
 
     @classmethod
-    def sorted(cls, predictions: NDArray[Any], scores: NDArray[Any], labels: NDArray[Any], n_classes: int) -> _Cells:
+    def sorted(
+        cls,
+        predictions: NDArray[Any],
+        scores: NDArray[Any],
+        labels: NDArray[Any],
+        n_classes: int,
+        weights: Floats | None = None,
+    ) -> _Cells:
         sure = np.asarray(scores, dtype=np.float64)
         falling = np.argsort(-sure)
         order = falling[np.argsort(predictions[falling], kind="stable")]  # several times faster than lexsort
         classes = predictions[order]
-        return cls(order, classes.astype(np.intp), sure[order], classes == labels[order], n_classes)
+        ordered = None if weights is None else weights[order]
+        return cls(order, classes.astype(np.intp), sure[order], classes == labels[order], n_classes, ordered)
 
     def take(self, samples: NDArray[np.bool_]) -> _Cells:
         """Those of the samples (N,), still in order."""
         some = samples[self.order]
-        return _Cells(self.order[some], self.classes[some], self.scores[some], self.right[some], self.n_classes)
+        weights = None if self.weights is None else self.weights[some]
+        return _Cells(
+            self.order[some], self.classes[some], self.scores[some], self.right[some], self.n_classes, weights
+        )
 
     def smallest_feasible(self, targets: Floats, rule: Rule) -> tuple[Floats, Floats]:
         """Thresholds and cutoffs (Q, C) for targets (Q, C)."""
@@ -146,13 +171,14 @@ class _Cells:
 class _Groups:
     """Groups of equal score (E), each with how many samples of its class are at least as sure, and how many right.
 
-    ``first`` (C + 1) is where each class begins.
+    ``size`` and ``right`` are by weight, where there are any; ``first`` (C + 1) is where each class begins.
     """
 
     classes: NDArray[np.intp]
     scores: Floats
     count: NDArray[np.int64]
-    right: NDArray[np.int64]
+    size: NDArray[Any]
+    right: NDArray[Any]
     first: NDArray[np.intp]
 
     @classmethod
@@ -161,10 +187,15 @@ class _Groups:
         differs = (classes[1:] != classes[:-1]) | (scores[1:] != scores[:-1])
         ends = np.flatnonzero(np.append(differs, np.ones(min(1, len(classes)), dtype=bool)))
         begins = np.searchsorted(classes, np.arange(cells.n_classes))
-        right = np.concatenate([[0], np.cumsum(cells.right)])
         at = begins[classes[ends]]
+        count = size = ends + 1 - at
+        each: NDArray[Any] = cells.right
+        if cells.weights is not None:
+            sizes = np.concatenate([[0.0], np.cumsum(cells.weights)])
+            size, each = sizes[ends + 1] - sizes[at], cells.right * cells.weights
+        right = np.concatenate([[0], np.cumsum(each)])
         return cls(
-            classes[ends], scores[ends], ends + 1 - at, right[ends + 1] - right[at],
+            classes[ends], scores[ends], count, size, right[ends + 1] - right[at],
             np.searchsorted(classes[ends], np.arange(cells.n_classes + 1)),
         )  # fmt: skip
 
@@ -174,7 +205,7 @@ class _Groups:
         Precisions become ranks; the best rank from a group on to the end of its class falls from group to group, and
         with every class's ranks lifted above the next class's it falls throughout: one binary search a query.
         """
-        precision = self.right / self.count
+        precision = self.right / self.count if self.size is self.count else _share(self.right, self.size)
         if rule.bound == "wilson":
             precision = _wilson_lower(precision, self.count, rule.delta)
         levels, ranks = np.unique(precision, return_inverse=True)
@@ -213,6 +244,11 @@ class _Groups:
         cutoffs = thresholds.copy()
         cutoffs[part] = midpoint(self.scores[last + 1], self.scores[last])
         return thresholds, cutoffs
+
+
+def _share(right: NDArray[Any], size: NDArray[Any]) -> Floats:
+    """What is right by weight, so rounded that sums of the same weights in another order give the same."""
+    return np.asarray(np.round(right / size, 12), dtype=np.float64)
 
 
 def _wilson_lower(precision: Floats, count: NDArray[np.int64], delta: float) -> Floats:

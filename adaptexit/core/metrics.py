@@ -43,9 +43,9 @@ class ExitCalibration:
     edges : float array of shape (K, n_bins + 1)
         Of the bins, each closed on the right; NaN at an exit that is switched off.
     accuracy, confidence : float arrays of shape (K, n_bins)
-        Mean quality and mean score of each bin; NaN where a bin is empty.
+        Mean quality and mean score of each bin, by weight where samples have weights; NaN where a bin is empty.
     count : int array of shape (K, n_bins)
-        Samples in each bin.
+        Samples in each bin, weights apart (the ECE is by weight).
     """
 
     ece: Floats
@@ -85,10 +85,12 @@ def exit_calibration(outputs: ExitOutputs, point: OperatingPoint, n_bins: int = 
         When a sample leaves with a score outside [0, 1], or when outputs and point do not fit together.
     """
     check_whole("n_bins", n_bins)
-    exits = _exits(outputs, point)
+    outputs = outputs.counted()
+    exits, weights = _exits(outputs, point), outputs.sample_weight
     n_exits = outputs.n_exits
     accuracy, confidence = np.full((2, n_exits, n_bins), np.nan)
     count = np.zeros((n_exits, n_bins), dtype=np.int64)
+    size = np.zeros((n_exits, n_bins))
     edges = np.stack([np.linspace(_lower_edge(row), 1.0, n_bins + 1) for row in np.asarray(point.thresholds)])
     edges[np.isnan(edges[:, 0])] = np.nan
     for k in range(n_exits):
@@ -99,12 +101,14 @@ def exit_calibration(outputs: ExitOutputs, point: OperatingPoint, n_bins: int = 
         # From the left, as bins are closed on the right; the first also takes scores at its lower edge or below it.
         bins = np.clip(np.searchsorted(edges[k], scores, side="left") - 1, 0, n_bins - 1)
         count[k] = np.bincount(bins, minlength=n_bins)
+        each = np.ones(len(here)) if weights is None else weights[here]
+        size[k] = np.bincount(bins, weights=each, minlength=n_bins)
         with np.errstate(invalid="ignore"):
-            accuracy[k] = np.bincount(bins, weights=outputs.graded[k, here], minlength=n_bins) / count[k]
-            confidence[k] = np.bincount(bins, weights=scores, minlength=n_bins) / count[k]
+            accuracy[k] = np.bincount(bins, weights=each * outputs.graded[k, here], minlength=n_bins) / size[k]
+            confidence[k] = np.bincount(bins, weights=each * scores, minlength=n_bins) / size[k]
     n = count.sum(axis=1)
     with np.errstate(invalid="ignore"):
-        ece = np.nansum(count * np.abs(accuracy - confidence), axis=1) / n
+        ece = np.nansum(size * np.abs(accuracy - confidence), axis=1) / size.sum(axis=1)
     return ExitCalibration(ece, n, edges, accuracy, confidence, count)
 
 
@@ -133,14 +137,19 @@ def _probabilities(scores: NDArray[Any], k: int) -> Floats:
 def flow(outputs: ExitOutputs, point: OperatingPoint) -> NDArray[np.int64]:
     """How many samples of each true class reach each exit, shape (K, C); the first row is everybody.
 
-    CalexNet's Fig. 4, for outputs with labels.
+    CalexNet's Fig. 4, for outputs with labels. Samples are counted, whatever their weights.
     """
+    return _reaching(outputs, point, None).astype(np.int64)
+
+
+def _reaching(outputs: ExitOutputs, point: OperatingPoint, weights: Floats | None) -> NDArray[Any]:
+    """Samples of each true class that reach each exit, (K, C), counted or by weight."""
     if outputs.labels is None or outputs.n_classes is None:
         raise ValueError("classes of survivors need labels and n_classes; the outputs have quality alone.")
     shape = (outputs.n_exits, outputs.n_classes)
     cells = _exits(outputs, point) * outputs.n_classes + outputs.labels
-    leaving = np.bincount(cells, minlength=shape[0] * shape[1]).reshape(shape)
-    return np.asarray(np.cumsum(leaving[::-1], axis=0)[::-1], dtype=np.int64)
+    leaving = np.bincount(cells, weights, minlength=shape[0] * shape[1]).reshape(shape)
+    return np.asarray(np.cumsum(leaving[::-1], axis=0)[::-1])
 
 
 @dataclass(frozen=True, eq=False)
@@ -150,7 +159,8 @@ class SurvivorShift:
     Attributes
     ----------
     n : int array of shape (K,)
-        Samples that reach the exit; the first entry is everybody. Where it is 0 the others are NaN.
+        Samples that reach the exit; the first entry is everybody. Where it is 0 the others are NaN. Of samples with
+        weights those above 0 are counted, and all else is by weight.
     kl : float array of shape (K,)
         KL(everybody || survivors) of the classes, in nats; inf where a class has no survivor.
     gini : float array of shape (K,)
@@ -179,10 +189,11 @@ def survivor_shift(outputs: ExitOutputs, point: OperatingPoint) -> SurvivorShift
         With labels.
     point : OperatingPoint
     """
-    counts = flow(outputs, point)
-    n, n_classes = counts.sum(axis=1), counts.shape[1]
+    outputs = outputs.counted()
+    n, counts = flow(outputs, point).sum(axis=1), _reaching(outputs, point, outputs.sample_weight)
+    n_classes = counts.shape[1]
     with np.errstate(divide="ignore", invalid="ignore"):
-        shares = counts / n[:, None]
+        shares = counts / counts.sum(axis=1, keepdims=True)
         present = counts[0] > 0
         kl = (shares[0] * np.log(shares[0] / shares))[:, present].sum(axis=1)
         rising = np.sort(shares, axis=1)

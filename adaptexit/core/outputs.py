@@ -6,7 +6,6 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import InitVar, dataclass
 from functools import cached_property
-from numbers import Integral
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +15,11 @@ from numpy.typing import ArrayLike, NDArray
 from adaptexit.core.answer import Answer
 from adaptexit.core.costs import Costs
 from adaptexit.core.logs import read_log
+from adaptexit.core.output_fields import checked_fields, mean_one
 from adaptexit.core.saved_outputs import ARRAYS, read_outputs, write_outputs
 from adaptexit.core.scores import largest_of, resolve_score, scores_of
 from adaptexit.utils.files import naming
-from adaptexit.utils.validation import check_finite, check_shape, check_switch, compact_classes, plain_array, real_array
+from adaptexit.utils.validation import check_finite, check_shape, real_array
 
 
 @dataclass(frozen=True, kw_only=True, eq=False, repr=False)
@@ -53,6 +53,10 @@ class ExitOutputs:
         Exits read earlier exits, so all of them up to the deepest one switched on are run and paid for.
     cost_unit : str, optional
         Of the costs, where it is known: "MACs" or "seconds" a sample, or "given" by the user.
+    sample_weight : float array of shape (N,), optional
+        How much each sample counts, where the mix of these differs from the one to come: as often as it is too rare
+        here. Finite, not negative, not all 0; only their ratios matter. Kept with a mean of 1, and as None where all
+        are alike. Accuracy, cost and exit rates are then weighted means.
 
     Raises
     ------
@@ -72,68 +76,12 @@ class ExitOutputs:
     quality: NDArray[Any] | None = None
     chained: bool = False
     cost_unit: str | None = None
+    sample_weight: NDArray[np.float64] | None = None
     costs: InitVar[ArrayLike | None] = None
 
     def __post_init__(self, costs: ArrayLike | None) -> None:
-        store = _Setter(self)
-        check_switch("chained", self.chained)
-        if self.cost_unit is not None and not isinstance(self.cost_unit, str):
-            raise ValueError(f"cost_unit must be a word, as 'MACs', or None; got {self.cost_unit!r}.")
-        scores = np.empty(()) if self.scores is None else real_array("scores", self.scores)
-        if self.scores is None or scores.ndim != 2 or scores.shape[0] < 1:
-            raise ValueError(f"scores must have shape (K, N) with K >= 1 exits; got shape {scores.shape}.")
-        n_exits, n_samples = scores.shape
-        if n_samples == 0:
-            raise ValueError("scores must hold at least one sample; got none. Check that the data set is not empty.")
-        if scores.dtype not in (np.float32, np.float64):
-            scores = scores.astype(np.float32 if scores.dtype == np.float16 else np.float64)
-        check_finite(scores, "scores")
-        store.scores = scores
-
-        self._check_classes(store, n_exits, n_samples)
-        if self.quality is not None:
-            quality = real_array("quality", self.quality)
-            check_shape(quality, (n_exits, n_samples), "quality")
-            check_finite(quality, "quality")
-            store.quality = quality
-        elif self.predictions is None or self.labels is None:
-            raise ValueError(
-                "accuracy is undefined: give predictions and labels, or quality of shape (K, N) instead; "
-                f"got predictions={_shape(self.predictions)}, labels={_shape(self.labels)}, quality=None."
-            )
-        if self.logits is not None:
-            logits = real_array("logits", self.logits)
-            if self.n_classes is None:
-                raise ValueError("logits need n_classes; got n_classes=None.")
-            check_shape(logits, (n_exits, n_samples, self.n_classes), "logits")
-            check_finite(logits, "logits")
-            store.logits = logits
-        if self.features is not None:
-            if not isinstance(self.features, (list, tuple)):
-                raise TypeError(f"features must be a list of {n_exits} arrays; got {type(self.features).__name__}.")
-            features = [real_array("features", feature) for feature in self.features]
-            if len(features) != n_exits or any(f.ndim != 2 or f.shape[0] != n_samples for f in features):
-                raise ValueError(
-                    f"features must be a list of {n_exits} arrays of shape ({n_samples}, d_k); "
-                    f"got shapes {[f.shape for f in features]}."
-                )
-            check_finite(features, "features")
-            store.features = features
-        checked = Costs.checked(self.stage_costs, self.exit_costs, costs, n_exits)
-        store.stage_costs, store.exit_costs = checked.stages, checked.exits
-
-    def _check_classes(self, store: _Setter, n_exits: int, n_samples: int) -> None:
-        if self.predictions is None and self.labels is None and self.n_classes is None:
-            return
-        if not isinstance(self.n_classes, Integral) or isinstance(self.n_classes, bool) or self.n_classes < 1:
-            raise ValueError(f"n_classes must be a positive integer; got {self.n_classes!r}.")
-        store.n_classes = int(self.n_classes)
-        for name, shape in (("predictions", (n_exits, n_samples)), ("labels", (n_samples,))):
-            array = getattr(self, name)
-            if array is not None:
-                array = plain_array(name, array)
-                check_shape(array, shape, name)
-                setattr(store, name, compact_classes(array, int(self.n_classes), name))
+        for name, value in checked_fields(vars(self), costs).items():
+            object.__setattr__(self, name, value)
 
     # -- construction --------------------------------------------------------------------------------------------
 
@@ -161,7 +109,7 @@ class ExitOutputs:
         keep_logits : bool, default=True
             False keeps predictions and scores only.
         **others
-            ``features``, ``quality``, ``chained``, ``cost_unit``.
+            ``features``, ``quality``, ``chained``, ``cost_unit``, ``sample_weight``.
         """
         array = real_array("logits", logits)
         if array.ndim != 3 or array.shape[0] < 1 or array.shape[2] < 1:
@@ -182,7 +130,14 @@ class ExitOutputs:
 
     @classmethod
     def from_answers(
-        cls, answers: Sequence[Answer], labels: NDArray[Any], n_classes: int, costs: Costs, *, chained: bool = False
+        cls,
+        answers: Sequence[Answer],
+        labels: NDArray[Any],
+        n_classes: int,
+        costs: Costs,
+        *,
+        chained: bool = False,
+        sample_weight: NDArray[Any] | None = None,
     ) -> ExitOutputs:
         """Outputs from what each of K exits says of all samples (:func:`adaptexit.staging.executor.record`)."""
         widths = {answer.logits.shape[1] for answer in answers if answer.logits is not None}
@@ -195,7 +150,7 @@ class ExitOutputs:
             predictions=np.stack([answer.predictions for answer in answers]),
             scores=np.stack([answer.scores for answer in answers]),
             labels=labels, n_classes=n_classes, stage_costs=costs.stages, exit_costs=costs.exits,
-            cost_unit=costs.unit, chained=chained, logits=logits,
+            cost_unit=costs.unit, chained=chained, logits=logits, sample_weight=sample_weight,
             features=[none if a.features is None else a.features for a in answers] if has_features else None,
         )  # fmt: skip
 
@@ -213,6 +168,7 @@ class ExitOutputs:
         cost: ArrayLike | Mapping[Any, float] | None = None,
         stage_costs: ArrayLike | None = None,
         exit_costs: ArrayLike | None = None,
+        sample_weight: Any = None,
         **others: Any,
     ) -> ExitOutputs:
         """Outputs of models, or exits, from a log: one row a sample, every model asked in every row.
@@ -233,6 +189,7 @@ class ExitOutputs:
         cost : K floats, or a dict from model to cost
             What each model costs a sample, as ``CascadeSaver(cost=...)``: models share nothing.
         stage_costs, exit_costs : as in the constructor, instead, for exits on one model
+        sample_weight : column name, optional
         **others
             ``chained``, ``cost_unit`` ("given" unless told).
 
@@ -243,7 +200,7 @@ class ExitOutputs:
         """
         fields = read_log(
             frame, models=models, scores=scores, correct=correct, predictions=predictions, label=label,
-            classes=classes, cost=cost, stage_costs=stage_costs, exit_costs=exit_costs,
+            classes=classes, cost=cost, stage_costs=stage_costs, exit_costs=exit_costs, sample_weight=sample_weight,
         )  # fmt: skip
         return cls(**fields, **({"cost_unit": "given"} | others))
 
@@ -255,13 +212,18 @@ class ExitOutputs:
         return copy
 
     def take(self, samples: NDArray[Any]) -> ExitOutputs:
-        """The same exits on some of the samples (indices or a mask); repeated indices repeat samples."""
+        """The same exits on some of the samples (indices or a mask); repeated indices repeat samples.
+
+        A ValueError where none of them has a weight above 0.
+        """
 
         def pick(array: NDArray[Any] | None, axis: int) -> NDArray[Any] | None:
             return None if array is None else (array[samples] if axis == 0 else array[:, samples])
 
         features = None if self.features is None else [feature[samples] for feature in self.features]
+        weights = self.sample_weight
         return self._replace(
+            sample_weight=None if weights is None else mean_one(weights[samples]),
             predictions=pick(self.predictions, 1), scores=pick(self.scores, 1), labels=pick(self.labels, 0),
             logits=pick(self.logits, 1), quality=pick(self.quality, 1), features=features,
         )  # fmt: skip
@@ -316,12 +278,29 @@ class ExitOutputs:
     @property
     def accuracies(self) -> NDArray[np.float64]:
         """Accuracy of every exit when all samples leave there, shape (K,)."""
-        return np.array([np.mean(row, dtype=np.float64) for row in self.graded])
+        return np.array([self.mean(row) for row in self.graded])
 
     @property
     def full_accuracy(self) -> float:
         """Accuracy of the full model."""
-        return float(np.mean(self.graded[-1], dtype=np.float64))
+        return self.mean(self.graded[-1])
+
+    def mean(self, values: NDArray[Any]) -> float:
+        """Mean of one number a sample, (N,), by the samples' weights."""
+        if self.sample_weight is None:
+            return float(np.mean(values, dtype=np.float64))
+        return float(np.average(values, weights=self.sample_weight))
+
+    @property
+    def effective_size(self) -> float:
+        """Samples of equal weight that say as much on average: (sum w)^2 / sum w^2 (Kish); N without weights."""
+        weights = self.sample_weight
+        return float(self.n_samples) if weights is None else float(weights.sum() ** 2 / (weights @ weights))
+
+    def counted(self) -> ExitOutputs:
+        """The same outputs without samples of weight 0, which no mean counts."""
+        weights = self.sample_weight
+        return self if weights is None or weights.all() else self.take(np.flatnonzero(weights))
 
     @property
     def pricing(self) -> Costs:
@@ -373,26 +352,13 @@ class ExitOutputs:
         if not mmap:
             with naming(Path(folder)):
                 return cls(**fields)
-        store = _Setter(outputs := object.__new__(cls))
+        outputs = object.__new__(cls)
         for name, value in fields.items():
-            setattr(store, name, value)
+            object.__setattr__(outputs, name, value)
         return outputs
 
     def __repr__(self) -> str:
-        extras = [name for name in ("logits", "features", "quality") if getattr(self, name) is not None]
+        optional = ("logits", "features", "quality", "sample_weight")
+        extras = [name for name in optional if getattr(self, name) is not None]
         extra = f", with {', '.join(extras)}" if extras else ""
         return f"ExitOutputs({self.n_exits} exits, {self.n_samples} samples, {self.n_classes} classes{extra})"
-
-
-class _Setter:
-    """Assigns fields of a frozen dataclass while it is being constructed."""
-
-    def __init__(self, value: object) -> None:
-        object.__setattr__(self, "_value", value)
-
-    def __setattr__(self, name: str, content: object) -> None:
-        object.__setattr__(object.__getattribute__(self, "_value"), name, content)
-
-
-def _shape(array: NDArray[Any] | None) -> str:
-    return "None" if array is None else f"shape {np.shape(array)}"

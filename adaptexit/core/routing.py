@@ -42,7 +42,9 @@ def exit_index(outputs: ExitOutputs, cutoffs: Floats) -> NDArray[np.intp]:
 
 
 def summarise(outputs: ExitOutputs, exits: NDArray[np.intp], on: NDArray[np.bool_]) -> tuple[float, float, Floats]:
-    """Accuracy, mean relative cost and exit rates (K,) when sample i leaves at ``exits[i]``."""
+    """Accuracy, mean relative cost and exit rates (K,) when sample i leaves at ``exits[i]``; by weight, where any."""
+    if outputs.sample_weight is not None:
+        return _weighted_summary(outputs, outputs.sample_weight, exits, on)
     counts = np.zeros(outputs.n_exits, dtype=np.int64)
     quality = 0.0
     for k, graded in enumerate(outputs.graded):
@@ -54,12 +56,28 @@ def summarise(outputs: ExitOutputs, exits: NDArray[np.intp], on: NDArray[np.bool
     return quality / outputs.n_samples, cost, rates
 
 
+def _weighted_summary(
+    outputs: ExitOutputs, weights: Floats, exits: NDArray[np.intp], on: NDArray[np.bool_]
+) -> tuple[float, float, Floats]:
+    rates = np.bincount(exits, weights=weights, minlength=outputs.n_exits) / weights.sum()
+    cost = float(rates @ outputs.path_costs(on)) / outputs.full_cost
+    return outputs.mean(_at_exits(outputs.graded, exits)), cost, rates
+
+
+def _at_exits(graded: NDArray[Any], exits: NDArray[np.intp]) -> Floats:
+    """Quality (N,) of every sample's answer at its exit."""
+    return graded[exits, np.arange(len(exits))].astype(np.float64)
+
+
 def standard_errors(outputs: ExitOutputs, exits: NDArray[np.intp], on: NDArray[np.bool_]) -> tuple[float, float, float]:
     """Standard errors when sample i leaves at ``exits[i]``: of accuracy, of relative cost, and of the accuracy lost.
 
     The loss is against the full model on the same samples, which agrees with most answers: its error is the smaller
-    one. Both as if one more sample disagreed, since where none does nothing is certain either.
+    one. Both as if one more sample disagreed, since where none does nothing is certain either. By weight, the error of
+    a mean is sqrt(sum w^2 (x - mean)^2) / sum w.
     """
+    if outputs.sample_weight is not None:
+        return _weighted_errors(outputs, outputs.sample_weight, exits, on)
     n = outputs.n_samples
     first, second, lost = 0.0, 0.0, _largest_difference(outputs.graded) ** 2
     counts = np.zeros(outputs.n_exits)
@@ -79,6 +97,18 @@ def standard_errors(outputs: ExitOutputs, exits: NDArray[np.intp], on: NDArray[n
     paths, rates = outputs.path_costs(on) / outputs.full_cost, counts / n
     cost_spread = rates @ (paths - rates @ paths) ** 2
     return float(np.sqrt(max(float(spread), 0.0) / n)), float(np.sqrt(cost_spread / n)), float(np.sqrt(lost) / n)
+
+
+def _weighted_errors(
+    outputs: ExitOutputs, weights: Floats, exits: NDArray[np.intp], on: NDArray[np.bool_]
+) -> tuple[float, float, float]:
+    quality, costs = _at_exits(outputs.graded, exits), (outputs.path_costs(on) / outputs.full_cost)[exits]
+    lost = quality - outputs.graded[-1].astype(np.float64)
+    total = float(weights.sum())
+    errors = [np.linalg.norm(weights * (values - outputs.mean(values))) / total for values in (quality, costs)]
+    largest = _largest_difference(outputs.graded[:, weights > 0])
+    drop_se = np.hypot(np.linalg.norm(weights * lost), largest) / total
+    return float(errors[0]), float(errors[1]), float(drop_se)
 
 
 def _largest_difference(graded: NDArray[Any]) -> float:

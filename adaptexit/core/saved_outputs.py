@@ -17,7 +17,7 @@ from adaptexit.utils.schema import check_form, whole
 from adaptexit.utils.validation import check_shape
 
 FORMAT_VERSION = 1
-ARRAYS = ("predictions", "scores", "labels", "stage_costs", "exit_costs", "logits", "quality")
+ARRAYS = ("predictions", "scores", "labels", "stage_costs", "exit_costs", "logits", "quality", "sample_weight")
 _ARRAY_NAME = rf"({'|'.join(ARRAYS)}|features_[0-9]+)"
 
 OUTPUTS_FOLDER = Kind(
@@ -82,7 +82,8 @@ def _check_shapes(header: dict[str, Any], arrays: dict[str, NDArray[Any]], folde
     """Refuse arrays of other shapes than a header says, without reading them, and outputs that lack some."""
     n_exits, n_samples = header["n_exits"], header["n_samples"]
     shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("predictions", "scores", "quality"), (n_exits, n_samples))
-    shapes |= {"labels": (n_samples,), "logits": (n_exits, n_samples, header["n_classes"])}
+    shapes |= dict.fromkeys(("labels", "sample_weight"), (n_samples,))
+    shapes |= {"logits": (n_exits, n_samples, header["n_classes"])}
     shapes |= dict.fromkeys(("stage_costs", "exit_costs"), (n_exits,))
     for name, array in arrays.items():
         with naming(folder / f"{name}.npy"):

@@ -48,20 +48,27 @@ class JobCurve:
         return as_frame({name: getattr(self, name) for name in names})
 
 
-def job_curve(confidence: ArrayLike, saver_quality: ArrayLike, base_quality: ArrayLike) -> JobCurve:
-    """The curve of TinySaver's Fig. 3 with its crossing (eq. 6-7), arguments of shape (N,)."""
-    ends, saver_sum, base_sum, falling = _sorted_sums(confidence, saver_quality, base_quality)
-    ratio = ends / len(falling)
+def job_curve(
+    confidence: ArrayLike, saver_quality: ArrayLike, base_quality: ArrayLike, sample_weight: Floats | None = None
+) -> JobCurve:
+    """The curve of TinySaver's Fig. 3 with its crossing (eq. 6-7), arguments of shape (N,).
+
+    With ``sample_weight`` (``ExitOutputs.sample_weight``) all shares and means are by weight.
+    """
+    sizes, saver_sum, base_sum, thresholds = _sorted_sums(confidence, saver_quality, base_quality, sample_weight)
+    ratio = sizes / sizes[-1]
     equal = np.flatnonzero(saver_sum >= base_sum - TOLERANCE)
     return JobCurve(
-        exit_ratio=ratio, saver_accuracy=saver_sum / ends, base_accuracy=base_sum / ends,
-        threshold=falling[ends - 1], job_ratio=float(ratio[equal[-1]]) if len(equal) else 0.0,
+        exit_ratio=ratio, saver_accuracy=saver_sum / sizes, base_accuracy=base_sum / sizes,
+        threshold=thresholds, job_ratio=float(ratio[equal[-1]]) if len(equal) else 0.0,
     )  # fmt: skip
 
 
-def job_ratio(confidence: ArrayLike, saver_quality: ArrayLike, base_quality: ArrayLike) -> float:
+def job_ratio(
+    confidence: ArrayLike, saver_quality: ArrayLike, base_quality: ArrayLike, sample_weight: Floats | None = None
+) -> float:
     """r_match of TinySaver's eq. 7: the largest share of samples the saver takes with no loss on those that leave."""
-    return job_curve(confidence, saver_quality, base_quality).job_ratio
+    return job_curve(confidence, saver_quality, base_quality, sample_weight).job_ratio
 
 
 def delta_cost(saver_cost: float, base_cost: float, ratio: float) -> float:
@@ -82,18 +89,18 @@ def required_cost(
     C_S/C_B + 1 - r with the largest r that keeps the drop, also where r is 0: then it lies above 1, as the paper
     prints it. The plain base, at relative cost 1, is a separate operating point.
     """
-    ends, saver_sum, base_sum, falling = _sorted_sums(confidence, saver_quality, base_quality)
+    sizes, saver_sum, base_sum, _ = _sorted_sums(confidence, saver_quality, base_quality)
     gain = saver_sum - base_sum
-    losses = np.asarray(drops, dtype=np.float64) * len(falling)
+    losses = np.asarray(drops, dtype=np.float64) * sizes[-1]
     within = gain[None, :] >= -losses[:, None] - 1e-9
-    longest = np.where(within, ends[None, :], 0).max(axis=1)
-    return np.asarray(saver_cost / base_cost + 1.0 - longest / len(falling))
+    longest = np.where(within, sizes[None, :], 0).max(axis=1)
+    return np.asarray(saver_cost / base_cost + 1.0 - longest / sizes[-1])
 
 
 def _sorted_sums(
-    confidence: ArrayLike, saver_quality: ArrayLike, base_quality: ArrayLike
-) -> tuple[NDArray[np.intp], Floats, Floats, NDArray[Any]]:
-    """Prefix lengths at tie ends, summed qualities of those prefixes, and the confidences in falling order."""
+    confidence: ArrayLike, saver_quality: ArrayLike, base_quality: ArrayLike, sample_weight: Floats | None = None
+) -> tuple[NDArray[Any], Floats, Floats, NDArray[Any]]:
+    """Of prefixes that end with a tie (E): sizes, by weight where there are any, summed qualities, least confidence."""
     scores = np.asarray(confidence)
     scores = scores if scores.dtype.kind == "f" else scores.astype(np.float64)
     shapes = [np.shape(values) for values in (confidence, saver_quality, base_quality)]
@@ -104,12 +111,18 @@ def _sorted_sums(
     if not np.isfinite(scores).all():
         raise ValueError("confidence must be finite; it contains NaN or infinity.")
     order = np.argsort(-scores, kind="stable")
+    weights = None if sample_weight is None else sample_weight[order]
+    if weights is not None and not weights.all():
+        order, weights = order[weights > 0], weights[weights > 0]
     falling = scores[order]
     ends = np.append(np.flatnonzero(np.diff(falling)) + 1, len(falling))
+    qualities = [np.asarray(quality)[order] for quality in (saver_quality, base_quality)]
+    sizes = ends if weights is None else np.cumsum(weights)[ends - 1]
     saver_sum, base_sum = (
-        np.cumsum(np.asarray(quality)[order], dtype=np.float64)[ends - 1] for quality in (saver_quality, base_quality)
+        np.cumsum(quality if weights is None else quality * weights, dtype=np.float64)[ends - 1]
+        for quality in qualities
     )
-    return ends, saver_sum, base_sum, falling
+    return sizes, saver_sum, base_sum, falling[ends - 1]
 
 
 @dataclass(frozen=True)
@@ -139,7 +152,8 @@ class SaverReport:
 
 def saver_reports(outputs: ExitOutputs) -> list[SaverReport]:
     """One report for each early exit of a cascade of whole models."""
-    ratios = [job_ratio(outputs.scores[k], outputs.graded[k], outputs.graded[-1]) for k in range(outputs.n_exits - 1)]
+    rows = zip(outputs.scores[:-1], outputs.graded[:-1], strict=True)
+    ratios = [job_ratio(scores, graded, outputs.graded[-1], outputs.sample_weight) for scores, graded in rows]
     if outputs.n_exits == 2:
         delta = delta_cost(float(outputs.exit_costs[0]), float(outputs.exit_costs[1]), ratios[0])
         return [SaverReport(0, delta, ratios[0])]

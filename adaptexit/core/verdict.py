@@ -42,7 +42,8 @@ class Verdict:
         What all samples together choose: the setting that the verdict is about. Its own accuracy and cost are
         those on the samples it was chosen on, and so flattering.
     n_samples, n_disagreements : int
-        Samples, and those of them on which an early exit is graded otherwise than the full model.
+        Samples (of those with weights the ones above 0), and those of them on which an early exit is graded otherwise
+        than the full model.
     confidence : float
         Of both intervals, each on its own.
     text : str
@@ -81,7 +82,8 @@ def verdict(
     Parameters
     ----------
     outputs : ExitOutputs
-        K >= 2 exits on N samples that the models have not learned from.
+        K >= 2 exits on N samples that the models have not learned from. Where they have weights, all means are
+        weighted, and intervals as wide as these make them.
     max_drop : float, default=0.0
         Allowed loss of accuracy that thresholds are chosen for (0.01 is one point).
     slack : float, default=0.01
@@ -127,20 +129,21 @@ def verdict(
         raise ValueError(f"confidence must be a share, above 0 and below 1 (0.95); got {confidence!r}.")
     check_whole("n_folds", n_folds, 2)
     check_whole("random_state", random_state, 0)
+    outputs = outputs.counted()
     if outputs.n_samples < 2 * n_folds:
         raise ValueError(
             f"outputs must have at least 2 samples a fold, {2 * n_folds} in all; got {outputs.n_samples}. "
             "Record more, or take fewer folds."
         )
     warn_of_chance(outputs)
-    n = outputs.n_samples
+    n, worth = outputs.n_samples, max(outputs.effective_size, 2.0)
     point, closest, seeming = _chosen(outputs, drop, random_state, also=drop + slack)
     _, costs = _outcomes(outputs, point)
     gains, choices, stayed_off = _cross_fitted(outputs, drop, n_folds, random_state)
-    quantile = float(student.ppf((1 + confidence) / 2, n - 1))
-    saving = 1 - float(costs.mean())
-    half = quantile * math.sqrt(float(np.var(costs, ddof=1)) / n)
-    difference, centre = float(gains.mean()), float(gains.sum()) / (n + 2)
+    quantile = float(student.ppf((1 + confidence) / 2, worth - 1))
+    mean_cost, difference = outputs.mean(costs), outputs.mean(gains)
+    saving, centre = 1 - mean_cost, difference * n / (n + 2)
+    half = quantile * float(np.linalg.norm(_by_weight(costs - mean_cost, outputs))) / n * math.sqrt(worth / (worth - 1))
     accuracy_half = quantile * math.hypot(_paired_error(gains, outputs), float(choices.std()))
     figures: dict[str, Any] = {
         "saving": saving,
@@ -188,16 +191,21 @@ def _cross_fitted(outputs: ExitOutputs, drop: float, n_folds: int, random_state:
         others = np.sort(np.concatenate([folds[g] for g in range(n_folds) if g != f]))
         point, _, _ = _chosen(outputs.take(others), drop, random_state)
         everyone, _ = _outcomes(outputs, point)
-        gains[fold], choices[f], off[f] = everyone[fold], everyone.mean(), not point.on[:-1].any()
+        gains[fold], choices[f], off[f] = everyone[fold], outputs.mean(everyone), not point.on[:-1].any()
     return gains, choices, float(off.mean())
 
 
 def _paired_error(gains: Floats, outputs: ExitOutputs) -> float:
     """Standard error of the mean gain with two pseudo-samples, half of which gain and half of which lose."""
-    n = len(gains)
+    n, centre = len(gains), outputs.mean(gains) * len(gains) / (len(gains) + 2)
     step = float(np.abs(gains).max()) or float(outputs.graded.max()) - float(outputs.graded.min()) or 1.0
-    variance = (float(gains @ gains) + step**2) / (n + 2) - (float(gains.sum()) / (n + 2)) ** 2
-    return math.sqrt(max(variance, 0.0) / (n + 2))
+    pseudo = math.sqrt(step**2 + 2 * centre**2)
+    return math.hypot(float(np.linalg.norm(_by_weight(gains - centre, outputs))), pseudo) / (n + 2)
+
+
+def _by_weight(values: Floats, outputs: ExitOutputs) -> Floats:
+    """One number a sample, (N,), as often as the sample counts."""
+    return values if outputs.sample_weight is None else values * outputs.sample_weight
 
 
 # -- saying ----------------------------------------------------------------------------------------------------------
@@ -219,7 +227,8 @@ def _said(
     in_range = float(outputs.graded.min()) >= 0 and float(outputs.graded.max()) <= 1
     worth = _Worth(100.0, " points", "accuracy") if in_range else _Worth(1.0, "", "mean quality")
     allowed = f"without losing {worth.name}" if drop == 0 else f"at a loss of at most {worth.amount(drop)}"
-    measured = f"measured on {n:,} samples ({100 * figures['confidence']:.4g}% intervals)"
+    weighted = "" if outputs.sample_weight is None else " by weight"
+    measured = f"measured on {n:,} samples{weighted} ({100 * figures['confidence']:.4g}% intervals)"
     found = f"{100 * saving:.0f}% cheaper ({_range(saves)}) at {worth.change(figures['accuracy_difference'], changes)}"
     if off and settled and changes[0] >= limit:
         more = ""

@@ -152,7 +152,7 @@ def check_order(loader: DataLoader[Any]) -> None:
     samplers = [sampler for outer in (loader.batch_sampler, loader.sampler) for sampler in _samplers_in(outer)]
     if any(isinstance(sampler, _SHUFFLING) or getattr(sampler, "shuffle", False) for sampler in samplers):
         raise ValueError(
-            "X must keep its order, since answers come in input order; got a DataLoader that shuffles. "
+            "X must keep its order, since answers and weights are in input order; got a DataLoader that shuffles. "
             "Build it with shuffle=False."
         )
     if loader.drop_last or any(getattr(sampler, "drop_last", False) for sampler in samplers):

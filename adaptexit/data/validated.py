@@ -6,12 +6,14 @@ from abc import ABC, abstractmethod
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.utils.multiclass import check_classification_targets
 from sklearn.utils.validation import validate_data
 
 from adaptexit.data.batches import Batches, as_batches
 from adaptexit.data.inputs import InputSpec
 from adaptexit.data.sources import check_source, is_stream, split_pair
+from adaptexit.utils.validation import checked_weights
 
 
 class TakesData(ABC):
@@ -34,6 +36,14 @@ class TakesData(ABC):
             X = self._validated_inputs(X)
         like = None if reset or not hasattr(self, "_inputs") else self._inputs
         return as_batches(X, y, batch_size=self.batch_size, labels=needed or None, ordered=ordered, like=like)
+
+    def _checked_weights(self, X: Any, sample_weight: Any) -> NDArray[np.float64] | None:
+        """Weights of the samples of X, (N,), refused before anything runs where it is known that they do not fit."""
+        if sample_weight is None:
+            return None
+        X, _ = split_pair(X, None)
+        shape = None if is_stream(X) else getattr(X, "shape", None)
+        return checked_weights(sample_weight, shape[0] if shape else None)
 
     def _input_batches(self, X: Any) -> Batches:
         """Batches of inputs alone."""

@@ -289,7 +289,7 @@ class JobRatioDisplay:
         check_outputs(outputs)
         check_exit("saver", saver, outputs.n_exits)
         names = exit_labels(exit_names, outputs.n_exits)
-        curve = job_curve(outputs.scores[saver], outputs.graded[saver], outputs.graded[-1])
+        curve = job_curve(outputs.scores[saver], outputs.graded[saver], outputs.graded[-1], outputs.sample_weight)
         return cls.from_curve(curve, saver_name=names[saver], base_name=names[-1])
 
     @classmethod

@@ -114,6 +114,22 @@ def check_shape(array: NDArray[Any], shape: tuple[int, ...], name: str) -> None:
         raise ValueError(f"{name} must have shape {shape}; got shape {array.shape}.")
 
 
+def checked_weights(values: Any, n_samples: int | None) -> NDArray[np.float64]:
+    """Weights of samples as floats (N,): finite, not negative, not all 0; None where N is not known yet."""
+    weights = real_array("sample_weight", values).astype(np.float64)
+    if weights.ndim != 1 or n_samples not in (None, len(weights)):
+        n = "N" if n_samples is None else n_samples
+        raise ValueError(f"sample_weight must have shape ({n},), one weight a sample; got shape {weights.shape}.")
+    allowed = "sample_weight must be finite, not negative and not all zero"
+    refused = ~(np.isfinite(weights) & (weights >= 0))
+    if refused.any():
+        where = int(np.argmax(refused))
+        raise ValueError(f"{allowed}; sample {where} has {float(weights[where])}.")
+    if not weights.any():
+        raise ValueError(f"{allowed}; all are zero. Give weights above 0 to the samples that are to count.")
+    return weights
+
+
 def stored_array(
     arrays: Mapping[str, NDArray[Any]], name: str, shape: tuple[int | None, ...], allowed: str = ""
 ) -> NDArray[np.float64]:

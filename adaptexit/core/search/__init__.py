@@ -43,11 +43,17 @@ class SearchReport:
     reason: str
 
 
-def choose_search(search: SearchName, n_exits: int, n_samples: int) -> SearchReport:
-    """What a search does with K exits and N calibration samples: ``"auto"`` is ``"smoothed"``, whatever they are."""
+def choose_search(
+    search: SearchName, n_exits: int, n_samples: int, effective_size: float | None = None
+) -> SearchReport:
+    """What a search does with K exits and N calibration samples: ``"auto"`` is ``"smoothed"``, whatever they are.
+
+    ``effective_size`` is what samples with weights are worth.
+    """
     if search in ("auto", "smoothed"):
-        return SearchReport("smoothed", False, described(n_exits, n_samples))
-    return SearchReport(search, search == "coord" and n_samples < 1000 * n_exits, "asked for")
+        return SearchReport("smoothed", False, described(n_exits, n_samples, effective_size))
+    worth = n_samples if effective_size is None else effective_size
+    return SearchReport(search, search == "coord" and worth < 1000 * n_exits, "asked for")
 
 
 def targets_for(
@@ -85,6 +91,7 @@ def search_thresholds(
     Parameters
     ----------
     outputs : ExitOutputs
+        Those of weight 0 have no part in it.
     search : {"auto", "smoothed", "exact", "coord", "shared", "geometric"}
     n_points : int
         Budgets on the grid; the frontier has about as many points, fewer where one policy serves several.
@@ -95,10 +102,12 @@ def search_thresholds(
         Seed of the bootstrap samples where thresholds are bagged, and of the draw where a search takes some samples
         out of many.
     """
-    report = choose_search(search, outputs.n_exits, outputs.n_samples)
+    everybody, outputs = outputs, outputs.counted()
+    report = choose_search(search, outputs.n_exits, outputs.n_samples, outputs.effective_size)
     problem = Problem.from_outputs(outputs)
     if report.search == "smoothed":
-        return _smoothed_frontier(outputs, problem, n_points, budgets, random_state), report
+        points = _smoothed_points(outputs, problem, n_points, budgets, random_state)
+        return ParetoFrontier.of(points, everybody), report
     if problem.n_early == 0:
         policies, targets = np.zeros((1, 0), dtype=np.int64), Targets.of(drops=[0.0])
     else:
@@ -110,16 +119,16 @@ def search_thresholds(
             policies = _kept_drops(problem, targets, _bagged(outputs, problem, method, targets, random_state))
         else:
             policies = method(problem, targets)
-    return _frontier(outputs, problem, policies, targets), report
+    return ParetoFrontier.of(_best_points(outputs, problem, policies, targets), everybody), report
 
 
-def _smoothed_frontier(
+def _smoothed_points(
     outputs: ExitOutputs, problem: Problem, n_points: int, budgets: Sequence[float], random_state: int
-) -> ParetoFrontier:
+) -> list[OperatingPoint]:
     """Points at even steps of cost and at the budgets, without those that a cheaper one beats beyond their noise."""
     plain = np.zeros((1, problem.n_early), dtype=np.int64)
     if problem.n_early == 0:
-        return ParetoFrontier.of(_points(outputs, problem, plain, [{}]), outputs)
+        return _points(outputs, problem, plain, [{}])
     everybody = cheapest(problem)
     least = float(problem.costs(everybody)[0]) / problem.n_samples
     grid = np.union1d(np.linspace(least, 1.0, n_points + 1), budgets)
@@ -131,7 +140,7 @@ def _smoothed_frontier(
     points = _points(outputs, problem, distinct, [params[i] for i in first])
     accuracy, cost, drop_se = (np.array([getattr(p, name) for p in points]) for name in ("accuracy", "cost", "drop_se"))
     worth = ~beaten(accuracy, cost, drop_se) | ~distinct.any(axis=1)
-    return ParetoFrontier.of([point for point, keep in zip(points, worth, strict=True) if keep], outputs)
+    return [point for point, keep in zip(points, worth, strict=True) if keep]
 
 
 def _bagged(outputs: ExitOutputs, problem: Problem, method: Search, targets: Targets, random_state: int) -> Policies:
@@ -168,7 +177,7 @@ def _kept_drops(problem: Problem, targets: Targets, policies: Policies) -> Polic
     return final
 
 
-def _frontier(outputs: ExitOutputs, problem: Problem, policies: Policies, targets: Targets) -> ParetoFrontier:
+def _best_points(outputs: ExitOutputs, problem: Problem, policies: Policies, targets: Targets) -> list[OperatingPoint]:
     """The policies that no other dominates, as operating points.
 
     That everybody leaves at the cheapest exit is among the choices, and the plain full model is a point in any case.
@@ -179,7 +188,7 @@ def _frontier(outputs: ExitOutputs, problem: Problem, policies: Policies, target
     points = _points(outputs, problem, distinct, [params[i] for i in first])
     plain = np.flatnonzero(~distinct.any(axis=1))
     survivors = np.union1d(not_dominated([p.accuracy for p in points], [p.cost for p in points]), plain)
-    return ParetoFrontier.of([points[i] for i in survivors], outputs)
+    return [points[i] for i in survivors]
 
 
 def _points(
@@ -187,7 +196,7 @@ def _points(
 ) -> list[OperatingPoint]:
     """What :func:`evaluate` gives for policies (P, K-1), from sums that are there already where these are exact."""
     thresholds, cutoffs = problem.thresholds(policies)
-    if problem.quality_unit != 1.0:
+    if problem.quality_unit != 1.0 or problem.weights is not None:
         return [evaluate(outputs, *setting) for setting in zip(thresholds, cutoffs, params, strict=True)]
     n = problem.n_samples
     quality, counts, _ = problem.outcomes(policies)

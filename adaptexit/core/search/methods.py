@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from itertools import product
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -68,7 +69,8 @@ def _exact_one(problem: Problem, k: int, targets: Targets) -> Policies:
     worthwhile = gain > best_longer
     quality, ends = problem.full_quality + gain[worthwhile] * problem.quality_unit, ends[worthwhile]
     paths = np.cumsum(problem.stage_costs + problem.exit_costs) * COST_UNIT
-    cost = ends * paths[k] + (n - ends) * paths[-1]
+    leaving = problem.prefix_sizes[k][ends]
+    cost = leaving * paths[k] + (n - leaving) * paths[-1]
     policies = np.zeros((len(targets), problem.n_early), dtype=np.int64)
     policies[:, k] = ends[targets.best(problem, quality, cost)[0]]
     return policies
@@ -90,13 +92,15 @@ def _exact_two(problem: Problem, targets: Targets) -> Policies:
     at_budget, at_floor = (np.zeros((len(limits), 2), dtype=np.int64) for limits in (budgets, floors))
     gain_all = (second_q - last_q)[problem.order[1]]
     rank_all = problem.rank[0][problem.order[1]]
+    each = 1 if problem.weights is None else problem.weights[problem.order[1]]
     gain_first = last_q.sum() + np.append(0, np.cumsum((first_q - last_q)[problem.order[0]]))
     ends = np.append(0, problem.ends[1])
     for leaving in np.append(0, problem.ends[0]):
         reach = rank_all >= leaving
         quality = gain_first[leaving] + np.append(0, np.cumsum(gain_all * reach))[ends]
-        stops = np.append(0, np.cumsum(reach))[ends]
-        cost = leaving * paths[0] + (n - leaving) * paths[2] - stops * (paths[2] - paths[1])
+        stops, first = np.append(0, np.cumsum(reach * each))[ends], problem.prefix_sizes[0][leaving]
+        cost = first * paths[0] + (n - first) * paths[2] - stops * (paths[2] - paths[1])
+        cost = cost if problem.weights is None else np.rint(cost).astype(np.int64)
         # Longer prefixes of the second exit are cheaper: a budget leaves those from some length on, whose best quality
         # falls with that length, so that a floor leaves those up to some length. Both are found by binary search.
         from_here_on = np.maximum.accumulate(quality[::-1])[::-1]
@@ -225,27 +229,35 @@ def geometric_path(problem: Problem, points: Sequence[float] = range(1, 40), *, 
     """The policies of MSDNet's rule for the p of ``points``, shape (P, K-1), on the exits allowed.
 
     The rule rounds quotas down, which depends on how many samples there are; rounded up, copies of all samples change
-    nothing.
+    nothing. By weight there is no whole number to round to: a quota ends with the sample that fills it.
     """
     exits = np.flatnonzero(problem.allowed)
     shares = (np.array(points)[:, None] / 20.0) ** np.arange(len(exits) + 1)
-    quotas = np.zeros((len(points), problem.n_early), dtype=np.int64)
-    numbers = (problem.n_samples * shares / shares.sum(axis=1, keepdims=True))[:, :-1]
-    quotas[:, exits] = np.ceil(numbers - 1e-6) if rounded_up else np.floor(numbers)
-    return quota_policies(problem, quotas)
+    quotas = np.zeros((len(points), problem.n_early))
+    quotas[:, exits] = (problem.n_samples * shares / shares.sum(axis=1, keepdims=True))[:, :-1]
+    return quota_policies(problem, quotas, rounded_up=rounded_up)
 
 
-def quota_policies(problem: Problem, quotas: Policies) -> Policies:
+def quota_policies(problem: Problem, numbers: Floats, *, rounded_up: bool = False) -> Policies:
     """Policies (P, K-1) at which every exit takes its quota of the surest samples that reach it, or all of fewer.
 
-    An exit with the quota 0 is switched off. Equal scores leave together, which may be more than the quota.
+    An exit with the quota 0 is switched off. Equal scores leave together, which may be more than the quota. Numbers
+    (P, K-1) are rounded to whole quotas, or where samples have weights taken as they are.
     """
+    size: Any = np.int32
+    if problem.weights is not None:
+        quotas, size = np.maximum(numbers - 1e-6, 0.0), np.float64
+    else:
+        quotas = (np.ceil(numbers - 1e-6) if rounded_up else np.floor(numbers)).astype(np.int64)
     policies = np.zeros(quotas.shape, dtype=np.int32)  # as ranks are
     for block in blocks(len(quotas), problem.n_samples):
         alive = np.ones((len(quotas[block]), problem.n_samples), dtype=bool)
         for k in np.flatnonzero(quotas[block].any(axis=0)):
-            arrivals = np.cumsum(alive.take(problem.order[k], axis=1), axis=1, dtype=np.int32)
-            quota = np.minimum(quotas[block, k], arrivals[:, -1]).astype(np.int32)
+            arriving = alive.take(problem.order[k], axis=1)
+            if problem.weights is not None:
+                arriving = arriving * problem.weights[problem.order[k]]
+            arrivals = np.cumsum(arriving, axis=1, dtype=size)
+            quota = np.minimum(quotas[block, k], arrivals[:, -1]).astype(size)
             last = (arrivals < quota[:, None]).argmin(axis=1)  # where the quota's last sample stands
             ends = problem.ends[k]
             policies[block, k] = np.where(quota > 0, ends[np.searchsorted(ends, last + 1)], 0)
@@ -265,8 +277,9 @@ def shared_path(problem: Problem, n_levels: int = 200) -> Policies:
     for k in exits:  # one value a tie, so that the order within it cannot matter
         starts = np.append(0, problem.ends[k][:-1])
         lengths = np.diff(problem.ends[k], prepend=0)
-        means = np.add.reduceat(problem.quality[k][problem.order[k]], starts) / lengths
-        estimates[k] = np.repeat(isotonic_regression(means, weights=lengths, increasing=False).x, lengths)
+        sizes = np.diff(problem.prefix_sizes[k][problem.ends[k]], prepend=0)
+        means = np.add.reduceat(problem.quality[k][problem.order[k]], starts) / sizes
+        estimates[k] = np.repeat(isotonic_regression(means, weights=sizes, increasing=False).x, lengths)
     levels = np.unique(np.concatenate([np.append(x, -np.inf) for x in estimates.values()]))
     if len(levels) > n_levels:
         levels = levels[np.linspace(0, len(levels) - 1, n_levels).round().astype(int)]

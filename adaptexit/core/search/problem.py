@@ -48,7 +48,7 @@ class Problem:
     n_early, n_samples : int
         Early exits K-1 and samples N.
     quality : int64 array (K, N)
-        In units of ``quality_unit``.
+        In units of ``quality_unit``, each sample's as often as it counts.
     quality_unit : float
     order, rank : integer arrays (K-1, N)
         Samples from surest to least sure at each early exit, and the inverse permutation.
@@ -60,6 +60,8 @@ class Problem:
     chained : bool
     allowed : boolean array (K-1,)
         Exits that the search may switch on.
+    weights : float64 array (N,) or None
+        How much each sample counts in sums and quotas, above 0 and 1 on average; None: all alike.
     """
 
     n_early: int
@@ -74,10 +76,11 @@ class Problem:
     exit_costs: Integers
     chained: bool
     allowed: NDArray[np.bool_]
+    weights: Floats | None = None
 
     @classmethod
     def from_outputs(cls, outputs: ExitOutputs) -> Problem:
-        """Sort every early exit of ``outputs`` once."""
+        """Sort every early exit of ``outputs`` once; they have no samples of weight 0 (``outputs.counted()``)."""
         early, n = outputs.n_exits - 1, outputs.n_samples
         order = np.empty((early, n), dtype=np.intp)
         rank = np.empty((early, n), dtype=np.int32)
@@ -88,7 +91,8 @@ class Problem:
             rank[k][order[k]] = np.arange(n, dtype=np.int32)
             sorted_scores[k] = outputs.scores[k][order[k]]
             ends.append(np.append(np.flatnonzero(np.diff(sorted_scores[k])) + 1, n))
-        quality, unit = in_units(outputs.graded)
+        weights = outputs.sample_weight
+        quality, unit = in_units(outputs.graded if weights is None else outputs.graded * weights)
         full_cost = outputs.full_cost
         return cls(
             n_early=early,
@@ -103,12 +107,30 @@ class Problem:
             exit_costs=np.rint(outputs.exit_costs / full_cost / COST_UNIT).astype(np.int64),
             chained=outputs.chained,
             allowed=np.ones(early, dtype=bool),
+            weights=weights,
         )
 
     @cached_property
     def full_quality(self) -> float:
         """Summed quality of the full model."""
         return int(self.quality[-1].sum()) * self.quality_unit
+
+    @cached_property
+    def effective_size(self) -> float:
+        """Samples of equal weight that say as much: N without weights."""
+        return float(self.n_samples if self.weights is None else self.n_samples**2 / (self.weights @ self.weights))
+
+    @cached_property
+    def prefix_sizes(self) -> list[NDArray[Any]]:
+        """How much the surest 0 ... N samples of each early exit count together: K-1 arrays (N + 1,)."""
+        if self.weights is None:
+            return [np.arange(self.n_samples + 1)] * self.n_early
+        return [np.append(0.0, np.cumsum(self.weights[order])) for order in self.order]
+
+    def _each(self, cost: Any) -> Integers:
+        """What samples (N,) that cost so much add to the sum."""
+        costs = np.broadcast_to(cost, self.n_samples)
+        return costs if self.weights is None else np.rint(self.weights * costs).astype(np.int64)
 
     @cached_property
     def tie_ends(self) -> list[Integers]:
@@ -134,7 +156,8 @@ class Problem:
     def priced(self, weight: float) -> Problem:
         """The same problem with every free exit's cost taken off its quality at ``weight``: nothing costs any more."""
         paths = np.cumsum(self.stage_costs + self.exit_costs) * COST_UNIT
-        quality, unit = in_units(self.quality * self.quality_unit - weight * paths[:, None])
+        each = paths[:, None] if self.weights is None else paths[:, None] * self.weights
+        quality, unit = in_units(self.quality * self.quality_unit - weight * each)
         nothing = np.zeros(self.n_early + 1, dtype=np.int64)
         return dataclasses.replace(self, quality=quality, quality_unit=unit, stage_costs=nothing, exit_costs=nothing)
 
@@ -153,13 +176,13 @@ class Problem:
         before = np.flatnonzero(policy[:k] > 0)
         return int(self.exit_costs[(before[-1] + 1 if len(before) else 0) : k + 1].sum())
 
-    def outcomes(self, policies: Integers) -> tuple[Integers, Integers, Integers]:
+    def outcomes(self, policies: Integers) -> tuple[Integers, NDArray[Any], Integers]:
         """What becomes of policies (P, K-1), in units.
 
         Returns
         -------
         (quality, counts, costs)
-            Summed quality and summed cost, (P,), and how many samples leave at each exit, (P, K).
+            Summed quality and summed cost, (P,), and how many samples leave at each exit, (P, K), by weight.
         """
         quality = np.zeros(len(policies), dtype=np.int64)
         counts = self._counts(policies, quality)
@@ -170,20 +193,22 @@ class Problem:
         return np.asarray(self._charged(policies, self._counts(policies)) * COST_UNIT)
 
     def disagreements(self, policies: Integers) -> Integers:
-        """How many samples get another quality from policies (P, K-1) than from the full model: (P,)."""
+        """How many samples get another quality from policies (P, K-1) than from the full model: (P,), weights apart."""
         differing = dataclasses.replace(self, quality=(self.quality != self.quality[-1]).astype(np.int64))
         differing._counts(policies, numbers := np.zeros(len(policies), dtype=np.int64))
         return numbers
 
-    def _counts(self, policies: Integers, quality: Integers | None = None) -> Integers:
-        """How many samples leave at each exit, (P, K); their qualities are added to ``quality`` (P,)."""
-        counts = np.zeros((len(policies), self.n_early + 1), dtype=np.int64)
+    def _counts(self, policies: Integers, quality: Integers | None = None) -> NDArray[Any]:
+        """How many samples leave at each exit, (P, K), by weight; their qualities are added to ``quality`` (P,)."""
+        counts = np.zeros((len(policies), self.n_early + 1), dtype=np.int64 if self.weights is None else np.float64)
         for block in blocks(len(policies), self.n_samples):
             ends = policies[block].astype(np.int32)  # as ranks are: comparing other types takes several times as long
             staying = np.ones((len(ends), self.n_samples), dtype=bool)
             for k in np.flatnonzero(ends.any(axis=0)):
                 leaving = staying & (self.rank[k] < ends[:, k, None])
-                counts[block, k] = leaving.sum(axis=1, dtype=np.int32)
+                counts[block, k] = (
+                    leaving.sum(axis=1, dtype=np.int32) if self.weights is None else leaving @ self.weights
+                )
                 if quality is not None:
                     quality[block] += leaving @ self.quality[k]
                 staying &= ~leaving
@@ -192,10 +217,11 @@ class Problem:
         counts[:, -1] = self.n_samples - counts.sum(axis=1)
         return counts
 
-    def _charged(self, policies: Integers, counts: Integers) -> Integers:
+    def _charged(self, policies: Integers, counts: NDArray[Any]) -> Integers:
         """Summed cost of policies (P, K-1) with so many leaving at each exit (P, K)."""
         paths = np.cumsum(self.stage_costs + np.where(self._runs(policies > 0), self.exit_costs, 0), axis=1)
-        return np.asarray((counts * paths).sum(axis=1))
+        costs = (counts * paths).sum(axis=1)
+        return np.asarray(costs if self.weights is None else np.rint(costs).astype(np.int64))
 
     def _totals(self, policy: Policy) -> tuple[int, int]:
         """Summed quality and summed cost of a policy, in units."""
@@ -228,11 +254,11 @@ class Problem:
         later_q = self.quality[-1]
         later_c: Integers | None = None
         if self.stage_costs.any() or self.exit_costs.any():
-            later_c = np.full(self.n_samples, self.stage_costs[-1] + self.exit_costs[-1])
+            later_c = self._each(self.stage_costs[-1] + self.exit_costs[-1])
         for k in range(self.n_early - 1, -1, -1):
             if self.allowed[k]:
                 prefixes, gain_q, gain_c, n_reach = self._scan(k, arrivals[k], later_q, later_c)
-                entry = self._switch_cost(k, policy) * n_reach
+                entry = int(np.rint(self._switch_cost(k, policy) * n_reach))
                 off_q, off_c = total_q, total_c
                 if policy[k]:
                     # The prefix in force ends where the last of those that it lets leave here ends, if any is left.
@@ -259,13 +285,13 @@ class Problem:
                 if later_c is not None:
                     runs = policy[k:].any() if self.chained else policy[k]
                     here = self.stage_costs[k] + (self.exit_costs[k] if runs else 0)
-                    later_c = here + (later_c if goes_on is None else later_c * goes_on)
+                    later_c = self._each(here) + (later_c if goes_on is None else later_c * goes_on)
         return policy, (total_q, total_c)
 
     def _scan(
         self, k: int, reach: NDArray[np.bool_] | None, later_q: Integers, later_c: Integers | None
-    ) -> tuple[Integers, Integers, Integers, int]:
-        """Prefixes of exit k that tell the samples reaching it apart, what each gains and saves, and who reaches it."""
+    ) -> tuple[Integers, Integers, Integers, Any]:
+        """Prefixes of exit k that tell the samples reaching it apart, what each gains and saves, and how many do."""
         if reach is None:
             samples, prefixes = self.order[k], self.ends[k]
             positions = prefixes - 1
@@ -285,7 +311,7 @@ class Problem:
             gain_q, gain_c = gain_q[positions], gain_c if later_c is None else gain_c[positions]
         if later_c is None:
             gain_c = np.broadcast_to(gain_c, gain_q.shape)
-        return prefixes, gain_q, gain_c, len(samples)
+        return prefixes, gain_q, gain_c, len(samples) if self.weights is None else self.weights[samples].sum()
 
     def settle(self, policy: Policy, objective: Objective, max_sweeps: int = 30) -> tuple[Policy, float]:
         """Sweeps to a fixed point; returns the policy and its objective."""

@@ -77,11 +77,11 @@ def frontier_of_shares(
     (ParetoFrontier, OperatingPoint)
         Of the budgets' points those that no other dominates, the plain full model and the point in use.
     """
-    problem = Problem.from_outputs(outputs)
+    problem = Problem.from_outputs(outputs.counted())
     costs = outputs.path_costs(np.ones(outputs.n_exits, dtype=bool)) / outputs.full_cost
     every_budget = [in_use, *(budget for budget in budgets if budget != in_use)]
-    quotas = outputs.n_samples * np.stack([matched_shares(shares, costs, budget)[:-1] for budget in every_budget])
-    policies = quota_policies(problem, np.ceil(quotas - 1e-6).astype(np.int64))
+    quotas = problem.n_samples * np.stack([matched_shares(shares, costs, budget)[:-1] for budget in every_budget])
+    policies = quota_policies(problem, quotas, rounded_up=True)
     point, *others = (
         evaluate(outputs, thresholds, cutoffs, {"budget": float(budget)})
         for thresholds, cutoffs, budget in zip(*problem.thresholds(policies), every_budget, strict=True)

@@ -49,21 +49,24 @@ _HALVINGS = 6
 """Steps in which positions are fitted to their budgets on many samples; twice as many on few."""
 
 
-def described(n_exits: int, n_samples: int) -> str:
-    """What the search does with K exits and N samples, in words."""
+def described(n_exits: int, n_samples: int, effective_size: float | None = None) -> str:
+    """What the search does with K exits and N samples, in words; by weight they may be worth fewer."""
     if n_exits <= 2:
         return "one early exit: as many of the surest samples leave as a budget needs"
-    n = min(n_samples, MOST_SEARCHED)
+    n: float = min(n_samples, MOST_SEARCHED)
     of_many = f"searched on {n} of {n_samples} samples" if n < n_samples else f"{n} samples"
+    if effective_size is not None and effective_size < n_samples:
+        n *= effective_size / n_samples
+        of_many += f" that by weight are worth {n:.0f}"
     return f"{of_many}: qualities are {_counted(n):.0%} counted, policies {_moved(n):.0%} the geometric rule's"
 
 
-def _counted(n_samples: int) -> float:
+def _counted(n_samples: float) -> float:
     """Share of what was in what a sample is worth; the rest is estimated."""
     return n_samples / (n_samples + _HALF_COUNTED)
 
 
-def _moved(n_samples: int) -> float:
+def _moved(n_samples: float) -> float:
     """Share of the way to the geometric rule's policies."""
     return (_QUARTER_MOVED / (n_samples + _QUARTER_MOVED)) ** 2
 
@@ -74,6 +77,7 @@ def spend(outputs: ExitOutputs, problem: Problem, budgets: Sequence[float], rand
     Parameters
     ----------
     outputs : ExitOutputs
+        Without samples of weight 0.
     problem : Problem
         Of these outputs.
     budgets : sequence of B floats
@@ -105,14 +109,16 @@ def cheapest(problem: Problem) -> Policies:
 
 def _estimated(outputs: ExitOutputs, problem: Problem) -> Problem:
     """The problem with qualities that are partly estimated from the scores."""
-    counted = _counted(outputs.n_samples)
-    quality = problem.quality * problem.quality_unit
+    counted = _counted(problem.effective_size)
+    quality, sizes = problem.quality * problem.quality_unit, problem.weights
     for k, scores in enumerate(outputs.scores):
         if scores.min() == scores.max():
             continue  # tells nothing: the full model of a log may come without scores
-        levels, of_sample, numbers = np.unique(scores, return_inverse=True, return_counts=True)
-        means = np.bincount(of_sample, weights=quality[k], minlength=len(levels)) / numbers
-        quality[k] = counted * quality[k] + (1 - counted) * isotonic_regression(means, weights=numbers).x[of_sample]
+        _, of_sample = np.unique(scores, return_inverse=True)
+        numbers = np.bincount(of_sample, weights=sizes)
+        means = np.bincount(of_sample, weights=quality[k]) / numbers
+        estimates = isotonic_regression(means, weights=numbers).x[of_sample]
+        quality[k] = counted * quality[k] + (1 - counted) * (estimates if sizes is None else sizes * estimates)
     units, unit = in_units(quality)
     return dataclasses.replace(problem, quality=units, quality_unit=unit)
 
@@ -174,7 +180,7 @@ def _curve(problem: Problem, budgets: Floats) -> Floats:
     everybody = np.zeros((1, problem.n_early), dtype=np.int64)
     everybody[0, on[0]] = problem.n_samples
     nobody = np.zeros_like(everybody)
-    moved = 1.0 if len(on) == 1 else _moved(problem.n_samples)  # a prefix of one exit is told by its cost
+    moved = 1.0 if len(on) == 1 else _moved(problem.effective_size)  # a prefix of one exit is told by its cost
     if moved < 1:
         searched = _between(problem, np.concatenate([everybody, _priced_path(problem), nobody]), budgets)
         if moved < 0.01:
