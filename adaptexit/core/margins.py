@@ -27,6 +27,9 @@ MARGINS = (0.01, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8)
 Bound = Literal["none", "wilson", "fixed_sequence"]
 BOUNDS = get_args(Bound)
 
+_DECIMALS = 12
+"""Of precisions by weight that are compared, so that rounding in their sums does not tell equal ones apart."""
+
 LEAST_TESTED = 30
 """Samples that leave in the first test of the fixed sequence, at least."""
 
@@ -59,7 +62,7 @@ def class_precision(
     answers = np.bincount(predictions, sample_weight, n_classes)
     with np.errstate(invalid="ignore"):
         if sample_weight is not None:
-            return _share(np.bincount(predictions, hits * sample_weight, n_classes), answers)
+            return np.asarray(np.bincount(predictions, hits * sample_weight, n_classes) / answers)
         return np.asarray(np.bincount(predictions[hits], minlength=n_classes) / answers, dtype=np.float64)
 
 
@@ -101,6 +104,8 @@ def margin_thresholds(
     precision = class_precision(predictions[-1], labels, n_classes, weights)
     targets = (1.0 - np.asarray(margins, dtype=np.float64)[:, None]) * precision
     targets[:, np.isnan(precision)] = np.inf
+    if weights is not None:
+        targets = np.round(targets, _DECIMALS)
     thresholds = np.full((len(margins), n_exits, n_classes), -np.inf)
     cutoffs = thresholds.copy()
     alive = np.ones((len(margins), outputs.n_samples), dtype=bool)
@@ -205,7 +210,9 @@ class _Groups:
         Precisions become ranks; the best rank from a group on to the end of its class falls from group to group, and
         with every class's ranks lifted above the next class's it falls throughout: one binary search a query.
         """
-        precision = self.right / self.count if self.size is self.count else _share(self.right, self.size)
+        precision = self.right / self.size
+        if self.size is not self.count:
+            precision = np.round(precision, _DECIMALS)
         if rule.bound == "wilson":
             precision = _wilson_lower(precision, self.count, rule.delta)
         levels, ranks = np.unique(precision, return_inverse=True)
@@ -244,11 +251,6 @@ class _Groups:
         cutoffs = thresholds.copy()
         cutoffs[part] = midpoint(self.scores[last + 1], self.scores[last])
         return thresholds, cutoffs
-
-
-def _share(right: NDArray[Any], size: NDArray[Any]) -> Floats:
-    """What is right by weight, so rounded that sums of the same weights in another order give the same."""
-    return np.asarray(np.round(right / size, 12), dtype=np.float64)
 
 
 def _wilson_lower(precision: Floats, count: NDArray[np.int64], delta: float) -> Floats:

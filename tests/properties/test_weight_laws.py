@@ -144,7 +144,7 @@ def test_equal_weights_are_none(search, outputs, weight):
 def test_class_precision_counts_as_over_repeated_samples(cascade_aware, data, outputs):
     own, weights = data.draw(weighted(outputs))
     repeated = outputs.take(np.repeat(np.arange(outputs.n_samples), weights))
-    fitted = [CPMCalibrator(0.25, cascade_aware=cascade_aware, margins=(0.0, 0.5)).fit(o) for o in (own, repeated)]
+    fitted = [CPMCalibrator(0.5, cascade_aware=cascade_aware, margins=(0.0, 0.5)).fit(o) for o in (own, repeated)]
     assert fitted[0].thresholds_.tolist() == fitted[1].thresholds_.tolist()
     assert fitted[0].precision_ == pytest.approx(fitted[1].precision_, abs=1e-9, nan_ok=True)
     same_point(fitted[0].point_, fitted[1].point_)

@@ -368,5 +368,5 @@ def in_units(quality: NDArray[Any]) -> tuple[Integers, float]:
     """Qualities as integers, and their unit."""
     if quality.dtype.kind in "biu":
         return quality.astype(np.int64), 1.0
-    unit = max(float(np.abs(quality).max()), 1e-300) / _QUALITY_STEPS
+    unit = max(float(np.abs(quality).max()) or 1.0, 1e-300) / _QUALITY_STEPS
     return np.rint(quality / unit).astype(np.int64), unit
