@@ -94,8 +94,6 @@ def main() -> None:
         point = frontier.at(max_drop=drop)
         change = 100 * (point.accuracy - frontier.full_accuracy)
         print(f"{100 * drop:10.1f}%  | {cost:26.3f} | {point.cost:20.3f} | {change:+.2f}")
-    best = cascade.pareto().at(budget=1.0)
-    print(f"best calibrated accuracy {best.accuracy:.4f} at relative cost {best.cost:.3f}")
 
     from matplotlib import pyplot
 
