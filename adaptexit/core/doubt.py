@@ -8,6 +8,9 @@ from adaptexit.exceptions import CalibrationWarning, warn
 FEW_DISAGREEMENTS = 30
 """Samples on which a point's answers are graded otherwise than the full model's, below which little is known of it."""
 
+CERTAIN = 5e-4
+"""Standard error of a loss, 0.05 points, below which it is known well enough however few disagreements there are."""
+
 _NEXT_STEP = "Calibrate on more samples, allow a larger max_drop, or give a budget"
 
 
@@ -30,7 +33,7 @@ def warn_of_doubt(frontier: ParetoFrontier, point: OperatingPoint, max_drop: flo
     if point.on[:-1].any():
         # drop_se counts one disagreement more than there are
         number = max(round((point.drop_se * size) ** 2) - 1, 0)
-        if point.drop_se > 0 and number < FEW_DISAGREEMENTS:
+        if point.drop_se > CERTAIN and number < FEW_DISAGREEMENTS:
             warn(
                 f"max_drop={max_drop:g} was chosen for by {_samples(number)} of {n} on which the chosen point and the "
                 f"full model are not both right or both wrong: it loses {_loss(frontier, point)}. {_NEXT_STEP}.",

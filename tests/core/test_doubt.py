@@ -51,6 +51,13 @@ def test_many_disagreements_are_no_matter_for_a_warning():
     assert messages == []
 
 
+def test_a_loss_that_is_known_well_is_no_matter_for_a_warning():
+    point, messages = warnings_of(pair(5000, 10), max_drop=0.0)
+    assert point.on[0]
+    assert point.drop_se < 0.05 / 100
+    assert messages == []
+
+
 def test_a_saver_that_is_never_right_is_no_matter_for_a_warning():
     point, messages = warnings_of(pair(300, 300))
     assert point.cost == 1.0
