@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from adaptexit.core.frontier import OperatingPoint, ParetoFrontier
 from adaptexit.exceptions import CalibrationWarning, warn
 
@@ -40,9 +42,9 @@ def warn_of_doubt(frontier: ParetoFrontier, point: OperatingPoint, max_drop: flo
                 CalibrationWarning,
             )
         return
-    seeming = [p for p in frontier.points if p.on[:-1].any() and _lost(frontier, p) <= max_drop]
-    if seeming:
-        cheapest = min(seeming, key=lambda p: p.cost)
+    seeming = np.flatnonzero(~frontier.plain & (frontier.full_accuracy - frontier.accuracy <= max_drop))
+    if len(seeming):
+        cheapest = frontier.points[seeming[np.argmin(frontier.cost[seeming])]]
         warn(
             f"max_drop={max_drop:g} is kept by the plain full model only, which saves nothing: of cheaper points {n} "
             f"samples do not tell. The cheapest that seems to keep it, at a cost of {cheapest.cost:.2g}, loses "
@@ -51,12 +53,9 @@ def warn_of_doubt(frontier: ParetoFrontier, point: OperatingPoint, max_drop: flo
         )
 
 
-def _lost(frontier: ParetoFrontier, point: OperatingPoint) -> float:
-    return frontier.full_accuracy - point.accuracy
-
-
 def _loss(frontier: ParetoFrontier, point: OperatingPoint) -> str:
-    return f"{100 * _lost(frontier, point):.2g} ± {100 * point.drop_se:.2g} points of accuracy here (standard error)"
+    lost = frontier.full_accuracy - point.accuracy
+    return f"{100 * lost:.2g} ± {100 * point.drop_se:.2g} points of accuracy here (standard error)"
 
 
 def _samples(number: int) -> str:

@@ -133,6 +133,12 @@ class ParetoFrontier:
         return np.array([point.drop_se for point in self.points])
 
     @cached_property
+    def plain(self) -> NDArray[np.bool_]:
+        """Points at which nobody leaves early, shape (P,): the full model."""
+        never = np.isposinf([point.thresholds for point in self.points])[:, :-1]
+        return np.asarray(never.reshape(len(never), -1).all(axis=1))
+
+    @cached_property
     def beaten(self) -> NDArray[np.bool_]:
         """Points that a cheaper one, or one as cheap, is better than by more than chance explains, shape (P,)."""
         return beaten(self.accuracy, self.cost, self.drop_se)
@@ -177,8 +183,7 @@ class ParetoFrontier:
         size = calibrated.effective_size or calibrated.n_samples
         caution = _CAUTION + _MORE_CAUTION * min(_CAUTIOUS_AT / size, 1.0)
         loss = calibrated.full_accuracy - calibrated.accuracy + caution * calibrated.drop_se
-        plain = np.array([not point.on[:-1].any() for point in calibrated.points])
-        kept = plain | (loss <= max_drop + NEGLIGIBLE)
+        kept = calibrated.plain | (loss <= max_drop + NEGLIGIBLE)
         if not kept.any():  # a frontier without the plain full model
             kept = loss == loss.min()
         return _best(np.where(kept, -calibrated.cost, -np.inf), calibrated.accuracy)
