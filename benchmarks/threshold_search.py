@@ -36,7 +36,7 @@ from numpy.typing import NDArray
 
 from adaptexit.core.frontier import ParetoFrontier, evaluate
 from adaptexit.core.outputs import ExitOutputs
-from adaptexit.core.search import SEARCHES, Problem, _bagged, _frontier, _kept_drops, search_thresholds, targets_for
+from adaptexit.core.search import SEARCHES, Problem, _bagged, _best_points, _kept_drops, search_thresholds, targets_for
 from adaptexit.core.search.methods import geometric_path
 from benchmarks.common import (
     interleaved,
@@ -341,7 +341,10 @@ def _small_sample_run(
         "coord, bagged": _kept_drops(problem, targets, _bagged(calibration, problem, coord, targets, seed)),
         "shared": SEARCHES["shared"](problem, targets),
     }
-    frontiers = {way: _frontier(calibration, problem, policies, targets) for way, policies in proposals.items()}
+    frontiers = {
+        way: ParetoFrontier.of(_best_points(calibration, problem, policies, targets), calibration)
+        for way, policies in proposals.items()
+    }
     frontiers["geometric"] = geometric_frontier(calibration)
     figures = {}
     for way, frontier in frontiers.items():
