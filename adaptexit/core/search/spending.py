@@ -86,6 +86,8 @@ def spend(outputs: ExitOutputs, problem: Problem, budgets: Sequence[float], rand
         Seed of the draw of samples to search on, where there are more than ``MOST_SEARCHED``.
     """
     wanted = np.asarray(budgets, dtype=np.float64)
+    if problem.n_early == 1:
+        return _prefixes(problem, wanted)
     few, searched = outputs, problem
     if outputs.n_samples > MOST_SEARCHED:
         chosen = np.random.default_rng(random_state).choice(outputs.n_samples, MOST_SEARCHED, replace=False)
@@ -99,6 +101,18 @@ def spend(outputs: ExitOutputs, problem: Problem, budgets: Sequence[float], rand
     # On few samples a set of exits may be taken that is dearer than its budget for anybody.
     policies[problem.costs(policies) / problem.n_samples > wanted + 1e-9] = cheapest(problem)
     return policies
+
+
+def _prefixes(problem: Problem, budgets: Floats) -> Policies:
+    """With one early exit, the shortest prefixes of its surest samples that budgets allow: (B, 1); none from 1 on."""
+    sunk = problem.committed(np.ones(1, dtype=bool))
+    leaving, staying = np.cumsum(sunk.stage_costs + sunk.exit_costs) * COST_UNIT
+    ends = problem.ends[0]
+    left = problem.prefix_sizes[0][ends]
+    cost = left * leaving + (problem.n_samples - left) * staying
+    shortest = np.searchsorted(-cost, -(budgets + 1e-9) * problem.n_samples)
+    lengths = ends[np.minimum(shortest, len(ends) - 1)]
+    return np.where(budgets >= 1 - 1e-9, 0, lengths)[:, None]
 
 
 def cheapest(problem: Problem) -> Policies:
