@@ -69,7 +69,8 @@ def test_what_an_example_imports_is_there(path):
 @pytest.mark.slow
 def test_quickstart(tmp_path):
     printed, said = run("quickstart.py", "--out", "curve.png", folder=tmp_path)
-    assert said == ""
+    assert said.count("Warning") == 1  # some 550 samples do not tell that a cheaper setting loses nothing
+    assert "CalibrationWarning: max_drop=0 is kept by the plain full model only" in said
     rows = rows_of(printed)
     assert [row[0] for row in rows] == [1.0, 0.5, 0.1, 0.0]
     calibrated = [row[1] for row in rows]

@@ -145,7 +145,7 @@ root = Path(sys.argv[1])
 target = root / "it"
 STEPS = {"open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.chmod", "os.scandir"}
 first, second = fitted_once("two modules"), fitted_once("entropy")
-contents = {model.calibrator_.thresholds_.tobytes(): k for k, model in enumerate((first, second))}
+contents = {model.calibrator_.frontier_.points[5].thresholds.tobytes(): k for k, model in enumerate((first, second))}
 
 
 def kill_at(step):
@@ -169,7 +169,7 @@ for step in count():
         os._exit(0)
     status = os.waitpid(child, 0)[1]
     loaded = adaptexit.load(target, base=first.base, saver=first.saver)
-    outcomes.append(contents[loaded.calibrator_.thresholds_.tobytes()])
+    outcomes.append(contents[loaded.calibrator_.frontier_.points[5].thresholds.tobytes()])
     if status == 0:
         break
     assert os.WTERMSIG(status) == signal.SIGKILL

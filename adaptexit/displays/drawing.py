@@ -35,6 +35,11 @@ def drawing(plot: Plot) -> Plot:
         for panel in _panels(ax, getattr(self, "_several_axes", False)):
             if not isinstance(panel, plt.Axes):
                 raise TypeError(f"ax must be matplotlib Axes, or None for a new figure; got {type(panel).__name__}.")
+        for style in set(kwargs) - own:
+            # What can only be run through is no style, and looking into it may draw from a random state.
+            if hasattr(kwargs[style], "__iter__") and not hasattr(kwargs[style], "__getitem__"):
+                got = type(kwargs[style]).__name__
+                raise TypeError(f"{style} must be a style that matplotlib takes, as a number or a name; got {got}.")
         before = set(plt.get_fignums())
         try:
             return plot(self, ax, **kwargs)

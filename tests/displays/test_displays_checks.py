@@ -203,3 +203,16 @@ def test_knobs_that_are_no_names_or_numbers(cascade):
             SweepDisplay.from_frontier(frontier, "word")
     finally:
         del frontier.points[0].params["word"]
+
+
+def test_a_style_that_is_a_loader_is_refused_and_not_run_through():
+    class Loader:
+        def __iter__(self):
+            raise AssertionError("was run through")
+
+    curve = {"cost": [0.5, 1.0], "accuracy": [0.8, 0.9]}
+    display = ParetoDisplay(**curve, fixed_cost=[0.5, 1.0], fixed_accuracy=[0.8, 0.9])
+    with pytest.raises(
+        TypeError, match="alpha must be a style that matplotlib takes, as a number or a name; got Loader"
+    ):
+        display.plot(alpha=Loader())
