@@ -44,7 +44,7 @@ class ThresholdCalibrator(ScoreCalibrator):
         one point), on average on other data: it must keep part of its standard error's distance on these. With
         neither, 0.
     n_points : int, default=200
-        Budgets for which the search is made; predict only looks up.
+        Budgets for which the search is made, evenly from 0 to 1 where they can be had; predict only looks up.
     random_state : int, default=0
         Seed of the bootstrap samples.
 

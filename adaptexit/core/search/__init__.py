@@ -94,7 +94,8 @@ def search_thresholds(
         Those of weight 0 have no part in it.
     search : {"auto", "smoothed", "exact", "coord", "shared", "geometric"}
     n_points : int
-        Budgets on the grid; the frontier has about as many points, fewer where one policy serves several.
+        Budgets on the grid; the frontier has about as many points, fewer where one policy serves several. ``smoothed``
+        takes the multiples of 1 / n_points from the cheapest policy's cost to 1.
     drops, budgets : sequences of float
         Allowed drops of accuracy and relative costs to serve beside the grid. ``smoothed`` needs no drops: its points
         lie close, and which of them keeps a drop is read off them.
@@ -131,7 +132,8 @@ def _smoothed_points(
         return _points(outputs, problem, plain, [{}])
     everybody = cheapest(problem)
     least = float(problem.costs(everybody)[0]) / problem.n_samples
-    grid = np.union1d(np.linspace(least, 1.0, n_points + 1), budgets)
+    # Round numbers, so that the budgets people ask for are on the grid.
+    grid = np.union1d(np.arange(1, n_points + 1) / n_points, [least, *budgets])
     grid = grid[(grid >= least) & (grid <= 1.0)]  # none where the cheapest exit is dearer than the full model
     spending = [spend(outputs, problem, grid.tolist(), random_state)] if len(grid) else []
     policies = np.concatenate([*spending, everybody, plain])
