@@ -179,7 +179,7 @@ def test_more_samples_than_are_searched_keep_their_budgets_counted_on_all_of_the
         on(outputs, frontier.points), np.column_stack([frontier.accuracy, frontier.cost]), atol=1e-12
     )
     unspent = [point.params["budget"] - point.cost for point in frontier.points if point.params]
-    assert len(unspent) > 30
+    assert len(unspent) > 20
     assert min(unspent) >= -1e-8
     assert max(unspent) <= 0.01
 
