@@ -108,6 +108,7 @@ def test_a_middle_model_that_finishes_most_of_the_job_pays():
     assert [report.pays for report in reports] == [False, True]
 
 
+@pytest.mark.slow
 def test_four_models_are_weighed_against_the_cascade_without_each():
     sure = np.repeat([1.0, 0.0], 20)
     outputs = ExitOutputs(
