@@ -6,7 +6,7 @@ import os
 import pytest
 from hypothesis import settings
 
-settings.register_profile("dev", max_examples=12, deadline=None)
+settings.register_profile("dev", max_examples=8, deadline=None)
 settings.register_profile("ci", max_examples=25, deadline=None, derandomize=True, print_blob=True)
 settings.register_profile("nightly", max_examples=2000, deadline=None, print_blob=True)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "dev"))
