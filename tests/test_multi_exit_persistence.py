@@ -65,6 +65,7 @@ def test_random_state_changes_the_split_and_the_heads():
 # -- with scikit-learn ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @self_calibrated
 def test_grid_search_over_recipe_head_and_exits():
     grid = {"recipe__epochs": [1, 6], "head": [flat_head, "mlp"], "exits": [["one", "two"], ["one"]]}

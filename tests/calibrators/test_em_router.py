@@ -237,7 +237,7 @@ def test_a_sweep_is_chosen_from_on_the_calibration_data():
     assert sweep.fixed_cost.tolist() == (fresh.alone_costs() / fresh.full_cost).tolist()
 
 
-@pytest.mark.parametrize("scale", [1.0, 30.0, 300.0])
+@pytest.mark.parametrize("scale", [*(pytest.param(s, marks=pytest.mark.slow) for s in (1.0, 30.0)), 300.0])
 def test_saturated_and_tied_inputs_leave_online_as_offline(scale):
     rng = np.random.default_rng(2)
     labels = rng.integers(0, 3, 701)

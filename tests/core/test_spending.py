@@ -69,7 +69,7 @@ def test_what_a_sample_is_worth_is_a_mixture_of_what_it_was_and_of_what_its_scor
 
 
 @pytest.mark.parametrize("exit_cost", [0.0, 0.03], ids=["free", "exits cost"])
-@pytest.mark.parametrize("n_exits", [2, 3, 4, 5])
+@pytest.mark.parametrize("n_exits", [2, 4, *(pytest.param(k, marks=pytest.mark.slow) for k in (3, 5))])
 def test_points_leave_no_gap_in_cost(n_exits, exit_cost):
     for seed, n_samples in ((0, 1000), (1, 1000), (2, 2500)):
         frontier, _ = search_thresholds(network(n_samples, seed, n_exits, exit_cost))

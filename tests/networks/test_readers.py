@@ -123,7 +123,9 @@ def test_anything_else_is_refused(other):
         logits_in(other, "base")
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    "form", [form if k == 0 else pytest.param(form, marks=pytest.mark.slow) for k, form in enumerate(FORMS)]
+)
 def test_models_that_return_objects_make_a_cascade(form):
     cascade = CascadeSaver(
         wrapped(form, large_trained), wrapped(form), calibrator=EMRouter(epochs=2, hidden=4, n_points=5, prior="global")

@@ -104,7 +104,10 @@ def _certain(point):
     return dataclasses.replace(point, drop_se=0.0)
 
 
-@pytest.mark.parametrize("search", SEARCH_NAMES[1:])
+SLOW_COORD = [pytest.param(name, marks=pytest.mark.slow) if name == "coord" else name for name in SEARCH_NAMES[1:]]
+
+
+@pytest.mark.parametrize("search", SLOW_COORD)
 @given(st.data(), exit_outputs(min_exits=2, max_exits=3))
 def test_a_weight_of_0_is_absence(search, data, outputs):
     own, weights = data.draw(weighted(outputs))
