@@ -308,7 +308,7 @@ def elsewhere(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@settings(max_examples=500, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=2000, deadline=None, suppress_health_check=list(HealthCheck))
 @given(odd=odd_calls())
 def test_odd_arguments_are_refused_by_name_and_change_nothing(elsewhere, odd):
     assert_refused_by_name_and_nothing_changed(odd)

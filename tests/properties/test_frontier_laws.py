@@ -224,7 +224,10 @@ def test_not_dominated_equals_comparing_every_pair(pairs):
     assert indices.tolist() == sorted(survivors, key=lambda i: pairs[i][1])
 
 
-@pytest.mark.parametrize("search", SEARCH_NAMES)
+SLOW_COORD = [pytest.param(name, marks=pytest.mark.slow) if name == "coord" else name for name in SEARCH_NAMES]
+
+
+@pytest.mark.parametrize("search", SLOW_COORD)
 @given(data=st.data())
 def test_the_cheapest_exit_for_everybody_can_be_had(search, data):
     outputs = data.draw(exit_outputs(min_exits=1, max_exits=3 if search == "exact" else 5))

@@ -33,6 +33,7 @@ from tests.properties.strategies import (
 )
 
 weights = st.floats(1e-3, 30)
+SLOW_COORD = [pytest.param(name, marks=pytest.mark.slow) if name == "coord" else name for name in SEARCHES]
 budgets = st.floats(0, 1.2)
 drops = st.floats(0, 1)
 small = exit_outputs(min_exits=2, max_exits=3, max_samples=6)
@@ -421,7 +422,7 @@ def test_duplicating_the_samples_doubles_the_shared_policies(outputs):
     assert paths[1].tolist() == (2 * paths[0]).tolist()
 
 
-@pytest.mark.parametrize("search", SEARCHES)
+@pytest.mark.parametrize("search", SLOW_COORD)
 @given(data=st.data())
 def test_an_increasing_map_of_the_scores_changes_no_exit(search, data):
     outputs = data.draw(exit_outputs(min_exits=1, max_exits=3))
