@@ -2,9 +2,6 @@
 
 Measured in one run, on one thread, on a simulated network (``benchmarks/msdnet.py``), so that fresh data never run out:
 
-- **the default**: a frontier of 40 and of 100 points from 50,000 samples, 5 exits and 100 classes, in multiples of
-  ``np.argsort`` of every exit's scores, on the network above and on one whose exits are alike; one early exit on
-  1,000,000 samples.
 - **speed**: a frontier of 40 operating points from 50,000 samples, 5 exits and 100 classes, by coordinate search,
   against the 39 points of MSDNet's published rule, as the per-sample loop over torch tensors in which it is published
   and vectorised. All start from confidences and predictions; the softmax before them is the same for all. The loop is
@@ -41,15 +38,12 @@ from adaptexit.core.search.methods import geometric_path
 from benchmarks.common import (
     interleaved,
     mean_and_sd,
-    middle,
     print_table,
-    ratios,
     require_one_thread,
     timed,
     write_result,
 )
 from benchmarks.msdnet import (
-    ALIKE,
     MSDNET,
     MSDNET_POINTS,
     TEN_EXITS,
@@ -82,44 +76,6 @@ class Sizes:
 QUICK = Sizes(
     samples=10_000, samples_exact=20_000, samples_fresh=5000, repeats=2, seeds=2, budgets=7, small=(500,), small_seeds=2
 )
-
-
-# -- the default -------------------------------------------------------------------------------------------------------
-
-
-def measure_default(sizes: Sizes) -> dict[str, Any]:
-    """Seconds of the default search and of sorting, and their ratios within a round."""
-    networks = {
-        "exits differ": simulate(MSDNET, sizes.samples, seed=0),
-        "exits alike": simulate(ALIKE, sizes.samples, 0),
-    }
-    functions: dict[str, Callable[[], Any]] = {}
-    for name, outputs in networks.items():
-        functions[f"{name}, sort"] = partial(_sort, outputs)
-        for n_points in (40, 100):
-            functions[f"{name}, {n_points} points"] = partial(search_thresholds, outputs, n_points=n_points)
-    two = simulate(TWO_EXITS, sizes.samples_exact, seed=0)
-    functions["two exits, 100 points"] = partial(search_thresholds, two, n_points=100)
-    timings = interleaved(functions, sizes.repeats)
-    over_sort = {
-        name: ratios(timings, name, f"{name.split(',')[0]}, sort") for name in functions if name.startswith("exits")
-    }
-    return {"timings": timings, "over_sort": over_sort}
-
-
-def _sort(outputs: ExitOutputs) -> None:
-    for scores in outputs.scores:
-        np.argsort(scores)
-
-
-def print_default(default: dict[str, Any], sizes: Sizes) -> None:
-    """One row a search."""
-    rows = [
-        (name, middle(t, unit=1000), middle(default["over_sort"][name]) if name in default["over_sort"] else "")
-        for name, t in default["timings"].items()
-    ]
-    title = f"The default search: N={sizes.samples:,} (two exits: {sizes.samples_exact:,})"
-    print_table(title, ("what", "milliseconds (quartiles)", "times the sort (quartiles)"), rows)
 
 
 # -- speed -------------------------------------------------------------------------------------------------------------
@@ -387,8 +343,6 @@ def main() -> None:
     torch.set_num_threads(1)
     sizes = QUICK if args.quick else Sizes()
 
-    default = measure_default(sizes)
-    print_default(default, sizes)
     speed = measure_speed(sizes, args.all_points)
     print_speed(speed, sizes)
     fresh = measure_fresh_accuracy(sizes)
@@ -400,7 +354,6 @@ def main() -> None:
             "sizes": vars(sizes),
             "n_points": N_POINTS,
             "exit_cost": EXIT_COST,
-            "default": default,
             "speed": speed,
             "fresh_accuracy": fresh,
             "small_samples": small,

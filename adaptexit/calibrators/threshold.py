@@ -124,10 +124,10 @@ class ThresholdCalibrator(ScoreCalibrator):
         if budget is not None:
             point = frontier.at(budget=budget)
         else:
-            kept = 0.0 if drop is None else drop
-            point = frontier.at(max_drop=kept)
+            allowed_drop = 0.0 if drop is None else drop
+            point = frontier.at(max_drop=allowed_drop)
             if outputs.quality is None:  # the error counts answers that differ
-                warn_of_doubt(frontier, point, kept)
+                warn_of_doubt(frontier, point, allowed_drop)
         self.search_report_ = report
         self._keep(frontier.points, point, outputs)
 

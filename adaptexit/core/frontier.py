@@ -183,10 +183,10 @@ class ParetoFrontier:
         size = calibrated.effective_size or calibrated.n_samples
         caution = _CAUTION + _MORE_CAUTION * min(_CAUTIOUS_AT / size, 1.0)
         loss = calibrated.full_accuracy - calibrated.accuracy + caution * calibrated.drop_se
-        kept = calibrated.plain | (loss <= max_drop + NEGLIGIBLE)
-        if not kept.any():  # a frontier without the plain full model
-            kept = loss == loss.min()
-        return _best(np.where(kept, -calibrated.cost, -np.inf), calibrated.accuracy)
+        eligible = calibrated.plain | (loss <= max_drop + NEGLIGIBLE)
+        if not eligible.any():  # a frontier without the plain full model
+            eligible = loss == loss.min()
+        return _best(np.where(eligible, -calibrated.cost, -np.inf), calibrated.accuracy)
 
     def at(self, *, budget: float | None = None, max_drop: float | None = None) -> OperatingPoint:
         """The operating point for a budget, or for a loss of accuracy that is allowed.

@@ -177,18 +177,18 @@ def _by_column(table: _Table, models: Any, scores: Any, correct: Any, prediction
         for name in names:
             if name is not None or argument != "scores":
                 table.check(name, argument)
-    named = next(iter(answers.values())) if models is None else _listed("models", models)
-    return _Columns(named, score_names, answers.get("correct"), answers.get("predictions"))
+    model_names = next(iter(answers.values())) if models is None else _listed("models", models)
+    return _Columns(model_names, score_names, answers.get("correct"), answers.get("predictions"))
 
 
 def _listed(argument: str, names: Any) -> list[Any]:
     if isinstance(names, (str, bytes)) or not np.iterable(names):
         raise TypeError(f"{argument} must be a list of names, one a model, cheapest first; got {names!r}.")
-    listed = list(names)
-    used = [name for name in listed if name is not None]
-    if not used or len(set(used)) < len(used):
-        raise ValueError(f"{argument} must be different names, one a model, cheapest first; got {listed!r}.")
-    return listed
+    columns = list(names)
+    present = [name for name in columns if name is not None]
+    if not present or len(set(present)) < len(present):
+        raise ValueError(f"{argument} must be different names, one a model, cheapest first; got {columns!r}.")
+    return columns
 
 
 # -- what they hold --------------------------------------------------------------------------------------------------
@@ -234,9 +234,9 @@ def _numbers(table: _Table, name: Any, allowed: str, accepts: Callable[[Array], 
                 f"column {name!r} must hold {allowed}; row {where} (the first is 0) has {values[where]!r}."
             )
     numbers = values.astype(np.float64)
-    refused = ~accepts(numbers)
-    if refused.any():
-        where = _first(refused)
+    bad = ~accepts(numbers)
+    if bad.any():
+        where = _first(bad)
         raise ValueError(
             f"column {name!r} must hold {allowed}; row {where} (the first is 0) has {float(numbers[where])}."
         )

@@ -228,28 +228,30 @@ def _said(
     worth = _Worth(100.0, " points", "accuracy") if in_range else _Worth(1.0, "", "mean quality")
     allowed = f"without losing {worth.name}" if drop == 0 else f"at a loss of at most {worth.amount(drop)}"
     weighted = "" if outputs.sample_weight is None else " by weight"
-    measured = f"measured on {n:,} samples{weighted} ({100 * figures['confidence']:.4g}% intervals)"
-    found = f"{100 * saving:.0f}% cheaper ({_range(saves)}) at {worth.change(figures['accuracy_difference'], changes)}"
+    basis = f"measured on {n:,} samples{weighted} ({100 * figures['confidence']:.4g}% intervals)"
+    outcome = (
+        f"{100 * saving:.0f}% cheaper ({_range(saves)}) at {worth.change(figures['accuracy_difference'], changes)}"
+    )
     if off and settled and changes[0] >= limit:
         more = ""
         if within_slack > 0:
             more = f" With max_drop={drop + slack:g} it might save {100 * within_slack:.0f}%."
         return False, f"{advice}: no setting saves anything {allowed}, measured on {n:,} samples.{more}"
     if not off and changes[1] < limit:
-        return False, f"{advice}: it loses more than is allowed, {found}, {measured}. Calibrate on more samples."
+        return False, f"{advice}: it loses more than is allowed, {outcome}, {basis}. Calibrate on more samples."
     if saves[0] > 0 and changes[0] >= limit:
-        return True, f"{what[0].upper()}{what[1:]} pays: {found}, {measured}."
+        return True, f"{what[0].upper()}{what[1:]} pays: {outcome}, {basis}."
     if off:
         reason = f"of the settings that seem to save {allowed}, {n:,} samples do not tell whether they do"
-        needed = "Calibrate on more."
+        next_step = "Calibrate on more."
         if within_slack > 0:
-            needed += f" With max_drop={drop + slack:g} it might save {100 * within_slack:.0f}%."
+            next_step += f" With max_drop={drop + slack:g} it might save {100 * within_slack:.0f}%."
     else:
-        reason = found + f", {measured}"
+        reason = outcome + f", {basis}"
         times = [_times(i, end) for i, end in ((saves, 0.0), (changes, limit)) if i[0] <= end]
-        needed = _samples_needed(n, max(times))
+        next_step = _samples_needed(n, max(times))
     few = f"early answers and the full model's differ in being right on {figures['n_disagreements']:,} of them"
-    return None, f"Cannot tell whether {what} pays: {reason}; {few}. {needed}"
+    return None, f"Cannot tell whether {what} pays: {reason}; {few}. {next_step}"
 
 
 @dataclass(frozen=True)

@@ -52,14 +52,16 @@ def test_an_early_exit_of_other_classes_is_remarked_on_by_its_number():
     assert len(warned) == 1
 
 
-@pytest.mark.filterwarnings("error")
 def test_what_is_merely_weak_is_not():
     guesses = np.random.default_rng(0).integers(10, size=300)
-    for weak in (right(LABELS, 0.25), guesses, np.full(300, 4)):
-        warn_of_chance(outputs_of(LABELS, weak, right(LABELS, 0.9)))
-    few = LABELS[: MANY_LABELS - 1]
-    warn_of_chance(outputs_of(few, (few + 1) % 10, (few + 1) % 10))
-    warn_of_chance(outputs_of(LABELS, right(LABELS, 0.0), quality=np.ones((1, 300))))
+    with warnings.catch_warnings(record=True) as remarks:
+        warnings.simplefilter("always")
+        for weak in (right(LABELS, 0.25), guesses, np.full(300, 4)):
+            warn_of_chance(outputs_of(LABELS, weak, right(LABELS, 0.9)))
+        few = LABELS[: MANY_LABELS - 1]
+        warn_of_chance(outputs_of(few, (few + 1) % 10, (few + 1) % 10))
+        warn_of_chance(outputs_of(LABELS, right(LABELS, 0.0), quality=np.ones((1, 300))))
+    assert remarks == []
     warn_of_chance(outputs_of(np.zeros(300, dtype=int), np.zeros(300, dtype=int)))
 
 

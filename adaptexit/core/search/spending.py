@@ -88,15 +88,15 @@ def spend(outputs: ExitOutputs, problem: Problem, budgets: Sequence[float], rand
     wanted = np.asarray(budgets, dtype=np.float64)
     if problem.n_early == 1:
         return _prefixes(problem, wanted)
-    few, searched = outputs, problem
+    few, sample = outputs, problem
     if outputs.n_samples > MOST_SEARCHED:
         chosen = np.random.default_rng(random_state).choice(outputs.n_samples, MOST_SEARCHED, replace=False)
         few = outputs.take(np.sort(chosen))
-        searched = Problem.from_outputs(few)
-    estimated = _estimated(few, searched)
-    positions = _of_best_exits(estimated, wanted)
-    if searched is not problem:
-        positions = problem.moved(positions, searched)
+        sample = Problem.from_outputs(few)
+    estimate = _estimated(few, sample)
+    positions = _of_best_exits(estimate, wanted)
+    if sample is not problem:
+        positions = problem.moved(positions, sample)
     policies = _fitted(problem, positions, wanted)
     # On few samples a set of exits may be taken that is dearer than its budget for anybody.
     policies[problem.costs(policies) / problem.n_samples > wanted + 1e-9] = cheapest(problem)
@@ -123,7 +123,7 @@ def cheapest(problem: Problem) -> Policies:
 
 def _estimated(outputs: ExitOutputs, problem: Problem) -> Problem:
     """The problem with qualities that are partly estimated from the scores."""
-    counted = _counted(problem.effective_size)
+    trust = _counted(problem.effective_size)
     quality, sizes = problem.quality * problem.quality_unit, problem.weights
     for k, scores in enumerate(outputs.scores):
         if scores.min() == scores.max():
@@ -132,7 +132,7 @@ def _estimated(outputs: ExitOutputs, problem: Problem) -> Problem:
         numbers = np.bincount(of_sample, weights=sizes)
         means = np.bincount(of_sample, weights=quality[k]) / numbers
         estimates = isotonic_regression(means, weights=numbers).x[of_sample]
-        quality[k] = counted * quality[k] + (1 - counted) * (estimates if sizes is None else sizes * estimates)
+        quality[k] = trust * quality[k] + (1 - trust) * (estimates if sizes is None else sizes * estimates)
     units, unit = in_units(quality)
     return dataclasses.replace(problem, quality=units, quality_unit=unit)
 
@@ -194,16 +194,16 @@ def _curve(problem: Problem, budgets: Floats) -> Floats:
     everybody = np.zeros((1, problem.n_early), dtype=np.int64)
     everybody[0, on[0]] = problem.n_samples
     nobody = np.zeros_like(everybody)
-    moved = 1.0 if len(on) == 1 else _moved(problem.effective_size)  # a prefix of one exit is told by its cost
-    if moved < 1:
-        searched = _between(problem, np.concatenate([everybody, _priced_path(problem), nobody]), budgets)
-        if moved < 0.01:
-            return searched
+    pull = 1.0 if len(on) == 1 else _moved(problem.effective_size)  # a prefix of one exit is told by its cost
+    if pull < 1:
+        by_scans = _between(problem, np.concatenate([everybody, _priced_path(problem), nobody]), budgets)
+        if pull < 0.01:
+            return by_scans
     rule = geometric_path(problem, _RATIOS.tolist())
     by_rule = _between(problem, np.concatenate([everybody, rule, nobody]), budgets)
-    if moved == 1:
+    if pull == 1:
         return by_rule
-    return _fitted(problem, (1 - moved) * searched + moved * by_rule, budgets).astype(np.float64)
+    return _fitted(problem, (1 - pull) * by_scans + pull * by_rule, budgets).astype(np.float64)
 
 
 def _priced_path(problem: Problem) -> Policies:
