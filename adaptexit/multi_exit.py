@@ -35,8 +35,8 @@ from adaptexit.networks.models import TorchModel, build_model, is_fitted, restor
 from adaptexit.networks.native import is_native, native_network
 from adaptexit.staging.contexts import evaluating
 from adaptexit.staging.executor import MEMORY_LIMIT
-from adaptexit.training.cached_answers import answers_on, record_features
 from adaptexit.training.recipes import Recipe, RecipeName, recipe_of
+from adaptexit.training.retrofit import Conditions, retrofitted
 from adaptexit.utils.learning import learned_at_once
 from adaptexit.utils.validation import check_switch, check_whole, checked_folder
 
@@ -288,34 +288,16 @@ class MultiExitClassifier(AdaptiveClassifier):
         self, network: BranchedNetwork, recipe: Recipe, batches: Batches, classes: NDArray[Any], seed: int
     ) -> MultiExitClassifier:
         calibrator = self._fresh_calibrator()
-        with evaluating(network.modules):
-            costs = network.costs(batches.first(), self.cost)
-        with evaluating(network.modules), self._progress(batches, "recording features") as progress:
-            features = record_features(
-                network, progress, calibrator.needs_features,
-                half=self.cache_half, memory_limit=self.cache_memory, folder=self.cache_dir,
-            )  # fmt: skip
-        with features:
-            n_early = len(network.early)
-            cache, vectors = features.part(slice(n_early)), features.part(slice(n_early, None))
-            full = cache.logits.argmax(axis=1)
-            labels = batches.indices(classes, len(full)) if batches.labelled else full
-            held_in, held_out = hold_out(labels, self.calibration_size, seed)
-            self.history_ = recipe.train(
-                network.early, cache, held_in, labels[held_in], random_state=seed, verbose=self.verbose
-            )
+        trained = retrofitted(network, recipe, batches, self._conditions(calibrator, classes, seed))
+        self.history_, self.training_outputs_ = trained.history, trained.training_outputs
+        return self._keep(network, calibrator, trained.outputs, batches, classes)
 
-            def outputs_on(rows: NDArray[Any]) -> ExitOutputs:
-                with evaluating(network.modules):
-                    answers = answers_on(
-                        network, cache, rows, vectors if vectors.features else None,
-                        logits=calibrator.needs_logits, batch_size=self.batch_size,
-                    )  # fmt: skip
-                return ExitOutputs.from_answers(answers, labels[rows], len(classes), costs, chained=network.chained)
-
-            outputs = outputs_on(held_out)
-            self.training_outputs_ = outputs_on(held_in) if calibrator.needs_training else None
-        return self._keep(network, calibrator, outputs, batches, classes)
+    def _conditions(self, calibrator: Calibrator, classes: NDArray[Any], seed: int) -> Conditions:
+        return Conditions(
+            classes, self.cost, self.calibration_size,
+            calibrator.needs_logits, calibrator.needs_features, calibrator.needs_training,
+            self.cache_dir, self.cache_memory, self.cache_half, self.batch_size, seed, self.verbose,
+        )  # fmt: skip
 
     def _take_trained(
         self, network: Network, batches: Batches, classes: NDArray[Any], seed: int

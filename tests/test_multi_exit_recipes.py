@@ -73,7 +73,7 @@ def test_ensembles_know_the_heads_before_them():
 
 
 def test_heads_that_the_recipe_cannot_train_are_refused_before_the_backbone_runs_over_the_data(monkeypatch):
-    monkeypatch.setattr("adaptexit.multi_exit.record_features", lambda *args, **options: pytest.fail("it ran"))
+    monkeypatch.setattr("adaptexit.training.retrofit.record_features", lambda *args, **options: pytest.fail("it ran"))
     with pytest.raises(ValueError, match=r"heads must be ZTWHeads for ZTW; got \['MLPHead'\]"):
         branched(exits=CUTS, head="mlp", recipe="ztw").fit(*digits()[0])
 

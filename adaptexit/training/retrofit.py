@@ -1,0 +1,140 @@
+"""How early exits come to a model that stays as it is: features recorded once, heads trained on them, answers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from adaptexit.core.outputs import ExitOutputs
+from adaptexit.data.batches import Batches
+from adaptexit.data.classes import hold_out
+from adaptexit.staging.contexts import evaluating
+from adaptexit.training.cached_answers import answers_on, record_features
+from adaptexit.training.feature_cache import FeatureCache
+
+if TYPE_CHECKING:
+    from adaptexit.core.costs import Costs
+    from adaptexit.networks.base import Network
+    from adaptexit.networks.branched import BranchedNetwork
+    from adaptexit.training.recipes.base import History, Recipe
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """What training is told besides the network, the recipe and the data.
+
+    Attributes
+    ----------
+    classes : array (C,)
+        Labels in the order of the logits.
+    cost : as for :meth:`adaptexit.networks.base.Network.costs`
+    calibration_size : float
+        Share of the samples that nothing is trained on.
+    needs_logits, needs_features, needs_training : bool
+        What the calibrator wants of the answers, and whether it learns from those on the training part too.
+    cache_dir, cache_memory, cache_half : as for :func:`adaptexit.training.feature_cache.collect`
+    batch_size, seed, verbose : int
+    """
+
+    classes: NDArray[Any]
+    cost: Any
+    calibration_size: float
+    needs_logits: bool
+    needs_features: bool
+    needs_training: bool
+    cache_dir: Any
+    cache_memory: int
+    cache_half: bool
+    batch_size: int
+    seed: int
+    verbose: int
+
+    @contextmanager
+    def progress(self, batches: Batches, doing: str) -> Iterator[Any]:
+        """The batches, with a bar where one is wanted."""
+        with tqdm(batches, total=batches.n_batches, desc=doing, disable=self.verbose < 1) as progress:
+            yield progress
+
+    def features(self, network: BranchedNetwork, batches: Batches) -> FeatureCache:
+        """One pass of the model: what heads read, and what the calibrator does behind it."""
+        with evaluating(network.modules), self.progress(batches, "recording features") as progress:
+            return record_features(
+                network, progress, self.needs_features,
+                half=self.cache_half, memory_limit=self.cache_memory, folder=self.cache_dir,
+            )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A network whose exits have learned.
+
+    Attributes
+    ----------
+    network : Network
+    history : dict
+        Losses of the training, and what else it has to tell, as JSON holds it.
+    outputs : ExitOutputs
+        What every exit answers on the samples that were held out.
+    training_outputs : ExitOutputs or None
+        The same on the others, where the calibrator learns from that.
+    """
+
+    network: Network
+    history: History
+    outputs: ExitOutputs
+    training_outputs: ExitOutputs | None
+
+
+def retrofitted(network: BranchedNetwork, recipe: Recipe, batches: Batches, conditions: Conditions) -> Trained:
+    """Train the heads of a network on features of samples that are not held out; the model stays as it is.
+
+    Parameters
+    ----------
+    network : BranchedNetwork
+        Its heads are trained in place.
+    recipe : Recipe
+    batches : Batches
+        Without labels heads learn the full model's answers.
+    conditions : Conditions
+    """
+    with evaluating(network.modules):
+        costs = network.costs(batches.first(), conditions.cost)
+    with conditions.features(network, batches) as features:
+        n_early = len(network.early)
+        cache = features.part(slice(n_early))
+        full = cache.logits.argmax(axis=1)
+        labels = batches.indices(conditions.classes, len(full)) if batches.labelled else full
+        held_in, held_out = hold_out(labels, conditions.calibration_size, conditions.seed)
+        history = recipe.train(
+            network.early, cache, held_in, labels[held_in], random_state=conditions.seed, verbose=conditions.verbose
+        )
+        outputs, training = (
+            cached_outputs(network, features, rows, labels[rows], costs, conditions) if wanted else None
+            for rows, wanted in ((held_out, True), (held_in, conditions.needs_training))
+        )
+    assert outputs is not None
+    return Trained(network, history, outputs, training)
+
+
+def cached_outputs(
+    network: BranchedNetwork,
+    features: FeatureCache,
+    rows: NDArray[Any],
+    labels: NDArray[Any],
+    costs: Costs,
+    conditions: Conditions,
+) -> ExitOutputs:
+    """What every exit answers on samples (rows) whose features were recorded, without running the model."""
+    n_early = len(network.early)
+    vectors = features.part(slice(n_early, None))
+    with evaluating(network.modules):
+        answers = answers_on(
+            network, features.part(slice(n_early)), rows, vectors if vectors.features else None,
+            logits=conditions.needs_logits, batch_size=conditions.batch_size,
+        )  # fmt: skip
+    return ExitOutputs.from_answers(answers, labels, len(conditions.classes), costs, chained=network.chained)
