@@ -31,12 +31,14 @@ from adaptexit.networks.build import (
     seed_of,
 )
 from adaptexit.networks.mlp import as_mlp, describe_mlp, fitted_mlp, mlp_of, restored_mlp
-from adaptexit.networks.models import TorchModel, build_model, is_fitted, restore_model
-from adaptexit.networks.native import is_native, native_network
+from adaptexit.networks.models import TorchModel, build_model, copied, is_fitted, restore_model
+from adaptexit.networks.native import NativeNetwork, is_native, native_network
 from adaptexit.staging.contexts import evaluating
 from adaptexit.staging.executor import MEMORY_LIMIT
-from adaptexit.training.recipes import Recipe, RecipeName, recipe_of
+from adaptexit.training.joint_fit import Witnessed, trained_jointly
+from adaptexit.training.recipes import JointRecipe, Recipe, RecipeName, check_recipe_for, left_open, recipe_of
 from adaptexit.training.retrofit import Conditions, retrofitted
+from adaptexit.training.samples import Samples
 from adaptexit.utils.learning import learned_at_once
 from adaptexit.utils.validation import check_switch, check_whole, checked_folder
 
@@ -219,24 +221,38 @@ class MultiExitClassifier(AdaptiveClassifier):
                 check_table(X, "the backbone is a classifier for tables")
                 X, y = self._validated(X, y, reset=True)
                 mlp = fitted_mlp(mlp, X, y, self.calibration_size, seed)
-            batches = as_batches(X, y, batch_size=self.batch_size, labels=None, ordered=False)
+            joint = recipe if isinstance(recipe, JointRecipe) else None
+            if joint is not None:
+                samples = Samples(X, y, self.batch_size, joint.augment)
+                batches = samples.in_order(seed=seed)
+            else:
+                batches = as_batches(X, y, batch_size=self.batch_size, labels=None, ordered=False)
             module = as_module(self.backbone) if mlp is None else mlp_of(mlp)
             model = build_model(module, self.preprocess, "backbone", self.device)
             assert isinstance(model, TorchModel)
             self._mlp = mlp if mlp is None else describe_mlp(mlp)
             self._fitted_classes = None if mlp is None else mlp.classes_
             self._unseen = mlp is not None and not is_fitted(as_mlp(self.backbone))
+            original, model = model, model if joint is None else copied(model)
             with evaluating([model.module]), torch.no_grad():
                 example = batches.first()
                 classes = known_classes(self.classes, logits_width(model, example[:8]), self._fitted_classes)
                 if not is_stream(X) and y is not None:
                     # Refused before the backbone runs over everything.
                     class_indices(y, classes)
-                network = self._with_reader(self._built(model, example, len(classes), seed))
+                network: Any = self._with_reader(self._built(model, example, len(classes), seed))
             self.self_calibrated_ = True
-            if isinstance(network, BranchedNetwork):
-                return self._train(network, recipe, batches, classes, seed)
-            return self._take_trained(network, batches, classes, seed)
+            calibrator = self._fresh_calibrator()
+            conditions = self._conditions(calibrator, classes, seed)
+            if joint is not None:
+                trained = trained_jointly(network, original, joint, samples, conditions)
+            elif isinstance(network, BranchedNetwork):
+                trained = retrofitted(network, recipe, batches, conditions)
+            else:
+                return self._take_trained(network, batches, classes, seed)
+            self.history_, self.training_outputs_ = trained.history, trained.training_outputs
+            self._original = trained.original
+            return self._keep(network, calibrator, trained.outputs, batches, classes)
 
     @learned_at_once
     def calibrate(self, X: Any, y: Any = None, sample_weight: Any = None) -> MultiExitClassifier:
@@ -247,11 +263,13 @@ class MultiExitClassifier(AdaptiveClassifier):
         batches = self._labelled_batches(X, y, needed=False, ordered=weights is not None)
         classes = known_classes(self.classes, len(self.classes_), self._fitted_classes)
         calibrator, network = self._fresh_calibrator(weights), self._with_reader(self._network)
-        outputs = self._outputs_on(network, batches, calibrator, classes, weights)
+        witnessed: Any = Witnessed(batches, self._original)
+        outputs = self._outputs_on(network, witnessed, calibrator, classes, weights)
+        self.history_ = self.history_ | witnessed.story(outputs)
         self.self_calibrated_ = False
         return self._keep(network, calibrator, outputs, batches, classes)
 
-    def _checked_recipe(self) -> Recipe:
+    def _checked_recipe(self) -> Recipe | JointRecipe:
         """The recipe; what could not be met before the backbone has run is refused at once."""
         checked_exits(self.exits)
         check_backbone(self.backbone)
@@ -263,18 +281,20 @@ class MultiExitClassifier(AdaptiveClassifier):
         getattr(recipe, "check", lambda: None)()
         return recipe
 
-    def _recipe(self) -> Recipe:
-        return recipe_of("frozen" if isinstance(self.recipe, str) and self.recipe == "auto" else self.recipe)
+    def _recipe(self) -> Recipe | JointRecipe:
+        return recipe_of("frozen" if left_open(self.recipe) else self.recipe)
 
     def _head(self) -> Any:
         """What answers at a cut: the user's choice, the recipe's own, or what the recipe makes of either."""
         head = getattr(self._recipe(), "head_for", lambda head: head)(self.head)
         return "mlp" if isinstance(head, str) and head == "auto" else head
 
-    def _built(self, model: TorchModel, example: Tensor, n_classes: int, seed: int) -> Network:
+    def _built(self, model: TorchModel, example: Tensor, n_classes: int, seed: int) -> BranchedNetwork | NativeNetwork:
         """The network with new heads, or one that was built with exits."""
         if is_native(model.module) and not isinstance(self.backbone, (list, tuple)):
+            check_recipe_for(self.recipe, native=True)
             return native_network(model, example, self.get_params(deep=False))
+        check_recipe_for(self.recipe, native=False)
         exits = self.exits
         if isinstance(self.backbone, (list, tuple)):
             if not isinstance(exits, str):
@@ -283,14 +303,6 @@ class MultiExitClassifier(AdaptiveClassifier):
         network = new_network(model, exits, self._head(), self.layout, example, n_classes, seed)
         getattr(self._recipe(), "check_heads", lambda heads: None)(network.early)
         return network
-
-    def _train(
-        self, network: BranchedNetwork, recipe: Recipe, batches: Batches, classes: NDArray[Any], seed: int
-    ) -> MultiExitClassifier:
-        calibrator = self._fresh_calibrator()
-        trained = retrofitted(network, recipe, batches, self._conditions(calibrator, classes, seed))
-        self.history_, self.training_outputs_ = trained.history, trained.training_outputs
-        return self._keep(network, calibrator, trained.outputs, batches, classes)
 
     def _conditions(self, calibrator: Calibrator, classes: NDArray[Any], seed: int) -> Conditions:
         return Conditions(
@@ -305,7 +317,7 @@ class MultiExitClassifier(AdaptiveClassifier):
         """A network whose exits are trained: samples are held out only where the calibrator trains something."""
         calibrator = self._fresh_calibrator()
         outputs = self._outputs_on(network, batches, calibrator, classes)
-        self.history_, self.training_outputs_ = {}, None
+        self.history_, self.training_outputs_, self._original = {}, None, None
         if calibrator.needs_training:
             assert outputs.labels is not None
             held_in, held_out = hold_out(outputs.labels, self.calibration_size, seed)
@@ -350,6 +362,9 @@ class MultiExitClassifier(AdaptiveClassifier):
                 CalibrationWarning,
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | ({"_original": None} if "_original" in self.__dict__ else {})
+
     def _get_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state, tensors = super()._get_state()
         state |= {
@@ -363,6 +378,7 @@ class MultiExitClassifier(AdaptiveClassifier):
 
     def _set_state(self, state: dict[str, Any], tensors: dict[str, Tensor], outputs: ExitOutputs) -> None:
         self._mlp, self._unseen, self.self_calibrated_ = state["mlp"], state["unseen"], state["self_calibrated"]
+        self._original = None
         super()._set_state(state, tensors, outputs)
         self._fitted_classes = self.classes_ if state["fitted_classes"] else None
         self.history_ = state["history"]

@@ -21,7 +21,9 @@ if TYPE_CHECKING:
     from adaptexit.core.costs import Costs
     from adaptexit.networks.base import Network
     from adaptexit.networks.branched import BranchedNetwork
+    from adaptexit.networks.models import TorchModel
     from adaptexit.training.recipes.base import History, Recipe
+    from adaptexit.training.samples import Hashed
 
 
 @dataclass(frozen=True)
@@ -55,12 +57,12 @@ class Conditions:
     verbose: int
 
     @contextmanager
-    def progress(self, batches: Batches, doing: str) -> Iterator[Any]:
+    def progress(self, batches: Batches | Hashed, doing: str) -> Iterator[Any]:
         """The batches, with a bar where one is wanted."""
         with tqdm(batches, total=batches.n_batches, desc=doing, disable=self.verbose < 1) as progress:
             yield progress
 
-    def features(self, network: BranchedNetwork, batches: Batches) -> FeatureCache:
+    def features(self, network: BranchedNetwork, batches: Batches | Hashed) -> FeatureCache:
         """One pass of the model: what heads read, and what the calibrator does behind it."""
         with evaluating(network.modules), self.progress(batches, "recording features") as progress:
             return record_features(
@@ -82,12 +84,15 @@ class Trained:
         What every exit answers on the samples that were held out.
     training_outputs : ExitOutputs or None
         The same on the others, where the calibrator learns from that.
+    original : TorchModel or None
+        The trained model that was given, where the network is a changed copy of it.
     """
 
     network: Network
     history: History
     outputs: ExitOutputs
     training_outputs: ExitOutputs | None
+    original: TorchModel | None = None
 
 
 def retrofitted(network: BranchedNetwork, recipe: Recipe, batches: Batches, conditions: Conditions) -> Trained:
