@@ -47,7 +47,7 @@ class Accelerated(Alone):
                 "several processes were started (WORLD_SIZE is above 1), which takes accelerate: "
                 "pip install 'adaptexit[distributed]'."
             ) from error
-        self._accelerator = Accelerator()
+        self._accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         self.rank, self.count = self._accelerator.process_index, self._accelerator.num_processes
         self.device = self._accelerator.device
 
