@@ -25,7 +25,7 @@ from adaptexit.staging.contexts import evaluating
 from adaptexit.training.all_exits import AllExits
 from adaptexit.training.checkpoints import Checkpoints
 from adaptexit.training.joint_loss import exit_losses, mixed, mixup_of
-from adaptexit.training.loop import only_learning, row_batches
+from adaptexit.training.loop import only_learning, row_batches, seeded_everywhere
 from adaptexit.training.processes import Alone
 from adaptexit.training.samples import Samples, seeded
 
@@ -149,7 +149,10 @@ class JointTraining:
         ):
             forward = self.processes.prepared(self.exits)
             while self.progress.epoch < epochs:
-                with seeded(self.seed, self.progress.epoch, self.processes.rank) as seed:
+                with (
+                    seeded(self.seed, self.progress.epoch, self.processes.rank) as seed,
+                    seeded_everywhere(seed, learners),
+                ):
                     self._epoch(forward, seed, bar)
                 if self.processes.main:
                     checkpoints.keep(self.progress.epoch, self.state())

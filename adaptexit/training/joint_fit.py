@@ -115,16 +115,15 @@ class _JointFit:
         """Read all samples once: costs, labels, a hash of the inputs, and what heads learn from at first."""
         network, conditions = self.network, self.conditions
         batches = self.samples.in_order(seed=conditions.seed)
-        hashed = Hashed(batches)
+        hashed = Hashed(batches, conditions.seed)
+        with seeded(conditions.seed), evaluating(network.modules):
+            self.costs = network.costs(self.samples.in_order(seed=conditions.seed).first(), conditions.cost)
         cache: FeatureCache | None = None
-        with seeded(conditions.seed):
-            with evaluating(network.modules):
-                self.costs = network.costs(batches.first(), conditions.cost)
-            if isinstance(network, BranchedNetwork):
-                cache = conditions.features(network, hashed)
-                answers = cache.logits.argmax(axis=1)
-            else:
-                answers = self._run_through(hashed)
+        if isinstance(network, BranchedNetwork):
+            cache = conditions.features(network, hashed)
+            answers = cache.logits.argmax(axis=1)
+        else:
+            answers = self._run_through(hashed)
         self.inputs_hash, self.labelled = hashed.result, batches.labelled
         self.labels = batches.indices(conditions.classes, len(self.samples)) if self.labelled else answers
         with nullcontext() if cache is None else cache:

@@ -83,7 +83,12 @@ def minimise(
     optimizer = torch.optim.AdamW(learners, lr, weight_decay=weight_decay)
     schedule = CosineAnnealingLR(optimizer, epochs * len(row_batches(torch.arange(n_samples), batch_size)))
     history = []
-    with only_learning(learners, modules), _mode(modules, training), _seeded(seed, learners), torch.enable_grad():
+    with (
+        only_learning(learners, modules),
+        _mode(modules, training),
+        seeded_everywhere(seed, learners),
+        torch.enable_grad(),
+    ):
         for epoch in tqdm(range(epochs), desc=description, disable=verbose < 1):
             total = torch.zeros(())
             for rows in row_batches(row_order(n_samples, probabilities, order), batch_size):
@@ -173,7 +178,7 @@ def _mode(modules: Sequence[nn.Module], training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int, learners: Sequence[nn.Parameter]) -> Iterator[None]:
+def seeded_everywhere(seed: int, learners: Sequence[nn.Parameter]) -> Iterator[None]:
     """Dropout and the like from ``seed``; the random states of the CPU and of the GPUs in use are given back."""
     gpus = sorted({p.device.index for p in learners if p.device.type == "cuda"})
     states = [torch.cuda.get_rng_state(index) for index in gpus]

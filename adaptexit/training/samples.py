@@ -90,17 +90,21 @@ class Samples:
 
 
 class Hashed:
-    """Batches as they are; what was read last is told by :attr:`result`."""
+    """Batches as they are; what was read last is told by :attr:`result`.
 
-    def __init__(self, batches: Batches) -> None:
-        self.batches = batches
+    Every time they are read, transforms draw the same random numbers.
+    """
+
+    def __init__(self, batches: Batches, seed: int) -> None:
+        self.batches, self.seed = batches, seed
         self.n_batches = batches.n_batches
 
     def __iter__(self) -> Iterator[Tensor]:
         self._digest = Digest()
-        for x in self.batches:
-            self._digest.tensor(x)
-            yield x
+        with seeded(self.seed):
+            for x in self.batches:
+                self._digest.tensor(x)
+                yield x
 
     @property
     def result(self) -> str:

@@ -88,11 +88,19 @@ def test_what_is_drawn_is_the_same_for_the_same_numbers_and_nobody_elses_numbers
 def test_the_hash_is_that_of_the_samples():
     hashes = []
     for x in (X, X.copy(), X + 1, X[::-1]):
-        hashed = Hashed(Samples(x, Y, 8).in_order())
+        hashed = Hashed(Samples(x, Y, 8).in_order(), 0)
         assert len(torch.cat(list(hashed))) == 20
         hashes.append(hashed.result)
     assert hashes[0] == hashes[1]
     assert len(set(hashes)) == 3
+
+
+def test_what_transforms_draw_is_the_same_whenever_samples_are_hashed():
+    hashed = Hashed(Samples(Noisy(), None, 8).in_order(), 0)
+    first, one = torch.cat(list(hashed)), hashed.result
+    torch.rand(3)
+    assert torch.equal(torch.cat(list(hashed)), first)
+    assert hashed.result == one
 
 
 class Stream(IterableDataset):
