@@ -44,11 +44,12 @@ from adaptexit.utils.validation import check_switch, check_whole, checked_folder
 
 
 class MultiExitClassifier(AdaptiveClassifier):
-    """Early exits on a frozen model: a head after some of its modules, and samples that stop at the first sure one.
+    """Early exits on a model: a head after some of its modules, and samples that stop at the first sure one.
 
     The backbone's forward is cut at the exits and runs stage by stage; a sample that leaves is no longer computed. The
-    heads are trained on features recorded in one pass over the data. One calibration finds the thresholds for every
-    budget; which one is used is chosen at predict time.
+    heads are trained on features recorded in one pass over the data, the model frozen, or together with a copy of the
+    model (``recipe="joint"``). One calibration finds the thresholds for every budget; which one is used is chosen at
+    predict time.
 
     Parameters
     ----------
@@ -56,9 +57,9 @@ class MultiExitClassifier(AdaptiveClassifier):
         The trained model: a timm name (made with its pretrained weights), a factory of a module or a module that
         answers with logits (B, C) or an object with ``.logits``; modules are frozen and shared, not copied. A list of
         modules is a model given as its stages, for what cannot be cut. A module built with exits (``stages`` and
-        ``heads``, ModuleLists of equal length) is taken as trained with its heads: ``fit`` only calibrates it, and what
-        says how exits are made and trained (``exits``, ``head``, ``recipe``, ``layout``, ``cache_dir``, ``cache_half``)
-        is refused. For tables: scikit-learn's MLPClassifier, cloned and fitted on the part held in unless it is fitted;
+        ``heads``, ModuleLists of equal length) is taken as trained with its heads, so that ``fit`` only calibrates it,
+        unless ``recipe`` is joint training; what says how exits are made (``exits``, ``head``, ``layout``,
+        ``cache_dir``, ``cache_half``) is refused. For tables: scikit-learn's MLPClassifier, cloned and fitted on the part held in unless it is fitted;
         "mlp" is one with four layers of 64.
     exits : "auto", int or list of str, default="auto"
         Dotted names of the modules to answer after, in execution order (``adaptexit.staging.list_cuts`` shows what
@@ -69,7 +70,10 @@ class MultiExitClassifier(AdaptiveClassifier):
     recipe : str or Recipe, default="auto"
         How the heads are trained, the backbone untouched: "frozen" (cross-entropy with the labels), "calexnet",
         "calexnet_reference", "ptee", "ztw", "boostnet", or a recipe with settings of its own, as ``CalexNetRecipe()``.
-        "auto" is "frozen", and nothing for a module built with exits.
+        "auto" is "frozen", and "trained", that is nothing, for a module built with exits. "joint" trains network and
+        heads together, or a module built with exits from scratch; ``JointRecipe(...)`` has its many settings
+        (:class:`adaptexit.JointRecipe`). It needs data that can be read by number: arrays, or a Dataset (of a loader
+        too, which then says how samples are fetched, not in which order).
         Some are published with class precision margins: ``CPMCalibrator.published_with(recipe, margin=0.1)``.
     calibrator : Calibrator, optional
         ``ThresholdCalibrator()`` unless given.
@@ -122,7 +126,7 @@ class MultiExitClassifier(AdaptiveClassifier):
     training_outputs_ : ExitOutputs or None
         What every exit answered on the data that the heads were trained on, where the calibrator learns from that.
     history_ : dict
-        Losses of the heads' training.
+        Losses of the training, and after joint training what became of the full model.
     self_calibrated_ : bool
         Whether the thresholds come from data given to ``fit`` rather than to ``calibrate``.
     stages_, heads_, labelled_, cost_unit_
