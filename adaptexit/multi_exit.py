@@ -59,8 +59,8 @@ class MultiExitClassifier(AdaptiveClassifier):
         modules is a model given as its stages, for what cannot be cut. A module built with exits (``stages`` and
         ``heads``, ModuleLists of equal length) is taken as trained with its heads, so that ``fit`` only calibrates it,
         unless ``recipe`` is joint training; what says how exits are made (``exits``, ``head``, ``layout``,
-        ``cache_dir``, ``cache_half``) is refused. For tables: scikit-learn's MLPClassifier, cloned and fitted on the part held in unless it is fitted;
-        "mlp" is one with four layers of 64.
+        ``cache_dir``, ``cache_half``) is refused. For tables: scikit-learn's MLPClassifier, cloned and fitted on the
+        part held in unless it is fitted; "mlp" is one with four layers of 64.
     exits : "auto", int or list of str, default="auto"
         Dotted names of the modules to answer after, in execution order (``adaptexit.staging.list_cuts`` shows what
         there is); a number of exits to choose at even cost, or fewer where the model has fewer places; "auto" is 3.
