@@ -18,7 +18,6 @@ from adaptexit.core.answer import Answer
 from adaptexit.core.margins import margin_thresholds
 from adaptexit.heads import (
     BoostedHead,
-    ConvHead,
     Head,
     MLPHead,
     PrototypeHead,
@@ -202,7 +201,7 @@ def test_recipes_have_names_and_the_heads_of_their_papers():
     heads = {name: type(heads_for(recipe_of(name))[0]) for name in RECIPES}
     assert heads == {
         "frozen": MLPHead, "calexnet": RefinedPrototypeHead, "calexnet_reference": RefinedPrototypeHead,
-        "ptee": PrototypeHead, "ztw": ZTWHead, "boostnet": BoostedHead, "joint": ConvHead,
+        "ptee": PrototypeHead, "ztw": ZTWHead, "boostnet": BoostedHead, "joint": MLPHead,
     }  # fmt: skip
     reference = recipe_of("calexnet_reference")
     assert (reference.alignment, reference.distillation, reference.cascade_aware) == (None, False, False)
