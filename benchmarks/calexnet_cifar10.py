@@ -1,24 +1,29 @@
 """CalexNet and what it is compared with on a frozen ResNet-56, CIFAR-10 (JPEG): margins against searched thresholds.
 
-    OMP_NUM_THREADS=1 python -m benchmarks.calexnet_cifar10 --data DIR --weights DIR [--seeds 3] [--images 20000]
+    OMP_NUM_THREADS=1 python -m benchmarks.calexnet_cifar10 --data DIR --weights DIR [--groups steps joint] [--seeds 3]
 
-The methods, data and curves of ``examples/calexnet_cifar10.py``, and besides: heads of one kind under two recipes, the
-hard filter, BoostNet with fixed factors; calibration error at the exits under margins and under temperature scaling;
-how the classes shift from exit to exit; where BoostNet's learnable factors end. Everything is reported on ``test``."""
+The methods, data and curves of ``examples/calexnet_cifar10.py``, in groups of rows (``benchmarks/calexnet_rows.py``):
+"published", every method with its paper's settings, and besides heads of one kind under two recipes, the hard filter,
+BoostNet with fixed factors, calibration error at the exits, how the classes shift; "steps", the same methods with equal
+numbers of steps of equal batches; "joint", PTEEnet's joint loss; "blocks", ZTW's block on the whole map and on 4x4;
+"factors", where BoostNet's learnable factors end after so many steps. Everything is reported on ``test``.
+
+Each run is written when it is done, beside those that ``benchmarks/results/calexnet_cifar10.json`` has: what is there
+is not run again (``--anew`` forgets the groups named)."""
 
 from __future__ import annotations
 
+import json
 import tempfile
 import time
 import warnings
-from collections.abc import Callable
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from adaptexit import (
-    BoostNetRecipe,
-    CalexNetRecipe,
     CalibrationWarning,
     CPMCalibrator,
     MultiExitClassifier,
@@ -27,51 +32,87 @@ from adaptexit import (
 )
 from adaptexit.core.frontier import ParetoFrontier
 from adaptexit.core.metrics import exit_calibration, survivor_shift
+from benchmarks.calexnet_rows import GROUPS, Row
 from benchmarks.cifar import arguments
-from benchmarks.common import print_table, spread, write_result
-from examples.calexnet_cifar10 import ABLATION, METHODS, accuracy_lost
+from benchmarks.common import (
+    RESULTS,
+    describe_machine,
+    print_table,
+    restart_with_steady_allocator,
+    spread,
+    write_result,
+)
+from examples.calexnet_cifar10 import accuracy_lost
 from examples.cifar import Data, learning, pretrained
 
+NAME = "calexnet_cifar10"
 EXITS = ["layer1.4", "layer1.8", "layer2.4", "layer2.8"]
 REDUCTIONS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 MARGINS = (0.05, 0.2, 0.4)
 
-MORE: dict[str, Callable[[], Any]] = {
-    "CalexNet, hard filter": lambda: CalexNetRecipe("hard"),
-    "BoostNet, fixed factors": BoostNetRecipe,
-}
-RESIDUAL = {"CalexNet": "CalexNet, residual heads", "CalexNet, reference": "reference, residual heads"}
-"""Recipes that are also run with the kind of head that ZTW has."""
+Runs = dict[str, list[dict[str, Any]]]
 
 
 def main() -> None:
-    """Run every method for every seed, report, write."""
-    args = arguments(__doc__).parse_args()
-    train, val, test = learning(args.data, args.images)
+    """Run what is missing of the groups asked for, for every seed; write; report."""
+    parser = arguments(__doc__)
+    parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=GROUPS)
+    parser.add_argument("--rows", default="", help="only rows whose name has this in it")
+    parser.add_argument("--anew", action="store_true", help="run again what the results have of these groups")
+    parser.add_argument("--features", type=Path, help="folder that keeps cached features between runs")
+    args = parser.parse_args()
+    rows = {name: row for group in args.groups for name, row in GROUPS[group].items() if args.rows in name}
+    data = learning(args.data, args.images)
+    runs = stored_runs()
+    if args.anew:
+        runs = {name: measurements for name, measurements in runs.items() if name not in rows}
     net = pretrained(56, args.weights)
-
-    recipes = {name: (make, "auto") for name, make in (METHODS | ABLATION | MORE).items()}
-    recipes |= {RESIDUAL[name]: (METHODS[name], "residual") for name in RESIDUAL}
-    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in recipes}
-    with tempfile.TemporaryDirectory() as features:
-        for seed in range(args.seeds):
-            for name, (make, head) in recipes.items():
-                recipe = make()
-                start = time.perf_counter()
-                model = MultiExitClassifier(
-                    net, EXITS, recipe=recipe, head=head, calibrator=CPMCalibrator.published_with(recipe),
-                    random_state=seed, batch_size=64, calibration_size=0.02, cache_dir=features,
-                ).fit(*train)  # fmt: skip
-                seconds = time.perf_counter() - start
-                runs[name].append(measured(model.calibrate(*val), test) | {"fit_seconds": seconds})
-                if name == "CalexNet":
-                    runs[name][-1]["exits"] = at_the_exits(model, val, test)
-                print(f"seed {seed}, {name}: {seconds:.0f} s", flush=True)
-    write_result(
-        "calexnet_cifar10",
-        {"exits": EXITS, "train_images": len(train[1]), "seeds": args.seeds, "reductions": REDUCTIONS, "runs": runs},
-    )
+    with nullcontext(args.features) if args.features else tempfile.TemporaryDirectory() as features:
+        for seed, name in [(seed, name) for seed in range(args.seeds) for name in rows]:
+            if len(runs.setdefault(name, [])) <= seed:
+                runs[name].append(measured_row(name, rows[name], net, data, seed, features))
+                print(f"seed {seed}, {name}: {runs[name][-1]['fit_seconds']:.0f} s", flush=True)
+                write_result(
+                    NAME, {"exits": EXITS, "train_images": args.images, "reductions": REDUCTIONS, "runs": runs}
+                )
     report(runs)
+
+
+def stored_runs() -> Runs:
+    """By row, a run a seed, each with the processor and the day it was measured on."""
+    path = RESULTS / f"{NAME}.json"
+    if not path.is_file():
+        return {}
+    results = json.loads(path.read_text())
+    for run in (run for measurements in results["runs"].values() for run in measurements):
+        run.setdefault("measured_on", measured_on(results["machine"]))
+    return results["runs"]
+
+
+def measured_on(machine: dict[str, Any]) -> str:
+    return f"{machine['cpu']}, {machine['date']}"
+
+
+def measured_row(name: str, row: Row, net: Any, data: list[Data], seed: int, features: Any) -> dict[str, Any]:
+    """Train one row's heads from a seed and measure them."""
+    train, val, test = data
+    recipe = row.make()
+    start = time.perf_counter()
+    model = MultiExitClassifier(
+        net, EXITS, recipe=recipe, head=row.head, calibrator=CPMCalibrator.published_with(recipe),
+        random_state=seed, batch_size=64, calibration_size=0.02, cache_dir=features, **row.options,
+    ).fit(*train)  # fmt: skip
+    run: dict[str, Any] = {
+        "fit_seconds": time.perf_counter() - start,
+        "head_macs": model.outputs_.exit_costs[:-1],
+        "history": {key: model.history_[key] for key in ("effective_samples", "rescale") if key in model.history_},
+        "measured_on": measured_on(describe_machine()),
+    }
+    if not row.trained_only:
+        run |= measured(model.calibrate(*val), test)
+    if name == "CalexNet":
+        run["exits"] = at_the_exits(model, val, test)
+    return run
 
 
 def measured(model: MultiExitClassifier, test: Data) -> dict[str, Any]:
@@ -91,7 +132,6 @@ def measured(model: MultiExitClassifier, test: Data) -> dict[str, Any]:
         "loss_margins": accuracy_lost(margins, REDUCTIONS),
         "loss_searched": accuracy_lost(thresholds, REDUCTIONS),
         "loss_at_budget": budget_losses(thresholds),
-        "history": {key: model.history_[key] for key in ("effective_samples", "rescale") if key in model.history_},
     }
 
 
@@ -128,42 +168,75 @@ def at_the_exits(model: MultiExitClassifier, val: Data, test: Data) -> dict[str,
     return figures
 
 
-def report(runs: dict[str, list[dict[str, Any]]]) -> None:
-    """Every table."""
-    rows = [[name, *(spread(100 * column) for column in stacked(of, "exit_accuracy").T)] for name, of in runs.items()]
-    print_table("Test accuracy when everybody leaves there (%)", ["method", *EXITS, "full model"], rows)
+def report(runs: Runs) -> None:
+    """Every table of the rows that were measured."""
+    for group, rows in GROUPS.items():
+        of_group = {name: runs[name] for name in rows if runs.get(name)}
+        tested = {name: measurements for name, measurements in of_group.items() if not rows[name].trained_only}
+        if tested:
+            report_losses(group, tested)
+        report_histories(of_group)
+    if runs.get("CalexNet"):
+        report_exits([run["exits"] for run in runs["CalexNet"]])
+
+
+def report_losses(group: str, runs: Runs) -> None:
+    """Accuracy exit by exit, then what is lost for computation saved, by both kinds of thresholds."""
+    rows = [
+        [name, len(of), *(spread(100 * column) for column in stacked(of, "exit_accuracy").T)]
+        for name, of in runs.items()
+    ]
+    title = f"Group {group}: test accuracy when everybody leaves there (%)"
+    print_table(title, ["method", "seeds", *EXITS, "full model"], rows)
+    rows = [
+        [name, *(f"{share:.3f}" for share in of[0]["exit_cost"]), *megas(of[0].get("head_macs", []))]
+        for name, of in runs.items()
+    ]
+    print_table("Relative cost of leaving there, and M MACs of each head", ["method", *EXITS, "full model"], rows)
     for key, title in (("loss_margins", "class precision margins"), ("loss_searched", "searched thresholds")):
         rows = [[name, *(spread(column) for column in stacked(of, key).T)] for name, of in runs.items()]
         header = ["method", *(f"FR {reduction}" for reduction in REDUCTIONS)]
         print_table(f"Loss of test accuracy (points) at matched FLOPs reduction: {title}", header, rows)
-    exits = [run["exits"] for run in runs["CalexNet"]]
+
+
+def megas(macs: list[float]) -> list[str]:
+    return [" ".join(f"{count / 1e6:.2f}" for count in macs)] if len(macs) else []
+
+
+def report_histories(runs: Runs) -> None:
+    """Effective samples and learnable factors, exit by exit."""
+    for name, of in runs.items():
+        for key in of[0]["history"]:
+            values = np.stack([run["history"][key] for run in of])
+            print(f"\n{name}, {key}: " + ", ".join(spread(column) for column in values.T) + f" ({len(of)} seeds)")
+
+
+def report_exits(exits: list[dict[str, Any]]) -> None:
+    """Calibration error at CalexNet's exits, and the shift of classes."""
     rows = []
     for i, margin in enumerate(MARGINS):
         for rule in ("margins", "temperature"):
-            errors = np.stack([run[rule][i]["ece"] for run in exits])
-            counts = np.stack([run[rule][i]["n"] for run in exits])
+            errors = np.array([run[rule][i]["ece"] for run in exits], dtype=float)
+            counts = np.array([run[rule][i]["n"] for run in exits])
             cells = [f"{n:.0f} / {spread(e, 3)}" for n, e in zip(counts.mean(0), errors.T, strict=True)]
             rows.append([margin, rule, *cells])
     names = [*EXITS, "full model"]
     print_table("CalexNet: samples that leave / their calibration error", ["margin", "rule", *names], rows)
-    rows = [
+    shift = [
         [
             name,
             *(spread(np.array([run["shift"][key][k] for run in exits]), 3) for key in ("n", "kl", "gini", "top3")),
         ]
         for k, name in enumerate(names)
     ]
-    print_table("CalexNet at margin 0.2: who reaches each exit", ["exit", "n", "KL", "Gini", "top 3"], rows)
-    for name in ("BoostNet", "CalexNet", "CalexNet, alignment only", "CalexNet, hard filter"):
-        for key in runs[name][0]["history"]:
-            values = np.stack([run["history"][key] for run in runs[name]])
-            print(f"\n{name}, {key}: " + ", ".join(spread(column) for column in values.T))
+    print_table("CalexNet at margin 0.2: who reaches each exit", ["exit", "n", "KL", "Gini", "top 3"], shift)
 
 
 def stacked(runs: list[dict[str, Any]], key: str) -> np.ndarray:
-    return np.stack([run[key] for run in runs])
+    return np.array([run[key] for run in runs], dtype=float)
 
 
 if __name__ == "__main__":
+    restart_with_steady_allocator(1)
     warnings.simplefilter("ignore", CalibrationWarning)
     main()

@@ -10,7 +10,14 @@ from sklearn.neural_network import MLPClassifier
 
 import adaptexit
 from adaptexit import BoostNetRecipe, CalexNetRecipe, CPMCalibrator, MultiExitClassifier, ZTWRecipe
-from adaptexit.heads import BoostedHead, MLPHead, PrototypeHead, RefinedPrototypeHead, ZTWHead
+from adaptexit.heads import (
+    BoostedHead,
+    MLPHead,
+    PrototypeHead,
+    RefinedPrototypeHead,
+    ScalarConfidenceHead,
+    ZTWHead,
+)
 from adaptexit.training import PTEERecipe
 from tests.nets import branched, branched_trained, digits, flat_head, naive_branches
 
@@ -19,7 +26,9 @@ SETTINGS = {"epochs": 4, "batch_size": 150, "lr": 1e-2}
 RECIPES = {
     "calexnet": (CalexNetRecipe(**SETTINGS), RefinedPrototypeHead),
     "ptee": (PTEERecipe(**SETTINGS), PrototypeHead),
+    "ptee, joint": (PTEERecipe(loss="cumulative", costs=[0.3, 0.6], cost_weight=2.0, **SETTINGS), ScalarConfidenceHead),
     "ztw": (ZTWRecipe(**SETTINGS), ZTWHead),
+    "ztw, whole maps": (ZTWRecipe(None, **SETTINGS), ZTWHead),
     "boostnet": (BoostNetRecipe(**SETTINGS), BoostedHead),
 }
 _made = {}
@@ -48,7 +57,7 @@ def test_the_recipes_own_head_is_taken_unless_another_is_named(name, model):
     _, own = RECIPES[name]
     assert {type(head) for head in model._network.early} == {own}
     assert model.calibrator_.cascade_aware is (name == "calexnet")
-    assert model.outputs_.chained is (name in ("ztw", "boostnet"))
+    assert model.outputs_.chained is (name.startswith("ztw") or name == "boostnet")
 
 
 def test_a_recipe_by_name_and_one_without_a_head_of_its_own():
@@ -134,11 +143,12 @@ def test_prototype_heads_share_cached_features_boosted_or_not(tmp_path):
     n_files = []
     for recipe, head in (
         (PTEERecipe(**SETTINGS), "auto"), (BoostNetRecipe(**SETTINGS), "auto"), (CalexNetRecipe(**SETTINGS), "auto"),
-        (ZTWRecipe(**SETTINGS), "auto"), (CalexNetRecipe(**SETTINGS), "residual"),
+        (PTEERecipe(loss="cumulative", **SETTINGS), "auto"), (ZTWRecipe(**SETTINGS), "auto"),
+        (CalexNetRecipe(**SETTINGS), "residual"),
     ):  # fmt: skip
         branched(exits=CUTS, head=head, recipe=recipe, cache_dir=tmp_path).fit(*digits()[0])
         n_files.append(len(list(tmp_path.rglob("features_0.bin"))))
-    assert n_files == [1, 1, 1, 2, 2]
+    assert n_files == [1, 1, 1, 1, 2, 2]
 
 
 @pytest.mark.parametrize("recipe", ["calexnet", "calexnet_reference", "ptee", "ztw", "boostnet"])

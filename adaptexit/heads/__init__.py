@@ -13,3 +13,4 @@ from adaptexit.heads.prototype import RefinedPrototypeHead as RefinedPrototypeHe
 from adaptexit.heads.residual import ResidualHead as ResidualHead
 from adaptexit.heads.simple import ConvHead as ConvHead
 from adaptexit.heads.simple import MLPHead as MLPHead
+from adaptexit.heads.wrapping import ScalarConfidenceHead as ScalarConfidenceHead

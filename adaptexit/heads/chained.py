@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from adaptexit.core.answer import Answer
-from adaptexit.heads.base import Head
-from adaptexit.heads.by_name import make_head
 from adaptexit.heads.layout import FeatureSpec
 from adaptexit.heads.residual import BlockHead
+from adaptexit.heads.wrapping import WrappingHead
 
 
-class BoostedHead(Head):
+class BoostedHead(WrappingHead):
     """Any head whose logits are added to a part of what the heads before it add up to.
 
     P_n = out_n + w P_(n-1): inference of BoostNet (Yu et al., "Boosted Dynamic Neural Networks", AAAI 2023) with its
@@ -32,6 +30,7 @@ class BoostedHead(Head):
     """
 
     chained = True
+    purpose = "boosted"
 
     def __init__(
         self,
@@ -40,39 +39,12 @@ class BoostedHead(Head):
         head: str | Callable[[FeatureSpec, int], nn.Module] = "prototype",
         weight: float = 0.5,
     ) -> None:
-        super().__init__(spec, n_classes)
-        self.inner = make_head(head, spec, n_classes)
-        if self.inner.chained:
-            raise ValueError(
-                f"head must answer by itself to be boosted; got {type(self.inner).__name__}, a chained one."
-            )
+        super().__init__(spec, n_classes, head)
         self.weight = weight
 
-    def place(self, k: int) -> None:
-        self.inner.place(k)
-
-    @property
-    def reduction_key(self) -> str:
-        return self.inner.reduction_key
-
-    def reduce(self, feature: Tensor) -> Tensor:
-        """What the inner head keeps of a feature."""
-        return self.inner.reduce(feature)
-
-    def answer(self, reduced: Tensor, state: Any = None) -> Answer:
-        """The sum so far from what ``reduce`` returned; the sum before it is the state."""
-        return self._added(self.inner.answer(reduced), state)
-
-    def forward(self, feature: Tensor, state: Any = None) -> Answer:
-        """The sum so far from a feature (B, *spec.shape)."""
-        return self._added(self.inner(feature), state)
-
-    def confidence_parameters(self) -> list[nn.Parameter]:
-        """The inner head's."""
-        return self.inner.confidence_parameters()
-
-    def _added(self, output: Answer, before: Tensor | None) -> Answer:
-        total = output.logits if before is None else output.logits + self.weight * before
+    def revised(self, output: Answer, state: Tensor | None) -> Answer:
+        """The sum so far; the sum before it is the state."""
+        total = output.logits if state is None else output.logits + self.weight * state
         return Answer(total, output.confidence_logits, total)
 
 
@@ -91,7 +63,7 @@ class ZTWHead(BlockHead):
 
     chained = True
 
-    def __init__(self, spec: FeatureSpec, n_classes: int, size: int = 4) -> None:
+    def __init__(self, spec: FeatureSpec, n_classes: int, size: int | None = 4) -> None:
         super().__init__(spec, n_classes, size)
         self.norm = nn.LayerNorm(n_classes)
         self.linear = nn.Linear(spec.channels + n_classes, n_classes)
@@ -108,7 +80,7 @@ class ZTWHead(BlockHead):
         return [self.ensemble_weight, self.ensemble_bias]
 
     def answer(self, reduced: Tensor, state: tuple[Tensor, Tensor] | None = None) -> Answer:
-        """The ensemble's logits from a pooled map; the state is described above."""
+        """The ensemble's logits from what ``reduce`` returned; the state is described above."""
         vectors = self.read(reduced)
         last = vectors.new_zeros(len(vectors), self.n_classes) if state is None else self.norm(state[0])
         own = self.linear(torch.cat([vectors, last], dim=1))

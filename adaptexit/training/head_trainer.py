@@ -48,6 +48,8 @@ class HeadBatch:
 
 
 Loss = Callable[[HeadBatch], Tensor]
+JointLoss = Callable[[list[HeadBatch]], Tensor]
+"""From the answers of E heads to their losses (E,)."""
 
 
 @dataclass
@@ -102,11 +104,19 @@ class Lesson:
     def learn(
         self, loss: Loss, exits: Sequence[int], parameters: Sequence[nn.Parameter], **options: Any
     ) -> list[list[float]]:
-        """Minimise a loss of some heads' answers; mean losses by exit and epoch, empty for the other exits."""
+        """Minimise a loss of each of some heads' answers; mean losses by exit and epoch, empty for the other exits."""
+        return self.learn_jointly(
+            lambda answers: torch.stack([loss(answer) for answer in answers]), exits, parameters, **options
+        )
+
+    def learn_jointly(
+        self, loss: JointLoss, exits: Sequence[int], parameters: Sequence[nn.Parameter], **options: Any
+    ) -> list[list[float]]:
+        """The same where a head's loss depends on what the other heads answer."""
         history: list[list[float]] = [[] for _ in self.heads]
         if parameters:
             terms = minimise(
-                lambda batch: torch.stack([loss(answer) for answer in self.answers(batch, exits)]),
+                lambda batch: loss(self.answers(batch, exits)),
                 [self.heads[k] for k in exits],
                 self.n_samples,
                 parameters=parameters,
@@ -177,10 +187,14 @@ def confidence_loss(answer: HeadBatch, clamp: float) -> Tensor:
     Confidence counts as no nearer to 0 and 1 than ``clamp``.
     """
     entry, answer_class = _entry(answer.output)
-    if clamp > 0:
-        most = math.log((1 - clamp) / clamp)
-        entry = entry.clamp(-most, most)
+    entry = clamped(entry, clamp)
     return F.binary_cross_entropy_with_logits(entry, (answer_class == answer.target).to(entry.dtype))
+
+
+def clamped(entry: Tensor, clamp: float) -> Tensor:
+    """Confidence logits whose sigmoid is no nearer to 0 and 1 than ``clamp``."""
+    most = math.log((1 - clamp) / clamp) if clamp > 0 else math.inf
+    return entry.clamp(-most, most)
 
 
 def confidence_of(output: Answer) -> Tensor:

@@ -17,6 +17,8 @@ from adaptexit.heads import (
     MLPHead,
     PrototypeHead,
     RefinedPrototypeHead,
+    ResidualHead,
+    ScalarConfidenceHead,
     make_head,
 )
 from adaptexit.heads.base import WrappedHead
@@ -293,6 +295,14 @@ def test_macs_by_formula(spec, batch):
     assert count_macs(MLPHead(spec, N_CLASSES, hidden=k).eval(), x) == d * k + k * N_CLASSES
 
 
+@pytest.mark.parametrize(("size", "n_positions"), [(None, 9 * 5), (4, 4 * 4), (20, 9 * 5)])
+def test_macs_of_a_residual_block_on_a_whole_map_and_on_a_pooled_one(size, n_positions):
+    spec = FeatureSpec((6, 9, 5), "NCHW")
+    head = ResidualHead(spec, N_CLASSES, size).eval()
+    # A padded convolution is counted at all its taps, also beside the border.
+    assert count_macs(head, features(spec, 2)) == 2 * 9 * 6 * 6 * n_positions + 2 * 6 * N_CLASSES
+
+
 # ---- training
 
 
@@ -339,6 +349,47 @@ def test_confidence_parameters_change_no_class_logits(head):
     after = module(x)
     assert torch.equal(after.logits, before.logits)
     assert not torch.equal(after.confidence_logits, before.confidence_logits)
+
+
+# ---- one confidence for all classes
+
+
+@pytest.mark.parametrize("spec", SPECS, ids=str)
+@pytest.mark.parametrize("name", ["prototype", "refined_prototype", "residual"])
+def test_a_scalar_confidence_is_the_mean_and_changes_nothing_else(name, spec):
+    head, x = awake(ScalarConfidenceHead(spec, N_CLASSES, name)), features(spec)
+    inner, answer = head.inner(x), head(x)
+    assert torch.equal(answer.logits, inner.logits)
+    torch.testing.assert_close(answer.confidence_logits, inner.confidence_logits.mean(1)[:, None].repeat(1, N_CLASSES))
+    assert not torch.allclose(answer.confidence_logits, inner.confidence_logits)
+    assert_same(head.answer(head.reduce(x)), answer, rtol=1e-4, atol=1e-4)
+    assert head.reduction_key == head.inner.reduction_key
+    assert head.confidence_parameters() == head.inner.confidence_parameters() != []
+
+
+def test_a_scalar_confidence_is_linear_in_what_the_head_reads():
+    """As one linear output would have it: its weights are the means of the classes'."""
+    head = awake(ScalarConfidenceHead(FeatureSpec((6,), "NC"), N_CLASSES, "residual"))
+    x = features(head.spec)
+    vectors, layer = head.inner.read(head.reduce(x)), head.inner.confidence
+    expected = vectors @ layer.weight.mean(0) + layer.bias.mean()
+    torch.testing.assert_close(head(x).confidence_logits[:, 1], expected)
+
+
+@pytest.mark.parametrize(
+    ("inner", "message"),
+    [
+        (
+            "mlp",
+            "head must have a confidence output to be given one confidence; got MLPHead, which has none. Take 'prot",
+        ),
+        (lambda spec, n: nn.Linear(6, n), "head must have a confidence output.*got WrappedHead"),
+        (lambda spec, n: Chained(spec, n), "head must answer by itself to be given one confidence; got Chained"),
+    ],
+)
+def test_heads_that_cannot_be_given_one_confidence(inner, message):
+    with pytest.raises(ValueError, match=message):
+        ScalarConfidenceHead(FeatureSpec((6,), "NC"), N_CLASSES, inner)
 
 
 @pytest.mark.parametrize("name", ["mlp", "conv"])

@@ -22,6 +22,7 @@ from adaptexit.heads import (
     MLPHead,
     PrototypeHead,
     RefinedPrototypeHead,
+    ScalarConfidenceHead,
     ZTWHead,
     make_head,
 )
@@ -34,6 +35,7 @@ from adaptexit.training.recipes.calexnet import LEAST_WEIGHT
 SPECS = [FeatureSpec((32,), "NC"), FeatureSpec((64,), "NC")]
 QUICK = {"epochs": 3, "batch_size": 64}
 LESSON = np.arange(0, 1200, 4)
+JOINT = partial(PTEERecipe, loss="cumulative")
 ALL = [CalexNetRecipe, CalexNetRecipe.reference, PTEERecipe, ZTWRecipe, BoostNetRecipe]
 
 
@@ -137,7 +139,7 @@ def test_heads_learn_what_the_full_model_answers(make):
     assert not any(part.training for head in heads for part in head.modules())
 
 
-@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("make", [*ALL, JOINT])
 def test_labels_are_not_looked_at_unless_asked(make):
     recipe = make().set_params(**QUICK)
     heads = heads_for(recipe)
@@ -160,7 +162,7 @@ def test_labels_are_learned_where_asked(make):
     assert np.mean(out.logits.argmax(1).numpy() == (Y[LESSON] + 5) % 10) > 0.8
 
 
-@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("make", [*ALL, JOINT])
 def test_a_seed_determines_weights_bit_by_bit_and_leaves_the_global_one_alone(make):
     recipe = make().set_params(**QUICK)
     before = torch.get_rng_state()
@@ -173,7 +175,7 @@ def test_a_seed_determines_weights_bit_by_bit_and_leaves_the_global_one_alone(ma
 
 
 @pytest.mark.parametrize(
-    ("make", "usual"), [(CalexNetRecipe, 100), (PTEERecipe, 200), (ZTWRecipe, 200), (BoostNetRecipe, 200)]
+    ("make", "usual"), [(CalexNetRecipe, 100), (PTEERecipe, 200), (JOINT, 200), (ZTWRecipe, 200), (BoostNetRecipe, 200)]
 )
 def test_epochs_left_open_are_the_papers_or_make_500_minibatches(make, usual, untrained):
     few = np.arange(40)
@@ -187,7 +189,7 @@ def test_epochs_left_open_are_the_papers_or_make_500_minibatches(make, usual, un
         assert {phase["batch_size"] for phase in untrained} == {batch_size}
 
 
-@pytest.mark.parametrize("make", ALL)
+@pytest.mark.parametrize("make", [*ALL, JOINT])
 def test_settings_reach_the_loop_and_survive_a_clone(make, phases):
     recipe = clone(make().set_params(epochs=2, lr=0.02, weight_decay=0.1, batch_size=50))
     if isinstance(recipe, CalexNetRecipe):
@@ -232,7 +234,17 @@ def test_calibrators_of_the_papers():
         (PTEERecipe(clamp=0.5), "clamp must lie between 0 and 0.5; got 0.5"),
         (PTEERecipe(epochs=0), "epochs must be a whole number, at least 1 or 'auto'; got 0"),
         (PTEERecipe(lr=-1.0), "lr must be a finite number above 0; got -1.0"),
-        (ZTWRecipe(size=0), "size must be a whole number, at least 1; got 0"),
+        (PTEERecipe(loss="joint"), r"loss must be one of \['separate', 'cumulative'\]; got 'joint'"),
+        (PTEERecipe(cost_weight=-0.1), "cost_weight must be a finite number, at least 0; got -0.1"),
+        (PTEERecipe(costs=[0.2, 0.5]), r"costs must be None for loss='separate', which has none; got \[0.2, 0.5\]"),
+        (JOINT(confidence_epochs=3), "confidence_epochs must be None for loss='cumulative'.*got 3. Give epochs"),
+        (
+            JOINT(costs=[0.2, np.inf]),
+            r"costs must be finite relative costs, at least 0, one for each early exit.*inf\]",
+        ),
+        (JOINT(costs=[-0.2, 0.5]), "costs must be finite relative costs, at least 0, one for each early exit"),
+        (JOINT(costs=0.5), "costs must be finite relative costs, at least 0, one for each early exit.*got 0.5"),
+        (ZTWRecipe(size=0), "size must be a whole number, at least 1 or None; got 0"),
         (ZTWRecipe(ensemble_epochs=True), "ensemble_epochs must be a whole number, at least 1; got True"),
         (BoostNetRecipe(rescale="free"), r"rescale must be one of \['fixed', 'learnable'\] or None; got 'free'"),
         (BoostNetRecipe(weight="half"), "weight must be a finite number, at least 0; got 'half'"),
@@ -245,7 +257,14 @@ def test_settings_that_cannot_be_are_refused_before_training(recipe, message):
         recipe.train([], CACHE, LESSON, Y[LESSON])
 
 
-@pytest.mark.parametrize(("recipe", "name"), [(ZTWRecipe(), "ZTWHeads for ZTW"), (BoostNetRecipe(), "BoostedHeads")])
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        (ZTWRecipe(), "ZTWHeads for ZTW"),
+        (BoostNetRecipe(), "BoostedHeads"),
+        (JOINT(), "ScalarConfidenceHeads for loss='cumulative'"),
+    ],
+)
 def test_heads_that_the_recipe_cannot_train_are_refused(recipe, name):
     plain = [MLPHead(spec, 10) for spec in SPECS]
     with pytest.raises(ValueError, match=f"heads must be {name}.*MLPHead"):
@@ -445,6 +464,97 @@ def test_ptee_sums_what_every_head_would_minimise_alone(phases):
         assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
 
 
+def cumulative_by_hand(heads, rows, target, costs, weight, clamp=1e-7):
+    """P_k = s_k p_k + (1 - s_k) P_(k+1), C_k likewise, sample by sample in probabilities; the loss of each exit."""
+    outputs = answers(heads, rows)
+    probabilities = [softmax(output.logits.double().numpy(), axis=1) for output in outputs]
+    confidences = [1 / (1 + np.exp(-output.confidence_logits.double().numpy().mean(axis=1))) for output in outputs]
+    expected = []
+    for first in range(len(heads)):
+        losses = []
+        for i, row in enumerate(rows):
+            mixture, cost = softmax(CACHE.logits[row].astype(float)), 1.0
+            for k in range(len(heads) - 1, first - 1, -1):
+                sure = np.clip(confidences[k][i], clamp, 1 - clamp)
+                mixture = sure * probabilities[k][i] + (1 - sure) * mixture
+                cost = sure * costs[k] + (1 - sure) * cost
+            losses.append(-np.log(mixture[target[row]]) + weight * cost)
+        expected.append(np.mean(losses))
+    return expected
+
+
+@pytest.mark.parametrize("learn_from", ["backbone", "labels"])
+@pytest.mark.parametrize(("costs", "as_meant"), [(None, [1 / 3, 2 / 3]), ([0.2, 0.7], [0.2, 0.7])])
+def test_the_cumulative_loss_by_its_recursion(costs, as_meant, learn_from, phases):
+    heads, _ = taught(JOINT(costs=costs, cost_weight=0.6, learn_from=learn_from, **QUICK), head="refined_prototype")
+    (phase,) = phases
+    with torch.no_grad():
+        losses = phase["loss"](torch.arange(40))
+    target = Y if learn_from == "labels" else ANSWERED
+    expected = cumulative_by_hand(heads, LESSON[:40], target, as_meant, 0.6)
+    assert losses.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_cumulative_loss_reaches_every_parameter_of_every_head_in_one_phase(phases):
+    heads, history = taught(JOINT(**QUICK), head="refined_prototype")
+    (phase,) = phases
+    assert {id(p) for p in phase["parameters"]} == {id(p) for head in heads for p in head.parameters()}
+    assert history["confidence_loss"] == [[], []]
+    for parameter in phase["parameters"]:
+        parameter.requires_grad_(True)
+    gradients = torch.autograd.grad(phase["loss"](torch.arange(60)).sum(), phase["parameters"])
+    assert all(gradient.abs().sum() > 0 for gradient in gradients)
+
+
+def test_an_earlier_exit_of_the_cumulative_loss_sends_gradients_to_later_heads(phases):
+    heads, _ = taught(JOINT(**QUICK))
+    weights = list(heads[1].parameters())
+    for parameter in weights:
+        parameter.requires_grad_(True)
+    first, second = phases[0]["loss"](torch.arange(60))
+    assert all(gradient.abs().sum() > 0 for gradient in torch.autograd.grad(first, weights, retain_graph=True))
+    ours = torch.autograd.grad(second, list(heads[0].parameters()), allow_unused=True)
+    assert all(gradient is None or not gradient.any() for gradient in ours)
+
+
+def test_confidence_in_the_cumulative_loss_is_clamped(phases):
+    heads, _ = taught(JOINT(clamp=0.2, **QUICK))
+    with torch.no_grad():
+        heads[0].inner.confidence.bias += 40.0
+        losses = phases[0]["loss"](torch.arange(40))
+    expected = cumulative_by_hand(heads, LESSON[:40], ANSWERED, [1 / 3, 2 / 3], 0.9, clamp=0.2)
+    assert losses.tolist() == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_dearer_the_rest_the_surer_the_exits():
+    confidences = []
+    for weight in (0.0, 5.0):
+        heads, _ = taught(JOINT(cost_weight=weight, epochs=12, batch_size=64, lr=6e-3))
+        confidences.append([sure(out)[1].mean() for out in answers(heads, LESSON)])
+    assert all(low < 0.5 < 0.9 < high for low, high in zip(*confidences, strict=True))
+
+
+def test_heads_learn_by_the_cumulative_loss_where_going_on_is_dear():
+    heads, _ = taught(JOINT(cost_weight=5.0, epochs=12, batch_size=64, lr=6e-3))
+    fresh = np.arange(1, 1200, 2)
+    right = [np.mean(out.logits.argmax(1).numpy() == Y[fresh]) for out in answers(heads, fresh)]
+    assert right[0] > 0.6
+    assert right[1] > 0.75
+
+
+def test_costs_are_one_for_each_early_exit():
+    recipe = JOINT(costs=[0.2, 0.4, 0.6], **QUICK)
+    with pytest.raises(ValueError, match="costs must be one for each of the 2 early exits; got 3"):
+        taught(recipe)
+
+
+def test_the_cumulative_loss_gives_any_head_one_confidence():
+    heads = heads_for(JOINT(), "refined_prototype")
+    assert {type(head) for head in heads} == {ScalarConfidenceHead}
+    assert {type(head.inner) for head in heads} == {RefinedPrototypeHead}
+    assert {type(head) for head in heads_for(PTEERecipe(), "refined_prototype")} == {RefinedPrototypeHead}
+
+
 # -- BoostNet ----------------------------------------------------------------------------------------------------------
 
 
@@ -601,3 +711,17 @@ def test_maps_are_pooled_to_the_size_asked_for():
     torch.testing.assert_close(head(x).logits, head.answer(head.reduce(x)).logits)
     with pytest.raises(ValueError, match="size must be an integer of at least 1; got 0"):
         ZTWHead(spec, 5, size=0)
+
+
+def test_maps_are_left_whole_where_no_size_is_asked_for():
+    spec = FeatureSpec((9, 3, 6), "NHWC")
+    (head,) = {make_head(ZTWRecipe(size=None).head_for("auto"), spec, 5).eval()}
+    x = torch.randn(2, 9, 3, 6, generator=torch.Generator().manual_seed(0))
+    reduced = head.reduce(x)
+    assert torch.equal(reduced, x.permute(0, 3, 1, 2))
+    assert reduced.is_contiguous()
+    torch.testing.assert_close(head(x).logits, head.answer(reduced).logits)
+    pooled = ZTWHead(spec, 5).eval()
+    pooled.load_state_dict(head.state_dict())
+    assert not torch.allclose(pooled(x).logits, head(x).logits)
+    assert head.reduction_key != pooled.reduction_key

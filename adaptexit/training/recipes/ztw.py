@@ -33,8 +33,9 @@ class ZTWRecipe(MarginRecipe):
 
     Parameters
     ----------
-    size : int, default=4
-        Rows and columns that the maps are pooled to before the heads' residual blocks.
+    size : int or None, default=4
+        Rows and columns that the maps are pooled to before the heads' residual blocks (ours: it makes them cheap). None
+        leaves the maps whole, as CalexNet (2026) describes the blocks: cached features are the maps themselves.
     epochs : int or "auto", default="auto"
         "auto" is 200, or as many as make 500 minibatches where the data are few.
     lr : float, default=1e-3
@@ -55,7 +56,7 @@ class ZTWRecipe(MarginRecipe):
 
     def __init__(
         self,
-        size: int = 4,
+        size: int | None = 4,
         *,
         epochs: int | Literal["auto"] = "auto",
         lr: float = 1e-3,
@@ -90,7 +91,8 @@ class ZTWRecipe(MarginRecipe):
 
     def check(self) -> dict[str, Any]:
         """Refuse settings that cannot be; those that the loop takes."""
-        check_whole("size", self.size, 1)
+        if self.size is not None:
+            check_whole("size", self.size, 1, " or None")
         if self.ensemble_epochs is not None:
             check_whole("ensemble_epochs", self.ensemble_epochs, 1)
         return super().check()
