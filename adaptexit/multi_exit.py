@@ -35,7 +35,7 @@ from adaptexit.networks.models import TorchModel, build_model, is_fitted, restor
 from adaptexit.networks.native import is_native, native_network
 from adaptexit.staging.contexts import evaluating
 from adaptexit.staging.executor import MEMORY_LIMIT
-from adaptexit.training.recipes import Recipe, RecipeName, recipe_of
+from adaptexit.training.recipes import AutoRecipe, Recipe, RecipeName, recipe_of
 from adaptexit.training.retrofit import Conditions, retrofitted
 from adaptexit.utils.learning import learned_at_once
 from adaptexit.utils.validation import check_switch, check_whole, checked_folder
@@ -62,12 +62,13 @@ class MultiExitClassifier(AdaptiveClassifier):
         Dotted names of the modules to answer after, in execution order (``adaptexit.staging.list_cuts`` shows what
         there is); a number of exits to choose at even cost, or fewer where the model has fewer places; "auto" is 3.
     head : str or callable, default="auto"
-        What answers at a cut: "mlp", "conv", "prototype", "refined_prototype", "residual" (see ``adaptexit.heads``),
-        or a factory ``(FeatureSpec, n_classes) -> nn.Module``. "auto" is the recipe's own: "mlp" for "frozen".
+        What answers at a cut: "linear", "mlp", "grid", "conv", "prototype", "refined_prototype", "residual", "wide",
+        some with a width as "wide-64" (see ``adaptexit.heads``), or a factory ``(FeatureSpec, n_classes) ->
+        nn.Module``. "auto" is the recipe's own; with ``recipe="auto"`` several are compared, and the best is taken.
     recipe : str or Recipe, default="auto"
-        How the heads are trained, the backbone untouched: "frozen" (cross-entropy with the labels), "calexnet",
-        "calexnet_reference", "ptee", "ztw", "boostnet", or a recipe with settings of its own, as ``CalexNetRecipe()``.
-        "auto" is "frozen", and nothing for a module built with exits.
+        How the heads are trained, the backbone untouched: "auto" (by distillation from the full model), "frozen"
+        (cross-entropy with the labels), "calexnet", "calexnet_reference", "ptee", "ztw", "boostnet", or a recipe with
+        settings of its own, as ``AutoRecipe(heads=["grid", "wide-64"])``. A module built with exits needs none.
         Some are published with class precision margins: ``CPMCalibrator.published_with(recipe, margin=0.1)``.
     calibrator : Calibrator, optional
         ``ThresholdCalibrator()`` unless given.
@@ -120,7 +121,7 @@ class MultiExitClassifier(AdaptiveClassifier):
     training_outputs_ : ExitOutputs or None
         What every exit answered on the data that the heads were trained on, where the calibrator learns from that.
     history_ : dict
-        Losses of the heads' training.
+        Losses of the heads' training, and under "choice" which heads were compared, if any, and what came of it.
     self_calibrated_ : bool
         Whether the thresholds come from data given to ``fit`` rather than to ``calibrate``.
     stages_, heads_, labelled_, cost_unit_
@@ -264,11 +265,14 @@ class MultiExitClassifier(AdaptiveClassifier):
         return recipe
 
     def _recipe(self) -> Recipe:
-        return recipe_of("frozen" if isinstance(self.recipe, str) and self.recipe == "auto" else self.recipe)
+        return recipe_of(self.recipe)
 
-    def _head(self) -> Any:
-        """What answers at a cut: the user's choice, the recipe's own, or what the recipe makes of either."""
-        head = getattr(self._recipe(), "head_for", lambda head: head)(self.head)
+    def _head(self, name: str | None = None) -> Any:
+        """What answers at a cut: the user's choice, the recipe's own, what it makes of either, or what it chose."""
+        recipe = self._recipe()
+        if name is not None and isinstance(recipe, AutoRecipe):
+            return recipe.named(name)
+        head = getattr(recipe, "head_for", lambda head: head)(self.head)
         return "mlp" if isinstance(head, str) and head == "auto" else head
 
     def _built(self, model: TorchModel, example: Tensor, n_classes: int, seed: int) -> Network:
@@ -290,13 +294,14 @@ class MultiExitClassifier(AdaptiveClassifier):
         calibrator = self._fresh_calibrator()
         trained = retrofitted(network, recipe, batches, self._conditions(calibrator, classes, seed))
         self.history_, self.training_outputs_ = trained.history, trained.training_outputs
-        return self._keep(network, calibrator, trained.outputs, batches, classes)
+        self._head_name = trained.head
+        return self._keep(trained.network, calibrator, trained.outputs, batches, classes)
 
     def _conditions(self, calibrator: Calibrator, classes: NDArray[Any], seed: int) -> Conditions:
         return Conditions(
             classes, self.cost, self.calibration_size,
             calibrator.needs_logits, calibrator.needs_features, calibrator.needs_training,
-            self.cache_dir, self.cache_memory, self.cache_half, self.batch_size, seed, self.verbose,
+            self.cache_dir, self.cache_memory, self.cache_half, self.batch_size, seed, self.verbose, self.head,
         )  # fmt: skip
 
     def _take_trained(
@@ -305,7 +310,7 @@ class MultiExitClassifier(AdaptiveClassifier):
         """A network whose exits are trained: samples are held out only where the calibrator trains something."""
         calibrator = self._fresh_calibrator()
         outputs = self._outputs_on(network, batches, calibrator, classes)
-        self.history_, self.training_outputs_ = {}, None
+        self.history_, self.training_outputs_, self._head_name = {}, None, None
         if calibrator.needs_training:
             assert outputs.labels is not None
             held_in, held_out = hold_out(outputs.labels, self.calibration_size, seed)
@@ -358,11 +363,12 @@ class MultiExitClassifier(AdaptiveClassifier):
             "unseen": self._unseen,
             "self_calibrated": self.self_calibrated_,
             "history": self.history_,
-        }
+        } | ({"head": self._head_name} if self._head_name else {})
         return state, tensors
 
     def _set_state(self, state: dict[str, Any], tensors: dict[str, Tensor], outputs: ExitOutputs) -> None:
         self._mlp, self._unseen, self.self_calibrated_ = state["mlp"], state["unseen"], state["self_calibrated"]
+        self._head_name = state.get("head")
         super()._set_state(state, tensors, outputs)
         self._fitted_classes = self.classes_ if state["fitted_classes"] else None
         self.history_ = state["history"]
@@ -377,4 +383,5 @@ class MultiExitClassifier(AdaptiveClassifier):
         model = restore_model(module, self.preprocess, "backbone", state["backbone"], weights, self.device)
         assert isinstance(model, TorchModel)
         as_stages = isinstance(self.backbone, (list, tuple))
-        return restored_network(model, state, tensors, self._head(), len(self.classes_), as_stages)
+        head = self._head(self._head_name)
+        return restored_network(model, state, tensors, head, len(self.classes_), as_stages)

@@ -5,40 +5,41 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torchvision.models.resnet import BasicBlock
 
 from adaptexit.core.answer import Answer
-from adaptexit.heads.base import Head, check_size
-from adaptexit.heads.layout import FeatureSpec, as_map, map_size
+from adaptexit.heads.base import check_size
+from adaptexit.heads.layout import FeatureSpec
+from adaptexit.heads.pooled_map import PooledMapHead
 
 
-class BlockHead(Head):
+class BlockHead(PooledMapHead):
     """Base of the heads that read a map, pooled to a few positions, through a residual block.
 
     Parameters
     ----------
-    spec : FeatureSpec
-        Tokens need a grid.
-    n_classes : int
-    size : int
-        Maps are pooled to at most this many rows and columns first.
+    spec, n_classes, size : as for :class:`adaptexit.heads.pooled_map.PooledMapHead`
+    width : int, optional
+        Channels of the block, which a 1x1 convolution leads past it where they are not the feature's; these when left
+        out.
     """
 
-    def __init__(self, spec: FeatureSpec, n_classes: int, size: int = 4) -> None:
-        super().__init__(spec, n_classes)
-        check_size("size", size)
-        rows, columns = map_size(spec)
-        self.size = (min(rows, size), min(columns, size))
-        self.block = BasicBlock(spec.channels, spec.channels)
-
-    def reduce(self, feature: Tensor) -> Tensor:
-        """The feature as a map, pooled: (B, C, rows, columns)."""
-        return F.adaptive_avg_pool2d(as_map(feature, self.spec), self.size).contiguous()
+    def __init__(self, spec: FeatureSpec, n_classes: int, size: int = 4, width: int | None = None) -> None:
+        super().__init__(spec, n_classes, size)
+        self.width = spec.channels if width is None else width
+        check_size("width", self.width)
+        self.block = BasicBlock(spec.channels, self.width, downsample=_widening(spec.channels, self.width))
 
     def read(self, reduced: Tensor) -> Tensor:
-        """What the block makes of a pooled map, (B, C)."""
+        """What the block makes of a pooled map, (B, width)."""
         return self.block(reduced).mean(dim=(2, 3))
+
+
+def _widening(channels: int, width: int) -> nn.Module | None:
+    """What makes the map as wide as the block's answer, which is added to it."""
+    if channels == width:
+        return None
+    return nn.Sequential(nn.Conv2d(channels, width, 1, bias=False), nn.BatchNorm2d(width))
 
 
 class ResidualHead(BlockHead):
@@ -60,3 +61,19 @@ class ResidualHead(BlockHead):
     def confidence_parameters(self) -> list[nn.Parameter]:
         """Those of the confidence output; the block is shared."""
         return list(self.confidence.parameters())
+
+
+class WideHead(BlockHead):
+    """A pooled map, a residual block wider than the map, and one linear output: the answer alone, no confidence.
+
+    Few channels of an early layer say more when many filters read them (ours); on a few pixels width costs little.
+    Parameters as for :class:`BlockHead`.
+    """
+
+    def __init__(self, spec: FeatureSpec, n_classes: int, size: int = 4, width: int = 64) -> None:
+        super().__init__(spec, n_classes, size, width)
+        self.linear = nn.Linear(self.width, n_classes)
+
+    def answer(self, reduced: Tensor, state: Any = None) -> Answer:
+        """Logits from a pooled map."""
+        return Answer(self.linear(self.read(reduced)))

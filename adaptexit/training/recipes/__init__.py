@@ -8,6 +8,7 @@ from typing import Literal
 
 from torch import nn
 
+from adaptexit.training.recipes.auto import AutoRecipe as AutoRecipe
 from adaptexit.training.recipes.base import Recipe as Recipe
 from adaptexit.training.recipes.boostnet import BoostNetRecipe as BoostNetRecipe
 from adaptexit.training.recipes.calexnet import CalexNetRecipe as CalexNetRecipe
@@ -18,6 +19,7 @@ from adaptexit.training.recipes.ztw import ZTWRecipe as ZTWRecipe
 RecipeName = Literal["auto", "frozen", "calexnet", "calexnet_reference", "ptee", "ztw", "boostnet"]
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
+    "auto": AutoRecipe,
     "frozen": FrozenRecipe,
     "calexnet": CalexNetRecipe,
     "calexnet_reference": CalexNetRecipe.reference,
