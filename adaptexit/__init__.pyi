@@ -34,7 +34,9 @@ from .displays import ParetoDisplay as ParetoDisplay
 from .displays import ReliabilityDisplay as ReliabilityDisplay
 from .displays import SweepDisplay as SweepDisplay
 from .exceptions import CalibrationWarning as CalibrationWarning
+from .exceptions import CheckpointWarning as CheckpointWarning
 from .exceptions import CostWarning as CostWarning
+from .exceptions import FullModelWarning as FullModelWarning
 from .exceptions import InputWarning as InputWarning
 from .exceptions import LabelWarning as LabelWarning
 from .exceptions import SaverWarning as SaverWarning
@@ -48,6 +50,7 @@ from .training import AutoRecipe as AutoRecipe
 from .training import BoostNetRecipe as BoostNetRecipe
 from .training import CalexNetRecipe as CalexNetRecipe
 from .training import FrozenRecipe as FrozenRecipe
+from .training import JointRecipe as JointRecipe
 from .training import PTEERecipe as PTEERecipe
 from .training import ZTWRecipe as ZTWRecipe
 

@@ -34,6 +34,14 @@ class SplitWarning(UserWarning):
     """Something of the model is not carried over into its stages."""
 
 
+class FullModelWarning(UserWarning):
+    """Training together with exits has cost the full model accuracy."""
+
+
+class CheckpointWarning(UserWarning):
+    """What lies where a training keeps its state cannot be taken up."""
+
+
 class SplitError(ValueError):
     """A model cannot be run in stages that way."""
 

@@ -31,22 +31,25 @@ from adaptexit.networks.build import (
     seed_of,
 )
 from adaptexit.networks.mlp import as_mlp, describe_mlp, fitted_mlp, mlp_of, restored_mlp
-from adaptexit.networks.models import TorchModel, build_model, is_fitted, restore_model
-from adaptexit.networks.native import is_native, native_network
+from adaptexit.networks.models import TorchModel, build_model, copied, is_fitted, restore_model
+from adaptexit.networks.native import NativeNetwork, is_native, native_network
 from adaptexit.staging.contexts import evaluating
 from adaptexit.staging.executor import MEMORY_LIMIT
-from adaptexit.training.recipes import AutoRecipe, Recipe, RecipeName, recipe_of
+from adaptexit.training.joint_fit import Witnessed, trained_jointly
+from adaptexit.training.recipes import JointRecipe, Recipe, RecipeName, check_recipe_for, head_for, left_open, recipe_of
 from adaptexit.training.retrofit import Conditions, retrofitted
+from adaptexit.training.samples import Samples
 from adaptexit.utils.learning import learned_at_once
 from adaptexit.utils.validation import check_switch, check_whole, checked_folder
 
 
 class MultiExitClassifier(AdaptiveClassifier):
-    """Early exits on a frozen model: a head after some of its modules, and samples that stop at the first sure one.
+    """Early exits on a model: a head after some of its modules, and samples that stop at the first sure one.
 
     The backbone's forward is cut at the exits and runs stage by stage; a sample that leaves is no longer computed. The
-    heads are trained on features recorded in one pass over the data. One calibration finds the thresholds for every
-    budget; which one is used is chosen at predict time.
+    heads are trained on features recorded in one pass over the data, the model frozen, or together with a copy of the
+    model (``recipe="joint"``). One calibration finds the thresholds for every budget; which one is used is chosen at
+    predict time.
 
     Parameters
     ----------
@@ -54,21 +57,23 @@ class MultiExitClassifier(AdaptiveClassifier):
         The trained model: a timm name (made with its pretrained weights), a factory of a module or a module that
         answers with logits (B, C) or an object with ``.logits``; modules are frozen and shared, not copied. A list of
         modules is a model given as its stages, for what cannot be cut. A module built with exits (``stages`` and
-        ``heads``, ModuleLists of equal length) is taken as trained with its heads: ``fit`` only calibrates it, and what
-        says how exits are made and trained (``exits``, ``head``, ``recipe``, ``layout``, ``cache_dir``, ``cache_half``)
-        is refused. For tables: scikit-learn's MLPClassifier, cloned and fitted on the part held in unless it is fitted;
-        "mlp" is one with four layers of 64.
+        ``heads``, ModuleLists of equal length) is taken as trained with its heads, so that ``fit`` only calibrates it,
+        unless ``recipe`` is joint training; what says how exits are made (``exits``, ``head``, ``layout``,
+        ``cache_dir``, ``cache_half``) is refused. For tables: scikit-learn's MLPClassifier, cloned and fitted on the
+        part held in unless it is fitted; "mlp" is one with four layers of 64.
     exits : "auto", int or list of str, default="auto"
         Dotted names of the modules to answer after, in execution order (``adaptexit.staging.list_cuts`` shows what
         there is); a number of exits to choose at even cost, or fewer where the model has fewer places; "auto" is 3.
     head : str or callable, default="auto"
-        What answers at a cut: "linear", "mlp", "grid", "conv", "prototype", "refined_prototype", "residual", "wide",
-        some with a width as "wide-64" (see ``adaptexit.heads``), or a factory ``(FeatureSpec, n_classes) ->
-        nn.Module``. "auto" is the recipe's own; with ``recipe="auto"`` several are compared, and the best is taken.
+        What answers at a cut: a name in ``adaptexit.heads.NAMED`` ("mlp", "grid", "wide-64", ...) or a factory
+        ``(FeatureSpec, n_classes) -> nn.Module``. "auto" is the recipe's own, of "auto" the best of several.
     recipe : str or Recipe, default="auto"
-        How the heads are trained, the backbone untouched: "auto" (by distillation from the full model), "frozen"
-        (cross-entropy with the labels), "calexnet", "calexnet_reference", "ptee", "ztw", "boostnet", or a recipe with
-        settings of its own, as ``AutoRecipe(heads=["grid", "wide-64"])``. A module built with exits needs none.
+        How the heads are trained, the backbone untouched: "auto" (distillation from the full model, the best of several
+        heads), "frozen" (cross-entropy with the labels), "calexnet", "calexnet_reference", "ptee", "ztw", "boostnet",
+        or a recipe with settings of its own, as ``AutoRecipe(["grid", "wide-64"])``. For a module built with exits
+        "auto" is "trained", that is nothing. "joint" trains network and heads together, or a module built with exits
+        from scratch; :class:`adaptexit.JointRecipe` has its many settings. It needs data that can be read by number:
+        arrays, or a Dataset (of a loader too, which then says how samples are fetched, not in which order).
         Some are published with class precision margins: ``CPMCalibrator.published_with(recipe, margin=0.1)``.
     calibrator : Calibrator, optional
         ``ThresholdCalibrator()`` unless given.
@@ -121,7 +126,7 @@ class MultiExitClassifier(AdaptiveClassifier):
     training_outputs_ : ExitOutputs or None
         What every exit answered on the data that the heads were trained on, where the calibrator learns from that.
     history_ : dict
-        Losses of the heads' training, and under "choice" which heads were compared, if any, and what came of it.
+        Losses of the training, what heads were compared ("choice"), after joint training what the full model became.
     self_calibrated_ : bool
         Whether the thresholds come from data given to ``fit`` rather than to ``calibrate``.
     stages_, heads_, labelled_, cost_unit_
@@ -220,24 +225,38 @@ class MultiExitClassifier(AdaptiveClassifier):
                 check_table(X, "the backbone is a classifier for tables")
                 X, y = self._validated(X, y, reset=True)
                 mlp = fitted_mlp(mlp, X, y, self.calibration_size, seed)
-            batches = as_batches(X, y, batch_size=self.batch_size, labels=None, ordered=False)
+            joint = recipe if isinstance(recipe, JointRecipe) else None
+            if joint is not None:
+                samples = Samples(X, y, self.batch_size, joint.augment)
+                batches = samples.in_order(seed=seed)
+            else:
+                batches = as_batches(X, y, batch_size=self.batch_size, labels=None, ordered=False)
             module = as_module(self.backbone) if mlp is None else mlp_of(mlp)
             model = build_model(module, self.preprocess, "backbone", self.device)
             assert isinstance(model, TorchModel)
             self._mlp = mlp if mlp is None else describe_mlp(mlp)
             self._fitted_classes = None if mlp is None else mlp.classes_
             self._unseen = mlp is not None and not is_fitted(as_mlp(self.backbone))
+            original, model = model, model if joint is None else copied(model)
             with evaluating([model.module]), torch.no_grad():
                 example = batches.first()
                 classes = known_classes(self.classes, logits_width(model, example[:8]), self._fitted_classes)
                 if not is_stream(X) and y is not None:
                     # Refused before the backbone runs over everything.
                     class_indices(y, classes)
-                network = self._with_reader(self._built(model, example, len(classes), seed))
+                network: Any = self._with_reader(self._built(model, example, len(classes), seed))
             self.self_calibrated_ = True
-            if isinstance(network, BranchedNetwork):
-                return self._train(network, recipe, batches, classes, seed)
-            return self._take_trained(network, batches, classes, seed)
+            calibrator = self._fresh_calibrator()
+            conditions = self._conditions(calibrator, classes, seed)
+            if joint is not None:
+                trained = trained_jointly(network, original, joint, samples, conditions)
+            elif isinstance(network, BranchedNetwork):
+                trained = retrofitted(network, recipe, batches, conditions)
+            else:
+                return self._take_trained(network, batches, classes, seed)
+            self.history_, self.training_outputs_ = trained.history, trained.training_outputs
+            self._original, self._head_name = trained.original, trained.head
+            return self._keep(trained.network, calibrator, trained.outputs, batches, classes)
 
     @learned_at_once
     def calibrate(self, X: Any, y: Any = None, sample_weight: Any = None) -> MultiExitClassifier:
@@ -248,11 +267,13 @@ class MultiExitClassifier(AdaptiveClassifier):
         batches = self._labelled_batches(X, y, needed=False, ordered=weights is not None)
         classes = known_classes(self.classes, len(self.classes_), self._fitted_classes)
         calibrator, network = self._fresh_calibrator(weights), self._with_reader(self._network)
-        outputs = self._outputs_on(network, batches, calibrator, classes, weights)
+        witnessed: Any = Witnessed(batches, self._original)
+        outputs = self._outputs_on(network, witnessed, calibrator, classes, weights)
+        self.history_ = self.history_ | witnessed.story(outputs)
         self.self_calibrated_ = False
         return self._keep(network, calibrator, outputs, batches, classes)
 
-    def _checked_recipe(self) -> Recipe:
+    def _checked_recipe(self) -> Recipe | JointRecipe:
         """The recipe; what could not be met before the backbone has run is refused at once."""
         checked_exits(self.exits)
         check_backbone(self.backbone)
@@ -264,21 +285,19 @@ class MultiExitClassifier(AdaptiveClassifier):
         getattr(recipe, "check", lambda: None)()
         return recipe
 
-    def _recipe(self) -> Recipe:
-        return recipe_of(self.recipe)
+    def _recipe(self) -> Recipe | JointRecipe:
+        return recipe_of("auto" if left_open(self.recipe) else self.recipe)
 
     def _head(self, name: str | None = None) -> Any:
-        """What answers at a cut: the user's choice, the recipe's own, what it makes of either, or what it chose."""
-        recipe = self._recipe()
-        if name is not None and isinstance(recipe, AutoRecipe):
-            return recipe.named(name)
-        head = getattr(recipe, "head_for", lambda head: head)(self.head)
-        return "mlp" if isinstance(head, str) and head == "auto" else head
+        """What answers at a cut; with a name, the head that the recipe chose under it."""
+        return head_for(self._recipe(), self.head, name)
 
-    def _built(self, model: TorchModel, example: Tensor, n_classes: int, seed: int) -> Network:
+    def _built(self, model: TorchModel, example: Tensor, n_classes: int, seed: int) -> BranchedNetwork | NativeNetwork:
         """The network with new heads, or one that was built with exits."""
         if is_native(model.module) and not isinstance(self.backbone, (list, tuple)):
+            check_recipe_for(self.recipe, native=True)
             return native_network(model, example, self.get_params(deep=False))
+        check_recipe_for(self.recipe, native=False)
         exits = self.exits
         if isinstance(self.backbone, (list, tuple)):
             if not isinstance(exits, str):
@@ -287,15 +306,6 @@ class MultiExitClassifier(AdaptiveClassifier):
         network = new_network(model, exits, self._head(), self.layout, example, n_classes, seed)
         getattr(self._recipe(), "check_heads", lambda heads: None)(network.early)
         return network
-
-    def _train(
-        self, network: BranchedNetwork, recipe: Recipe, batches: Batches, classes: NDArray[Any], seed: int
-    ) -> MultiExitClassifier:
-        calibrator = self._fresh_calibrator()
-        trained = retrofitted(network, recipe, batches, self._conditions(calibrator, classes, seed))
-        self.history_, self.training_outputs_ = trained.history, trained.training_outputs
-        self._head_name = trained.head
-        return self._keep(trained.network, calibrator, trained.outputs, batches, classes)
 
     def _conditions(self, calibrator: Calibrator, classes: NDArray[Any], seed: int) -> Conditions:
         return Conditions(
@@ -310,7 +320,7 @@ class MultiExitClassifier(AdaptiveClassifier):
         """A network whose exits are trained: samples are held out only where the calibrator trains something."""
         calibrator = self._fresh_calibrator()
         outputs = self._outputs_on(network, batches, calibrator, classes)
-        self.history_, self.training_outputs_, self._head_name = {}, None, None
+        self.history_, self.training_outputs_, self._original, self._head_name = {}, None, None, None
         if calibrator.needs_training:
             assert outputs.labels is not None
             held_in, held_out = hold_out(outputs.labels, self.calibration_size, seed)
@@ -355,6 +365,9 @@ class MultiExitClassifier(AdaptiveClassifier):
                 CalibrationWarning,
             )
 
+    def __getstate__(self) -> dict[str, Any]:
+        return super().__getstate__() | ({"_original": None} if "_original" in self.__dict__ else {})
+
     def _get_state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         state, tensors = super()._get_state()
         state |= {
@@ -368,7 +381,7 @@ class MultiExitClassifier(AdaptiveClassifier):
 
     def _set_state(self, state: dict[str, Any], tensors: dict[str, Tensor], outputs: ExitOutputs) -> None:
         self._mlp, self._unseen, self.self_calibrated_ = state["mlp"], state["unseen"], state["self_calibrated"]
-        self._head_name = state.get("head")
+        self._original, self._head_name = None, state.get("head")
         super()._set_state(state, tensors, outputs)
         self._fitted_classes = self.classes_ if state["fitted_classes"] else None
         self.history_ = state["history"]
@@ -383,5 +396,4 @@ class MultiExitClassifier(AdaptiveClassifier):
         model = restore_model(module, self.preprocess, "backbone", state["backbone"], weights, self.device)
         assert isinstance(model, TorchModel)
         as_stages = isinstance(self.backbone, (list, tuple))
-        head = self._head(self._head_name)
-        return restored_network(model, state, tensors, head, len(self.classes_), as_stages)
+        return restored_network(model, state, tensors, self._head(self._head_name), len(self.classes_), as_stages)

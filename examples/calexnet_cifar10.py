@@ -207,12 +207,12 @@ def digits() -> tuple[Data, Data, Data]:
     return tuple((pictures[rows], torch.from_numpy(y[rows])) for rows in (learn, tune, hold))
 
 
-def digits_net(epochs: int = 6) -> nn.Module:
-    """A ResNet-20 that knows the digits."""
+def digits_net(make: Callable[[], nn.Module] = resnet20_cifar, epochs: int = 6) -> nn.Module:
+    """A ResNet-20, or another network, that knows the digits."""
     x, y = digits()[0]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        net = resnet20_cifar()
+        net = make()
         rate = torch.optim.Adam(net.parameters(), 3e-3)
         for _ in range(epochs):
             for rows in torch.randperm(len(y)).split(64):

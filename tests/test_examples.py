@@ -177,6 +177,20 @@ def test_retrofit_of_a_model_with_other_classes(retrofitted):
 
 
 @pytest.mark.slow
+def test_exits_together_with_their_network_on_digits(tmp_path):
+    printed, _ = run("joint_cifar10.py", "--digits", "--epochs", "4", "--out", "joint.png", folder=tmp_path)
+    rows = re.findall(r"^\| (\S.*?)\s+\|(.*)\|$", printed, re.MULTILINE)
+    names = ["frozen exits", "exits and network together", "cascade"]
+    losses = {name: [float(cell) if cell.strip() != "-" else np.nan for cell in row.split("|")] for name, row in rows}
+    assert list(losses) == names
+    assert losses["frozen exits"][-1] == losses["cascade"][-1] == 0
+    assert np.nanmean(losses["exits and network together"][:3]) < np.nanmean(losses["frozen exits"][:3]) - 2
+    assert re.search(r"where it had 0\.\d+; both agree on \d+\.\d%", printed)
+    with Image.open(tmp_path / "joint.png") as picture:
+        assert picture.format == "PNG"
+
+
+@pytest.mark.slow
 def test_calexnet_on_digits(tmp_path):
     printed, _ = run("calexnet_cifar10.py", "--digits", "--seeds", "1", "--out", "curves.png", folder=tmp_path)
     rows = {

@@ -104,12 +104,12 @@ def test_a_head_that_writes_into_its_feature_spoils_nothing():
 
     fitted = branched(net, exits=[cut], head=head).fit(*TRAIN).calibrate(*VAL)
     harmless_here = branched(net, exits=["one"], head=head).fit(*TRAIN)  # behind the ReLU, where nothing is below 0
-    assert harmless_here._network._overwrites == [True]
+    assert harmless_here._network.heads_that_overwrite == [True]
     with torch.inference_mode():
         expected = net(torch.from_numpy(TEST[0])).argmax(1).numpy()
     assert (fitted.record(*TEST).predictions[-1] == expected).all()
-    assert fitted._network._overwrites == [True]
-    assert branched(net).fit(*TRAIN)._network._overwrites == [False] * 3
+    assert fitted._network.heads_that_overwrite == [True]
+    assert branched(net).fit(*TRAIN)._network.heads_that_overwrite == [False] * 3
 
 
 def test_one_logit_is_too_few():

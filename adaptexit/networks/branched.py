@@ -42,7 +42,7 @@ class BranchedNetwork(Network):
         self._early = tuple(heads)  # indexing a ModuleList is slow beside a small head
         # Asked for device and precision when they run, as the user may move them at any time.
         self._likes = [next((p for p in head.parameters() if p.is_floating_point()), None) for head in heads]
-        self._overwrites = self._heads_that_overwrite()
+        self.heads_that_overwrite = self._tried_heads()
 
     @property
     def early(self) -> list[Head]:
@@ -75,7 +75,7 @@ class BranchedNetwork(Network):
         like = self._likes[k]
         if like is not None and (feature.dtype != like.dtype or feature.device != like.device):
             feature = feature.to(like)
-        elif self._overwrites[k]:
+        elif self.heads_that_overwrite[k]:
             feature = feature.clone()
         answer = head(feature, carried.state) if head.chained else head(feature)
         answer.features = vector
@@ -86,7 +86,7 @@ class BranchedNetwork(Network):
         """Run the model on raw inputs and show the feature at every cut, in the heads' precision; the logits."""
         return logits_in(self._look(self.prepare(x), look), "backbone")
 
-    def _heads_that_overwrite(self) -> list[bool]:
+    def _tried_heads(self) -> list[bool]:
         """Whether each head writes into its feature, which the stages behind it may still need; it then gets a copy."""
         overwrites: list[bool] = []
         state: Any = None

@@ -30,6 +30,7 @@ from adaptexit.networks.readers import logits_in
 from adaptexit.networks.weights import can_be_set, plain_weights, weights_in
 from adaptexit.staging.carried import writes_into
 from adaptexit.staging.contexts import random_state_kept
+from adaptexit.staging.cuts import unwrapped
 from adaptexit.staging.nested import Rows, tensors_in
 
 SMALLEST_PROBABILITY = 1e-12
@@ -197,6 +198,11 @@ def build_model(given: Any, preprocess: Any, label: str, device: str | None = No
             f"with predict_proba; got {given!r}."
         )
     return TorchModel(module, preprocess_of(module, preprocess, label), label)
+
+
+def copied(model: TorchModel) -> TorchModel:
+    """A model of its own weights, for training; compiled and parallel wrappers are left behind."""
+    return TorchModel(copy.deepcopy(unwrapped(model.module)), model.preprocess, model.label)
 
 
 def _made(factory: Callable[[], Any], label: str) -> nn.Module:

@@ -77,9 +77,9 @@ def is_native(module: Any) -> bool:
 
 
 MEANINGLESS_FOR_NATIVE = {
-    "exits": "auto", "head": "auto", "recipe": "auto", "layout": None, "cache_dir": None, "cache_half": False,
+    "exits": "auto", "head": "auto", "layout": None, "cache_dir": None, "cache_half": False,
 }  # fmt: skip
-"""Parameters that say how exits are made and trained, with their defaults: a network built with exits has its own."""
+"""Parameters that say how exits are made, with their defaults: a network built with exits has its own."""
 
 
 def native_network(model: TorchModel, example: Tensor, params: dict[str, Any]) -> NativeNetwork:
@@ -91,7 +91,7 @@ def native_network(model: TorchModel, example: Tensor, params: dict[str, Any]) -
         value = params[name]
         if not (value is default or (isinstance(value, str) and value == default)):
             raise ValueError(
-                f"{name} must be left at {default!r} for a network built with exits, whose heads are trained already; "
+                f"{name} must be left at {default!r} for a network built with exits, whose heads are its own; "
                 f"got {value!r}. Leave it out, or give the backbone without its exits."
             )
     network = NativeNetwork(model)

@@ -9,6 +9,7 @@ from adaptexit.training.recipes import AutoRecipe as AutoRecipe
 from adaptexit.training.recipes import BoostNetRecipe as BoostNetRecipe
 from adaptexit.training.recipes import CalexNetRecipe as CalexNetRecipe
 from adaptexit.training.recipes import FrozenRecipe as FrozenRecipe
+from adaptexit.training.recipes import JointRecipe as JointRecipe
 from adaptexit.training.recipes import PTEERecipe as PTEERecipe
 from adaptexit.training.recipes import Recipe as Recipe
 from adaptexit.training.recipes import ZTWRecipe as ZTWRecipe

@@ -81,12 +81,17 @@ def minimise(
     order = torch.Generator().manual_seed(seed)
     probabilities = None if sample_weight is None else _checked_weights(sample_weight, n_samples)
     optimizer = torch.optim.AdamW(learners, lr, weight_decay=weight_decay)
-    schedule = CosineAnnealingLR(optimizer, epochs * len(_batches(torch.arange(n_samples), batch_size)))
+    schedule = CosineAnnealingLR(optimizer, epochs * len(row_batches(torch.arange(n_samples), batch_size)))
     history = []
-    with _only(learners, modules), _mode(modules, training), _seeded(seed, learners), torch.enable_grad():
+    with (
+        only_learning(learners, modules),
+        _mode(modules, training),
+        seeded_everywhere(seed, learners),
+        torch.enable_grad(),
+    ):
         for epoch in tqdm(range(epochs), desc=description, disable=verbose < 1):
             total = torch.zeros(())
-            for rows in _batches(_order(n_samples, probabilities, order), batch_size):
+            for rows in row_batches(row_order(n_samples, probabilities, order), batch_size):
                 terms = loss(rows).reshape(-1)
                 terms.sum().backward(inputs=learners)
                 optimizer.step()
@@ -107,16 +112,19 @@ def n_epochs(asked: int | str, n_samples: int, batch_size: int, usual: int, mini
     return max(usual, -(-minibatches // batches))
 
 
-def _order(n_samples: int, probabilities: Tensor | None, generator: torch.Generator) -> Tensor:
+def row_order(n_samples: int, probabilities: Tensor | None, generator: torch.Generator) -> Tensor:
     if probabilities is None:
         return torch.randperm(n_samples, generator=generator)
     return torch.multinomial(probabilities, n_samples, replacement=True, generator=generator)
 
 
-def _batches(rows: Tensor, batch_size: int) -> list[Tensor]:
-    """Batches of ``batch_size``; a single row left over joins the last of them, as batch norm cannot take it alone."""
+def row_batches(rows: Tensor, batch_size: int, least: int = 2) -> list[Tensor]:
+    """Batches of ``batch_size``; fewer than ``least`` rows left over join the last of them.
+
+    Batch norm cannot take a single row alone.
+    """
     batches = list(rows.split(int(batch_size)))
-    if len(batches) > 1 and len(batches[-1]) == 1:
+    if len(batches) > 1 and len(batches[-1]) < least:
         batches[-2:] = [torch.cat(batches[-2:])]
     return batches
 
@@ -143,7 +151,7 @@ def _raise_diverged(description: str, epoch: int, epochs: int, terms: list[float
 
 
 @contextmanager
-def _only(learners: Sequence[nn.Parameter], modules: Sequence[nn.Module]) -> Iterator[None]:
+def only_learning(learners: Sequence[nn.Parameter], modules: Sequence[nn.Module]) -> Iterator[None]:
     """Gradients for ``learners`` and no other parameter; none is left behind."""
     identities = {id(parameter) for parameter in learners}
     before = {p: p.requires_grad for p in [*learners, *(p for module in modules for p in module.parameters())]}
@@ -170,7 +178,7 @@ def _mode(modules: Sequence[nn.Module], training: bool) -> Iterator[None]:
 
 
 @contextmanager
-def _seeded(seed: int, learners: Sequence[nn.Parameter]) -> Iterator[None]:
+def seeded_everywhere(seed: int, learners: Sequence[nn.Parameter]) -> Iterator[None]:
     """Dropout and the like from ``seed``; the random states of the CPU and of the GPUs in use are given back."""
     gpus = sorted({p.device.index for p in learners if p.device.type == "cuda"})
     states = [torch.cuda.get_rng_state(index) for index in gpus]

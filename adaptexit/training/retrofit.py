@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from adaptexit.core.costs import Costs
     from adaptexit.networks.base import Network
     from adaptexit.networks.branched import BranchedNetwork
+    from adaptexit.networks.models import TorchModel
     from adaptexit.training.recipes.base import History, Recipe
+    from adaptexit.training.samples import Hashed
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,13 @@ class Conditions:
     head: Any = None
 
     @contextmanager
-    def progress(self, batches: Batches, doing: str) -> Iterator[Any]:
+    def progress(self, batches: Batches | Hashed, doing: str) -> Iterator[Any]:
         """The batches, with a bar where one is wanted."""
         with tqdm(batches, total=batches.n_batches, desc=doing, disable=self.verbose < 1) as progress:
             yield progress
 
     def features(
-        self, network: BranchedNetwork, batches: Batches, rivals: Sequence[BranchedNetwork] = ()
+        self, network: BranchedNetwork, batches: Batches | Hashed, rivals: Sequence[BranchedNetwork] = ()
     ) -> FeatureCache:
         """One pass of the model: what heads read, the rivals' too, and what the calibrator does behind it."""
         with evaluating(network.modules), self.progress(batches, "recording features") as progress:
@@ -90,6 +92,8 @@ class Trained:
         What every exit answers on the samples that were held out.
     training_outputs : ExitOutputs or None
         The same on the others, where the calibrator learns from that.
+    original : TorchModel or None
+        The trained model that was given, where the network is a changed copy of it.
     head : str or None
         Name of the head that was found to be the best, where that was left open.
     """
@@ -98,6 +102,7 @@ class Trained:
     history: History
     outputs: ExitOutputs
     training_outputs: ExitOutputs | None
+    original: TorchModel | None = None
     head: str | None = None
 
 
@@ -140,7 +145,7 @@ def retrofitted(network: BranchedNetwork, recipe: Recipe, batches: Batches, cond
             for rows, wanted in ((held_out, True), (held_in, conditions.needs_training))
         )
     assert outputs is not None
-    return Trained(network, history, outputs, training, head)
+    return Trained(network, history, outputs, training, head=head)
 
 
 def rivals_of(network: BranchedNetwork, recipe: Recipe, conditions: Conditions, example: Tensor) -> dict[str, Rival]:

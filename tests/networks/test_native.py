@@ -166,15 +166,21 @@ def test_routers_learn_from_other_samples_than_thresholds():
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("exits", ["stages.0"]), ("exits", 1), ("head", "nosuchhead"), ("head", "mlp"), ("recipe", "calexnet"),
-        ("recipe", FrozenRecipe()), ("layout", "NCHW"), ("cache_dir", "somewhere"), ("cache_half", True),
+        ("exits", ["stages.0"]), ("exits", 1), ("head", "nosuchhead"), ("head", "mlp"), ("layout", "NCHW"),
+        ("cache_dir", "somewhere"), ("cache_half", True),
     ],
 )  # fmt: skip
 def test_parameters_that_mean_nothing_to_it_are_refused(name, value):
     with pytest.raises(
-        ValueError, match=rf"{name} must be left at .* for a network built with exits, whose heads are tr"
+        ValueError, match=rf"{name} must be left at .* for a network built with exits, whose heads are its own"
     ):
         MultiExitClassifier(native_net(), **{name: value}).fit(*VAL)
+
+
+@pytest.mark.parametrize("recipe", ["calexnet", FrozenRecipe()])
+def test_a_recipe_that_trains_heads_alone_is_refused(recipe):
+    with pytest.raises(ValueError, match=r"recipe must be 'trained' .* or 'joint' for a network built with exits; got"):
+        MultiExitClassifier(native_net(), recipe=recipe).fit(*VAL)
 
 
 def test_a_reader_of_its_own_confidence():

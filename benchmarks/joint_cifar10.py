@@ -1,0 +1,238 @@
+"""Exits that learn together with a ResNet-56, beside frozen ones and cascades, on CIFAR-10 (JPEG).
+
+    OMP_NUM_THREADS=1 python -m benchmarks.joint_cifar10 --data DIR --weights DIR --work DIR [--runs NAME ...]
+
+Exits at ``layer1.4``, ``layer1.8``, ``layer2.4`` and ``layer2.8``; everything learns on ``train``, thresholds come from
+``val``, figures from ``test``. Every run keeps its state in ``--work`` after each epoch and its figures when it is
+over, so that a killed benchmark goes on where it was and finished runs are not repeated. ``--runs`` picks some; the
+tables are of all that are finished. On one core of a CPU the joint run of 10 epochs takes about two hours."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torchvision.transforms import v2
+
+from adaptexit import CascadeSaver, MultiExitClassifier, ParetoFrontier
+from adaptexit.training.recipes import FrozenRecipe, JointRecipe
+from adaptexit.training.recipes.joint import map_head
+from benchmarks.cifar import arguments
+from benchmarks.common import print_table, spread, write_result
+from examples.cifar import Data, images, pretrained
+
+EXITS = ["layer1.4", "layer1.8", "layer2.4", "layer2.8"]
+BUDGETS = (0.8, 0.7, 0.6, 0.5, 0.4)
+
+SHORT = {"epochs": 2, "images": 10_000}
+"""Of the runs that compare single choices."""
+
+CHOICES: dict[str, dict[str, Any]] = {
+    "as by default": {},
+    "teacher: own last exit": {"teacher": "last"},
+    "no teacher": {"teacher": None},
+    "weights rising": {"weights": "rising"},
+    "weights scheduled": {"weights": "scheduled"},
+    "gradients rescaled": {"rescale": True},
+    "normalisation layers only": {"trainable": "norm"},
+    "heads not first": {"head_recipe": None},
+    "BoostNet": {"boost": 0.5, "rescale": True, "teacher": None},
+}
+
+
+class OneExit(nn.Module):
+    """A plain network as one built with a single exit, so that it learns in the same loop."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.stages, self.heads = nn.ModuleList([net]), nn.ModuleList([nn.Identity()])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.stages[0](x)]
+
+
+class Benchmark:
+    """Data, networks and the folder where runs are kept."""
+
+    def __init__(self, args: Any) -> None:
+        self.args = args
+        args.work.mkdir(parents=True, exist_ok=True)
+        self.val, self.test = images(args.data, "val"), images(args.data, "test")
+        self._train: Data | None = None
+
+    def train(self, n_images: int) -> Data:
+        """The first images of ``train``, which are shuffled."""
+        if self._train is None:
+            self._train = images(self.args.data, "train")
+        x, y = self._train
+        return x[:n_images].clone(), y[:n_images].clone()
+
+    def network(self, depth: int) -> nn.Module:
+        return pretrained(depth, self.args.weights)
+
+    def recipe(self, epochs: int, **settings: Any) -> JointRecipe:
+        """Joint training as this benchmark does it: flips and shifts, a few passes of the heads first."""
+        augment = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(32, padding=4)])
+        common = {"augment": augment, "channels_last": True, "head_recipe": FrozenRecipe(epochs=min(5, epochs))}
+        return JointRecipe(epochs, **(common | {"checkpoint_dir": self.args.work / "checkpoints"} | settings))
+
+    def exits(self, recipe: Any, head: Any, seed: int, n_images: int) -> dict[str, Any]:
+        """Figures of a ResNet-56 whose exits learned by a recipe."""
+        model = MultiExitClassifier(
+            self.network(56), EXITS, recipe=recipe, head=head, calibration_size=1000 / n_images, random_state=seed,
+            batch_size=250, cache_half=True, verbose=self.args.verbose,
+        ).fit(*self.train(n_images))  # fmt: skip
+        model.calibrate(*self.val)
+        history = {key: model.history_[key] for key in ("full_model", "accuracy") if key in model.history_}
+        return figures(model.pareto(*self.test)) | history
+
+    # -- runs ----------------------------------------------------------------------------------------------------------
+
+    def joint(self, seed: int) -> dict[str, Any]:
+        return self.exits(self.recipe(self.args.epochs), "auto", seed, self.args.images)
+
+    def frozen_same_heads(self, seed: int) -> dict[str, Any]:
+        """The same heads on the frozen network, as many passes."""
+        recipe = FrozenRecipe(epochs=self.args.epochs)
+        return self.exits(recipe, map_head, seed, self.args.images)
+
+    def frozen_default(self, seed: int) -> dict[str, Any]:
+        return self.exits("auto", "auto", seed, self.args.images)
+
+    def choice(self, name: str, seed: int) -> dict[str, Any]:
+        recipe = self.recipe(SHORT["epochs"], **CHOICES[name])
+        return self.exits(recipe, "auto", seed, SHORT["images"])
+
+    def longer_20(self, seed: int) -> dict[str, Any]:
+        """A ResNet-20 given the same extra epochs, by the same loop and teacher (itself); its weights are kept."""
+        recipe = self.recipe(self.args.epochs, teacher="original", head_recipe="auto", lr=0.02, batch_size=128)
+        recipe.set_params(warmup_epochs=1.0)
+        model = MultiExitClassifier(
+            OneExit(self.network(20)), recipe=recipe, random_state=seed, batch_size=250,
+            calibration_size=1000 / self.args.images, verbose=self.args.verbose,
+        ).fit(*self.train(self.args.images))  # fmt: skip
+        net: Any = model.stages_[0]
+        save_file(net.state_dict(), self.args.work / f"resnet20-longer-{seed}.safetensors")
+        return {"accuracy": model.score(*self.test), "full_model": model.history_["full_model"]}
+
+    def cascade(self, depths: tuple[int, ...], longer: bool, seed: int) -> dict[str, Any]:
+        """A cascade of pretrained networks in front of the ResNet-56; the ResNet-20 may have learned longer."""
+        savers = [self.network(depth) for depth in depths]
+        if longer:
+            weights = self.args.work / f"resnet20-longer-{seed}.safetensors"
+            if not weights.exists():
+                self.longer_20(seed)
+            savers[depths.index(20)].load_state_dict(load_file(weights))
+        model = CascadeSaver(self.network(56), savers, batch_size=250).fit(*self.val)
+        return figures(model.pareto(*self.test))
+
+
+def figures(frontier: ParetoFrontier) -> dict[str, Any]:
+    """Test accuracy of every exit alone, of the full model, and at every budget, with what was spent."""
+    points = {budget: frontier.at(budget=budget) for budget in BUDGETS}
+    return {
+        "exit_accuracy": frontier.fixed_accuracy,
+        "exit_cost": frontier.fixed_cost,
+        "full_accuracy": frontier.full_accuracy,
+        "at_budget": {str(b): {"accuracy": p.accuracy, "cost": p.cost} for b, p in points.items()},
+    }
+
+
+def runs_of(bench: Benchmark) -> dict[str, Callable[[int], dict[str, Any]]]:
+    """All runs by name, from a seed to figures."""
+    return {
+        "joint": bench.joint,
+        "frozen, default": bench.frozen_default,
+        "frozen, the joint run's heads": bench.frozen_same_heads,
+        "ResNet-20, longer": bench.longer_20,
+        "20 -> 56": partial(bench.cascade, (20,), False),
+        "8 -> 20 -> 56": partial(bench.cascade, (8, 20), False),
+        "20 (longer) -> 56": partial(bench.cascade, (20,), True),
+        "8 -> 20 (longer) -> 56": partial(bench.cascade, (8, 20), True),
+        **{f"choice: {name}": partial(bench.choice, name) for name in CHOICES},
+    }
+
+
+def main() -> None:
+    """Run what is not finished, then report what is."""
+    parser = arguments(__doc__, seeds=1, n_images=50_000)
+    parser.add_argument("--work", type=Path, required=True, help="folder for the state and the figures of runs")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--runs", nargs="*", help="names of runs, as in the tables; all unless given")
+    parser.add_argument("--verbose", type=int, default=0)
+    args = parser.parse_args()
+    bench = Benchmark(args)
+    runs = runs_of(bench)
+    if args.runs and (strangers := sorted(set(args.runs) - set(runs))):
+        parser.error(f"--runs must be among {', '.join(runs)}; got {', '.join(strangers)}.")
+    for name in runs if args.runs is None else args.runs:
+        for seed in range(args.seeds):
+            path = file_of(args.work, name, seed)
+            if not path.exists():
+                run = runs[name](seed)
+                path.write_text(json.dumps(run, default=lambda array: array.tolist()))
+                print(f"{name}, seed {seed}: {run.get('full_accuracy', run.get('accuracy')):.4f}", flush=True)
+    finished = {
+        name: rows
+        for name in runs
+        if (
+            rows := [
+                json.loads(path.read_text()) for path in sorted(args.work.glob(file_of(args.work, name, "*").name))
+            ]
+        )
+    }
+    original = float(np.mean(answers_right(bench.network(56), bench.test)))
+    report(finished, original)
+    settings = {"exits": EXITS, "epochs": args.epochs, "train_images": args.images, "short": SHORT}
+    write_result("joint_cifar10", {**settings, "original_accuracy": original, "runs": finished})
+
+
+def file_of(work: Path, name: str, seed: Any) -> Path:
+    """Where the figures of a run are kept."""
+    return work / f"{''.join(c if c.isalnum() else '_' for c in name)}-{seed}.json"
+
+
+def answers_right(net: nn.Module, data: Data) -> np.ndarray:
+    """Whether a network is right on every image."""
+    x, y = data
+    with torch.inference_mode():
+        answers = torch.cat([net(part).argmax(1) for part in x.split(250)])
+    return (answers == y).numpy()
+
+
+def report(finished: dict[str, list[dict[str, Any]]], original: float) -> None:
+    """Loss at every budget against the original ResNet-56, and what every exit is worth alone."""
+    print(f"\nThe original ResNet-56: {100 * original:.2f}%")
+
+    def losses(accuracies: list[float]) -> str:
+        return spread(100 * (original - np.array(accuracies)))
+
+    rows = [
+        [
+            name,
+            *(losses([run["at_budget"][str(b)]["accuracy"] for run in runs]) for b in BUDGETS),
+            losses([run["full_accuracy"] for run in runs]),
+        ]
+        for name, runs in finished.items()
+        if "at_budget" in runs[0]
+    ]
+    title = "Test accuracy below the original ResNet-56's (points) at a budget held on val"
+    print_table(title, ["", *map(str, BUDGETS), "full model"], rows)
+    rows = [
+        [name, *(spread(100 * column) for column in np.array([run["exit_accuracy"] for run in runs]).T)]
+        for name, runs in finished.items() if len(runs[0].get("exit_accuracy", ())) == len(EXITS) + 1
+    ]  # fmt: skip
+    print_table("Test accuracy when everybody leaves there (%)", ["", *EXITS, "full model"], rows)
+
+
+if __name__ == "__main__":
+    warnings.simplefilter("ignore")
+    main()
