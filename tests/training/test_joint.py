@@ -235,14 +235,14 @@ def test_without_labels_the_original_is_the_teacher():
 @pytest.mark.parametrize("shuffle", [False, True])
 def test_data_sets_and_loaders_give_what_arrays_give(shuffle):
     dataset = TensorDataset(torch.from_numpy(TRAIN[0]), torch.from_numpy(TRAIN[1]))
-    array = joint().set_params(batch_size=64).fit(*TRAIN)
-    loader = joint().fit(DataLoader(dataset, batch_size=64, shuffle=shuffle))
+    array = joint(epochs=1).set_params(batch_size=64).fit(*TRAIN)
+    loader = joint(epochs=1).fit(DataLoader(dataset, batch_size=64, shuffle=shuffle))
     assert_equal_weights(array, loader)
-    assert_equal_weights(array, joint().set_params(batch_size=64).fit(dataset))
+    assert_equal_weights(array, joint(epochs=1).set_params(batch_size=64).fit(dataset))
 
 
 def test_heads_with_a_confidence_learn_it_last():
-    model = joint(head="residual", epochs=1).fit(*TRAIN)
+    model = joint(head="residual", epochs=1, head_recipe=None).fit(*TRAIN)
     losses = model.history_["confidence_loss"]
     assert len(losses) == 3
     assert all(loss[-1] < loss[0] for loss in losses)
@@ -432,7 +432,15 @@ joint(epochs=4, checkpoint_dir=folder, **settings).fit(*TRAIN)
 """
 
 
-@pytest.mark.parametrize("settings", [{}, {"optimizer": "adamw", "lr": 1e-3, "averaging": "ema", "mixup": 0.2}])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"optimizer": "adamw", "lr": 1e-3, "averaging": "ema", "mixup": 0.2},
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param({"scheduler": "onecycle", "averaging": "swa", "precision": "bf16"}, marks=pytest.mark.slow),
+    ],
+    ids=["adamw", "as by default", "onecycle"],
+)
 def test_a_run_that_was_killed_ends_with_the_same_weights(tmp_path, settings):
     root = Path(__file__).parents[2]
     with subprocess.Popen(
@@ -450,10 +458,11 @@ def test_a_run_that_was_killed_ends_with_the_same_weights(tmp_path, settings):
 
 
 def test_a_checkpoint_of_other_settings_or_data_is_not_taken_up(tmp_path):
-    joint(checkpoint_dir=tmp_path).fit(*TRAIN)
+    quick = {"epochs": 1, "head_recipe": None}
+    joint(checkpoint_dir=tmp_path, **quick).fit(*TRAIN)
     for settings, data in (({"distillation": 0.4}, TRAIN), ({}, (TRAIN[0] + 0.01, TRAIN[1])), ({}, VAL)):
-        actual = joint(checkpoint_dir=tmp_path, **settings).fit(*data)
-        assert_equal_weights(actual, joint(**settings).fit(*data))
+        actual = joint(checkpoint_dir=tmp_path, **quick, **settings).fit(*data)
+        assert_equal_weights(actual, joint(**quick, **settings).fit(*data))
     assert len(list(tmp_path.iterdir())) == 4
 
 

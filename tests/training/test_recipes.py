@@ -16,7 +16,15 @@ from torch.nn import functional as F
 from adaptexit import BoostNetRecipe, CalexNetRecipe, CPMCalibrator, ExitOutputs, FrozenRecipe, PTEERecipe, ZTWRecipe
 from adaptexit.core.answer import Answer
 from adaptexit.core.margins import margin_thresholds
-from adaptexit.heads import BoostedHead, Head, MLPHead, PrototypeHead, RefinedPrototypeHead, ZTWHead, make_head
+from adaptexit.heads import (
+    BoostedHead,
+    Head,
+    MLPHead,
+    PrototypeHead,
+    RefinedPrototypeHead,
+    ZTWHead,
+    make_head,
+)
 from adaptexit.heads.layout import FeatureSpec
 from adaptexit.training import RECIPES, FeatureCache, head_trainer, recipe_of
 from adaptexit.training.head_trainer import HeadBatch, distillation_loss
@@ -194,13 +202,14 @@ def test_recipes_have_names_and_the_heads_of_their_papers():
     assert heads == {
         "auto": MLPHead, "frozen": MLPHead, "calexnet": RefinedPrototypeHead,
         "calexnet_reference": RefinedPrototypeHead, "ptee": PrototypeHead, "ztw": ZTWHead, "boostnet": BoostedHead,
+        "joint": MLPHead,
     }  # fmt: skip
     reference = recipe_of("calexnet_reference")
     assert (reference.alignment, reference.distillation, reference.cascade_aware) == (None, False, False)
 
 
 def test_every_recipe_has_a_name_that_types_know():
-    assert set(get_args(RecipeName)) == {"auto", *RECIPES}
+    assert set(get_args(RecipeName)) == {"auto", "trained", *RECIPES}
 
 
 def test_calibrators_of_the_papers():
