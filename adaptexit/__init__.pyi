@@ -46,6 +46,7 @@ from .persistence import load as load
 from .predictor import Predictor as Predictor
 from .staging import list_cuts as list_cuts
 from .staging import split as split
+from .training import AutoRecipe as AutoRecipe
 from .training import BoostNetRecipe as BoostNetRecipe
 from .training import CalexNetRecipe as CalexNetRecipe
 from .training import FrozenRecipe as FrozenRecipe

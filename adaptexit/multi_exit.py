@@ -36,7 +36,7 @@ from adaptexit.networks.native import NativeNetwork, is_native, native_network
 from adaptexit.staging.contexts import evaluating
 from adaptexit.staging.executor import MEMORY_LIMIT
 from adaptexit.training.joint_fit import Witnessed, trained_jointly
-from adaptexit.training.recipes import JointRecipe, Recipe, RecipeName, check_recipe_for, left_open, recipe_of
+from adaptexit.training.recipes import JointRecipe, Recipe, RecipeName, check_recipe_for, head_for, left_open, recipe_of
 from adaptexit.training.retrofit import Conditions, retrofitted
 from adaptexit.training.samples import Samples
 from adaptexit.utils.learning import learned_at_once
@@ -65,15 +65,15 @@ class MultiExitClassifier(AdaptiveClassifier):
         Dotted names of the modules to answer after, in execution order (``adaptexit.staging.list_cuts`` shows what
         there is); a number of exits to choose at even cost, or fewer where the model has fewer places; "auto" is 3.
     head : str or callable, default="auto"
-        What answers at a cut: "mlp", "conv", "prototype", "refined_prototype", "residual" (see ``adaptexit.heads``),
-        or a factory ``(FeatureSpec, n_classes) -> nn.Module``. "auto" is the recipe's own: "mlp" for "frozen".
+        What answers at a cut: a name in ``adaptexit.heads.NAMED`` ("mlp", "grid", "wide-64", ...) or a factory
+        ``(FeatureSpec, n_classes) -> nn.Module``. "auto" is the recipe's own, of "auto" the best of several.
     recipe : str or Recipe, default="auto"
-        How the heads are trained, the backbone untouched: "frozen" (cross-entropy with the labels), "calexnet",
-        "calexnet_reference", "ptee", "ztw", "boostnet", or a recipe with settings of its own, as ``CalexNetRecipe()``.
-        "auto" is "frozen", and "trained", that is nothing, for a module built with exits. "joint" trains network and
-        heads together, or a module built with exits from scratch; ``JointRecipe(...)`` has its many settings
-        (:class:`adaptexit.JointRecipe`). It needs data that can be read by number: arrays, or a Dataset (of a loader
-        too, which then says how samples are fetched, not in which order).
+        How the heads are trained, the backbone untouched: "auto" (distillation from the full model, the best of several
+        heads), "frozen" (cross-entropy with the labels), "calexnet", "calexnet_reference", "ptee", "ztw", "boostnet",
+        or a recipe with settings of its own, as ``AutoRecipe(["grid", "wide-64"])``. For a module built with exits
+        "auto" is "trained", that is nothing. "joint" trains network and heads together, or a module built with exits
+        from scratch; :class:`adaptexit.JointRecipe` has its many settings. It needs data that can be read by number:
+        arrays, or a Dataset (of a loader too, which then says how samples are fetched, not in which order).
         Some are published with class precision margins: ``CPMCalibrator.published_with(recipe, margin=0.1)``.
     calibrator : Calibrator, optional
         ``ThresholdCalibrator()`` unless given.
@@ -126,7 +126,7 @@ class MultiExitClassifier(AdaptiveClassifier):
     training_outputs_ : ExitOutputs or None
         What every exit answered on the data that the heads were trained on, where the calibrator learns from that.
     history_ : dict
-        Losses of the training, and after joint training what became of the full model.
+        Losses of the training, what heads were compared ("choice"), after joint training what the full model became.
     self_calibrated_ : bool
         Whether the thresholds come from data given to ``fit`` rather than to ``calibrate``.
     stages_, heads_, labelled_, cost_unit_
@@ -255,8 +255,8 @@ class MultiExitClassifier(AdaptiveClassifier):
             else:
                 return self._take_trained(network, batches, classes, seed)
             self.history_, self.training_outputs_ = trained.history, trained.training_outputs
-            self._original = trained.original
-            return self._keep(network, calibrator, trained.outputs, batches, classes)
+            self._original, self._head_name = trained.original, trained.head
+            return self._keep(trained.network, calibrator, trained.outputs, batches, classes)
 
     @learned_at_once
     def calibrate(self, X: Any, y: Any = None, sample_weight: Any = None) -> MultiExitClassifier:
@@ -286,12 +286,11 @@ class MultiExitClassifier(AdaptiveClassifier):
         return recipe
 
     def _recipe(self) -> Recipe | JointRecipe:
-        return recipe_of("frozen" if left_open(self.recipe) else self.recipe)
+        return recipe_of("auto" if left_open(self.recipe) else self.recipe)
 
-    def _head(self) -> Any:
-        """What answers at a cut: the user's choice, the recipe's own, or what the recipe makes of either."""
-        head = getattr(self._recipe(), "head_for", lambda head: head)(self.head)
-        return "mlp" if isinstance(head, str) and head == "auto" else head
+    def _head(self, name: str | None = None) -> Any:
+        """What answers at a cut; with a name, the head that the recipe chose under it."""
+        return head_for(self._recipe(), self.head, name)
 
     def _built(self, model: TorchModel, example: Tensor, n_classes: int, seed: int) -> BranchedNetwork | NativeNetwork:
         """The network with new heads, or one that was built with exits."""
@@ -312,7 +311,7 @@ class MultiExitClassifier(AdaptiveClassifier):
         return Conditions(
             classes, self.cost, self.calibration_size,
             calibrator.needs_logits, calibrator.needs_features, calibrator.needs_training,
-            self.cache_dir, self.cache_memory, self.cache_half, self.batch_size, seed, self.verbose,
+            self.cache_dir, self.cache_memory, self.cache_half, self.batch_size, seed, self.verbose, self.head,
         )  # fmt: skip
 
     def _take_trained(
@@ -321,7 +320,7 @@ class MultiExitClassifier(AdaptiveClassifier):
         """A network whose exits are trained: samples are held out only where the calibrator trains something."""
         calibrator = self._fresh_calibrator()
         outputs = self._outputs_on(network, batches, calibrator, classes)
-        self.history_, self.training_outputs_, self._original = {}, None, None
+        self.history_, self.training_outputs_, self._original, self._head_name = {}, None, None, None
         if calibrator.needs_training:
             assert outputs.labels is not None
             held_in, held_out = hold_out(outputs.labels, self.calibration_size, seed)
@@ -377,12 +376,12 @@ class MultiExitClassifier(AdaptiveClassifier):
             "unseen": self._unseen,
             "self_calibrated": self.self_calibrated_,
             "history": self.history_,
-        }
+        } | ({"head": self._head_name} if self._head_name else {})
         return state, tensors
 
     def _set_state(self, state: dict[str, Any], tensors: dict[str, Tensor], outputs: ExitOutputs) -> None:
         self._mlp, self._unseen, self.self_calibrated_ = state["mlp"], state["unseen"], state["self_calibrated"]
-        self._original = None
+        self._original, self._head_name = None, state.get("head")
         super()._set_state(state, tensors, outputs)
         self._fitted_classes = self.classes_ if state["fitted_classes"] else None
         self.history_ = state["history"]
@@ -397,4 +396,4 @@ class MultiExitClassifier(AdaptiveClassifier):
         model = restore_model(module, self.preprocess, "backbone", state["backbone"], weights, self.device)
         assert isinstance(model, TorchModel)
         as_stages = isinstance(self.backbone, (list, tuple))
-        return restored_network(model, state, tensors, self._head(), len(self.classes_), as_stages)
+        return restored_network(model, state, tensors, self._head(self._head_name), len(self.classes_), as_stages)

@@ -94,6 +94,7 @@ STATES = {
         "unseen": bool,
         "self_calibrated": bool,
         "history": dict,
+        "head?": str,
     },
 }
 """What each estimator writes of what it learned. The calibrator checks its own part."""

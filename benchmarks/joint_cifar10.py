@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from torchvision.transforms import v2
 
 from adaptexit import CascadeSaver, MultiExitClassifier, ParetoFrontier
-from adaptexit.training.recipes import FrozenRecipe, JointRecipe
-from adaptexit.training.recipes.joint import map_head
+from adaptexit.heads import ConvHead
+from adaptexit.training.recipes import AutoRecipe, JointRecipe
+from adaptexit.training.recipes.joint import usual_head
 from benchmarks.cifar import arguments
 from benchmarks.common import print_table, spread, write_result
 from examples.cifar import Data, images, pretrained
@@ -45,6 +46,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     "normalisation layers only": {"trainable": "norm"},
     "heads not first": {"head_recipe": None},
     "BoostNet": {"boost": 0.5, "rescale": True, "teacher": None},
+    "convolutional heads": {"head": partial(ConvHead, channels=64)},
 }
 
 
@@ -81,7 +83,7 @@ class Benchmark:
     def recipe(self, epochs: int, **settings: Any) -> JointRecipe:
         """Joint training as this benchmark does it: flips and shifts, a few passes of the heads first."""
         augment = v2.Compose([v2.RandomHorizontalFlip(), v2.RandomCrop(32, padding=4)])
-        common = {"augment": augment, "channels_last": True, "head_recipe": FrozenRecipe(epochs=min(5, epochs))}
+        common = {"augment": augment, "channels_last": True, "head_recipe": AutoRecipe(epochs=min(5, epochs))}
         return JointRecipe(epochs, **(common | {"checkpoint_dir": self.args.work / "checkpoints"} | settings))
 
     def exits(self, recipe: Any, head: Any, seed: int, n_images: int) -> dict[str, Any]:
@@ -101,15 +103,16 @@ class Benchmark:
 
     def frozen_same_heads(self, seed: int) -> dict[str, Any]:
         """The same heads on the frozen network, as many passes."""
-        recipe = FrozenRecipe(epochs=self.args.epochs)
-        return self.exits(recipe, map_head, seed, self.args.images)
+        recipe = AutoRecipe(epochs=self.args.epochs)
+        return self.exits(recipe, usual_head, seed, self.args.images)
 
     def frozen_default(self, seed: int) -> dict[str, Any]:
         return self.exits("auto", "auto", seed, self.args.images)
 
     def choice(self, name: str, seed: int) -> dict[str, Any]:
-        recipe = self.recipe(SHORT["epochs"], **CHOICES[name])
-        return self.exits(recipe, "auto", seed, SHORT["images"])
+        settings = dict(CHOICES[name])
+        head = settings.pop("head", "auto")
+        return self.exits(self.recipe(SHORT["epochs"], **settings), head, seed, SHORT["images"])
 
     def longer_20(self, seed: int) -> dict[str, Any]:
         """A ResNet-20 given the same extra epochs, by the same loop and teacher (itself); its weights are kept."""

@@ -26,7 +26,7 @@ from adaptexit.training.all_exits import all_exits
 from adaptexit.training.joint import JointData, JointTraining
 from adaptexit.training.joint_loss import exit_weights
 from adaptexit.training.processes import Alone
-from adaptexit.training.recipes.joint import JointRecipe, map_head
+from adaptexit.training.recipes.joint import JointRecipe, usual_head
 from adaptexit.training.samples import Samples
 from benchmarks.common import (
     interleaved,
@@ -68,7 +68,7 @@ def steps(make: Callable[[], nn.Module], exits: list[str], side: int, batch: int
         settings = JointRecipe(epochs=10**6, lr=1e-3, channels_last=True).settled(native=False, labelled=True)
         if teacher is None:
             settings |= {"teacher": None, "distillation": 0.0}
-        network = new_network(copied(given), exits, map_head, None, x, 10, 0)
+        network = new_network(copied(given), exits, usual_head, None, x, 10, 0)
         data = JointData(Samples(x, y, batch), np.arange(batch), y.numpy(), 10)
         training = JointTraining(
             all_exits(network), network.model, teacher, data, settings, exit_weights("equal", np.ones(5)), 0, Alone()
@@ -76,7 +76,7 @@ def steps(make: Callable[[], nn.Module], exits: list[str], side: int, batch: int
         training.exits.train().to(memory_format=torch.channels_last)
         return lambda: training._step(training.exits, x, torch.arange(batch), batch, 0)
 
-    network = new_network(copied(given), exits, map_head, None, x, 10, 0)
+    network = new_network(copied(given), exits, usual_head, None, x, 10, 0)
     features: list[Tensor] = []
     with torch.no_grad():
         network.split.visit(x, lambda k, feature: features.append(feature.clone()))

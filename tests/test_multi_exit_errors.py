@@ -147,7 +147,7 @@ def test_a_backbone_with_nan_in_its_weights():
 # -- parameters -------------------------------------------------------------------------------------------------------
 
 BAD = {
-    "head: name": ({"head": "mpl"}, ValueError, "head must be one of mlp, conv, .*got 'mpl'.*Near it: mlp"),
+    "head: name": ({"head": "mpl"}, ValueError, "head must be one of linear, mlp, .*got 'mpl'.*Near it: mlp"),
     "head: module": ({"head": nn.Linear(2, 2)}, TypeError, "head must be one of .*got the module Linear"),
     "head: number": ({"head": 3}, TypeError, "head must be one of .*got 3"),
     "head: returns none": ({"head": lambda s, c: None}, TypeError, "head, called as a factory, must return an nn.Mod"),
@@ -161,7 +161,11 @@ BAD = {
         ValueError,
         r"head 0 must answer .*= \(\d+, 10\).*\(\d+, 11\)",
     ),
-    "recipe: name": ({"recipe": "frozn"}, ValueError, "recipe must be one of 'frozen', .*got 'frozn'. Near it is 'fr"),
+    "recipe: name": (
+        {"recipe": "frozn"},
+        ValueError,
+        "recipe must be one of 'auto', 'frozen', .*got 'frozn'. Near it is 'fr",
+    ),
     "recipe: class": ({"recipe": FrozenRecipe}, TypeError, "recipe must be a name .*got <class"),
     "recipe: epochs": (
         {"recipe": FrozenRecipe(epochs=0)},

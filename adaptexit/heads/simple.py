@@ -1,4 +1,4 @@
-"""Heads for every network: a perceptron on means, and MSDNet's two convolutions."""
+"""Heads for every network: a linear layer or a perceptron on means, and MSDNet's two convolutions."""
 
 from __future__ import annotations
 
@@ -11,7 +11,34 @@ from adaptexit.heads.base import Head, check_size
 from adaptexit.heads.layout import FeatureSpec, as_map, map_size, pooled
 
 
-class MLPHead(Head):
+class PooledHead(Head):
+    """Base of the heads that read means over the positions."""
+
+    def reduce(self, feature: Tensor) -> Tensor:
+        """Means over the positions, (B, C)."""
+        return pooled(feature, self.spec)
+
+
+class LinearHead(PooledHead):
+    """Mean over the positions, layer norm and a linear layer: the cheapest head there is.
+
+    Parameters
+    ----------
+    spec : FeatureSpec
+    n_classes : int
+    """
+
+    def __init__(self, spec: FeatureSpec, n_classes: int) -> None:
+        super().__init__(spec, n_classes)
+        self.norm = nn.LayerNorm(spec.channels)
+        self.linear = nn.Linear(spec.channels, n_classes)
+
+    def answer(self, reduced: Tensor, state: Any = None) -> Answer:
+        """Logits from means (B, C)."""
+        return Answer(self.linear(self.norm(reduced)))
+
+
+class MLPHead(PooledHead):
     """Mean over the positions, layer norm, and a perceptron with one hidden layer.
 
     Parameters
@@ -37,10 +64,6 @@ class MLPHead(Head):
             nn.Dropout(dropout),
             nn.Linear(hidden, n_classes),
         )
-
-    def reduce(self, feature: Tensor) -> Tensor:
-        """Means over the positions, (B, C)."""
-        return pooled(feature, self.spec)
 
     def answer(self, reduced: Tensor, state: Any = None) -> Answer:
         """Logits from means (B, C)."""

@@ -5,6 +5,7 @@ from adaptexit.training.feature_cache import collect as collect
 from adaptexit.training.feature_store import cache_key as cache_key
 from adaptexit.training.loop import minimise as minimise
 from adaptexit.training.recipes import RECIPES as RECIPES
+from adaptexit.training.recipes import AutoRecipe as AutoRecipe
 from adaptexit.training.recipes import BoostNetRecipe as BoostNetRecipe
 from adaptexit.training.recipes import CalexNetRecipe as CalexNetRecipe
 from adaptexit.training.recipes import FrozenRecipe as FrozenRecipe

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -18,28 +18,61 @@ from adaptexit.training.feature_cache import FeatureCache, Reducer, Run, collect
 from adaptexit.training.feature_store import cache_key
 
 if TYPE_CHECKING:
+    from adaptexit.heads.base import Head
     from adaptexit.networks.branched import BranchedNetwork
 
 
-def what_to_keep(network: BranchedNetwork, with_vectors: bool) -> tuple[Run, list[Reducer], list[str]]:
-    """How a cache is filled: the run, what is kept of the feature at every cut, and that in words.
+def columns_of(networks: Sequence[BranchedNetwork]) -> tuple[list[list[int]], list[tuple[int, Head]]]:
+    """What a cache holds for networks on one model that differ in their heads.
+
+    Returns
+    -------
+    columns : list of lists of K - 1 int
+        For each network, where its heads find what they read; heads that keep the same of a feature share a column.
+    sources : list of (int, Head)
+        For each column the cut, and a head whose ``reduce`` fills it.
+    """
+    places: dict[tuple[int, str], int] = {}
+    sources: list[tuple[int, Head]] = []
+    columns: list[list[int]] = []
+    for network in networks:
+        keys = [(k, head.reduction_key) for k, head in enumerate(network.early)]
+        for key, head in zip(keys, network.early, strict=True):
+            if key not in places:
+                places[key] = len(sources)
+                sources.append((key[0], head))
+        columns.append([places[key] for key in keys])
+    return columns, sources
+
+
+def what_to_keep(networks: Sequence[BranchedNetwork], with_vectors: bool) -> tuple[Run, list[Reducer], list[str]]:
+    """How a cache is filled for networks on one model: the run, what is kept, column by column, and that in words.
 
     ``with_vectors`` keeps means of all features as well, behind what the heads read.
     """
-    reducers: list[Reducer] = [head.reduce for head in network.early]
-    words = [head.reduction_key for head in network.early]
-    if not with_vectors:
-        return network.look, reducers, words
-    poolings = [partial(pooled, spec=head.spec) for head in network.early]
+    network = networks[0]
+    _, sources = columns_of(networks)
+    cuts = [k for k, _ in sources]
+    reducers: list[Reducer] = [head.reduce for _, head in sources]
+    n_early = len(network.early)
+    words = [
+        key if place < n_early else f"cut {k}: {key}"
+        for place, (k, key) in enumerate((k, head.reduction_key) for k, head in sources)
+    ]
+    if with_vectors:
+        cuts += range(len(network.early))
+        reducers += [partial(pooled, spec=head.spec) for head in network.early]
+        words.append("and their means")
+    columns_at = [[place for place, cut in enumerate(cuts) if cut == k] for k in range(len(network.early))]
 
     def run(x: Tensor, look: Callable[[int, Tensor], None]) -> Tensor:
-        def twice(k: int, feature: Any) -> None:
-            look(k, feature)
-            look(len(reducers) + k, feature)
+        def every_column(k: int, feature: Any) -> None:
+            for place in columns_at[k]:
+                look(place, feature)
 
-        return network.look(x, twice)
+        return network.look(x, every_column)
 
-    return run, [*reducers, *poolings], [*words, "and their means"]
+    return run, reducers, words
 
 
 def record_features(
@@ -50,9 +83,13 @@ def record_features(
     half: bool,
     memory_limit: int,
     folder: str | os.PathLike[str] | None,
+    rivals: Sequence[BranchedNetwork] = (),
 ) -> FeatureCache:
-    """One pass of the model over raw inputs: what :func:`what_to_keep` says, as :func:`collect` keeps it."""
-    run, reducers, words = what_to_keep(network, with_vectors)
+    """One pass of the model over raw inputs: what :func:`what_to_keep` says, as :func:`collect` keeps it.
+
+    ``rivals`` are networks on the same model with other heads, which are to learn from the same pass.
+    """
+    run, reducers, words = what_to_keep([network, *rivals], with_vectors)
     key = None
     if folder is not None:
         key = cache_key(

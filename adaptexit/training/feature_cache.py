@@ -79,9 +79,10 @@ class FeatureCache:
             batch = feature[places]
         return torch.from_numpy(batch).to(self._dtypes[k])
 
-    def part(self, exits: slice) -> FeatureCache:
-        """The same of some of the exits, sharing memory and files."""
-        return FeatureCache(self.features[exits], self.logits, self._dtypes[exits])
+    def part(self, exits: slice | Sequence[int]) -> FeatureCache:
+        """The same of some of the exits, in the order given, sharing memory and files."""
+        places = range(len(self.features))[exits] if isinstance(exits, slice) else exits
+        return FeatureCache([self.features[k] for k in places], self.logits, [self._dtypes[k] for k in places])
 
     def close(self) -> None:
         """Give memory and temporary files back; what a folder of the caller's holds stays there."""

@@ -181,6 +181,13 @@ def class_loss(answer: HeadBatch) -> Tensor:
     return F.cross_entropy(answer.output.logits, answer.target)
 
 
+def distillation_loss(answer: HeadBatch, temperature: float) -> Tensor:
+    """T^2 KL between the softened probabilities of the full model and of the head (Hinton et al. 2015)."""
+    head = F.log_softmax(answer.output.logits / temperature, dim=1)
+    teacher = F.log_softmax(answer.teacher / temperature, dim=1)
+    return temperature**2 * F.kl_div(head, teacher, reduction="batchmean", log_target=True)
+
+
 def confidence_loss(answer: HeadBatch, clamp: float) -> Tensor:
     """Binary cross-entropy of the predicted class's entry against whether that class is right.
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from numpy.typing import NDArray
+from torch import Tensor
 from tqdm import tqdm
 
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.data.batches import Batches
 from adaptexit.data.classes import hold_out
 from adaptexit.staging.contexts import evaluating
-from adaptexit.training.cached_answers import answers_on, record_features
+from adaptexit.training.cached_answers import answers_on, columns_of, record_features
 from adaptexit.training.feature_cache import FeatureCache
+from adaptexit.training.head_choice import Rival, chosen, rival_networks
+from adaptexit.training.recipes.auto import AutoRecipe
 
 if TYPE_CHECKING:
     from adaptexit.core.costs import Costs
@@ -41,6 +44,8 @@ class Conditions:
         What the calibrator wants of the answers, and whether it learns from those on the training part too.
     cache_dir, cache_memory, cache_half : as for :func:`adaptexit.training.feature_cache.collect`
     batch_size, seed, verbose : int
+    head : Any
+        What the user wants to answer at a cut; "auto" leaves it to the recipe.
     """
 
     classes: NDArray[Any]
@@ -55,6 +60,7 @@ class Conditions:
     batch_size: int
     seed: int
     verbose: int
+    head: Any = None
 
     @contextmanager
     def progress(self, batches: Batches | Hashed, doing: str) -> Iterator[Any]:
@@ -62,12 +68,14 @@ class Conditions:
         with tqdm(batches, total=batches.n_batches, desc=doing, disable=self.verbose < 1) as progress:
             yield progress
 
-    def features(self, network: BranchedNetwork, batches: Batches | Hashed) -> FeatureCache:
-        """One pass of the model: what heads read, and what the calibrator does behind it."""
+    def features(
+        self, network: BranchedNetwork, batches: Batches | Hashed, rivals: Sequence[BranchedNetwork] = ()
+    ) -> FeatureCache:
+        """One pass of the model: what heads read, the rivals' too, and what the calibrator does behind it."""
         with evaluating(network.modules), self.progress(batches, "recording features") as progress:
             return record_features(
                 network, progress, self.needs_features,
-                half=self.cache_half, memory_limit=self.cache_memory, folder=self.cache_dir,
+                half=self.cache_half, memory_limit=self.cache_memory, folder=self.cache_dir, rivals=rivals,
             )  # fmt: skip
 
 
@@ -86,6 +94,8 @@ class Trained:
         The same on the others, where the calibrator learns from that.
     original : TorchModel or None
         The trained model that was given, where the network is a changed copy of it.
+    head : str or None
+        Name of the head that was found to be the best, where that was left open.
     """
 
     network: Network
@@ -93,6 +103,7 @@ class Trained:
     outputs: ExitOutputs
     training_outputs: ExitOutputs | None
     original: TorchModel | None = None
+    head: str | None = None
 
 
 def retrofitted(network: BranchedNetwork, recipe: Recipe, batches: Batches, conditions: Conditions) -> Trained:
@@ -101,29 +112,50 @@ def retrofitted(network: BranchedNetwork, recipe: Recipe, batches: Batches, cond
     Parameters
     ----------
     network : BranchedNetwork
-        Its heads are trained in place.
+        Its heads are trained in place, unless other heads on the same model turn out to be better.
     recipe : Recipe
     batches : Batches
         Without labels heads learn the full model's answers.
     conditions : Conditions
     """
-    with evaluating(network.modules):
-        costs = network.costs(batches.first(), conditions.cost)
-    with conditions.features(network, batches) as features:
-        n_early = len(network.early)
-        cache = features.part(slice(n_early))
-        full = cache.logits.argmax(axis=1)
+    example = batches.first()
+    rivals = rivals_of(network, recipe, conditions, example)
+    networks = [network, *(rival.network for rival in rivals.values())]
+    history: History = {}
+    head = None
+    with conditions.features(network, batches, networks[1:]) as recorded:
+        full = recorded.logits.argmax(axis=1)
         labels = batches.indices(conditions.classes, len(full)) if batches.labelled else full
         held_in, held_out = hold_out(labels, conditions.calibration_size, conditions.seed)
-        history = recipe.train(
-            network.early, cache, held_in, labels[held_in], random_state=conditions.seed, verbose=conditions.verbose
-        )
+        columns, sources = columns_of(networks)
+        own = columns[0]
+        if isinstance(recipe, AutoRecipe) and rivals:
+            caches = {name: recorded.part(read) for name, read in zip(rivals, columns[1:], strict=True)}
+            head, history["choice"] = chosen(rivals, recipe, caches, held_in, labels[held_in], conditions.seed)
+            network, own = rivals[head].network, columns[1 + list(rivals).index(head)]
+        with evaluating(network.modules):
+            costs = network.costs(example, conditions.cost)
+        features = recorded.part([*own, *range(len(sources), len(recorded.features))])
+        history |= recipe.train(
+            network.early, features.part(slice(len(own))), held_in, labels[held_in],
+            random_state=conditions.seed, verbose=conditions.verbose,
+        )  # fmt: skip
         outputs, training = (
             cached_outputs(network, features, rows, labels[rows], costs, conditions) if wanted else None
             for rows, wanted in ((held_out, True), (held_in, conditions.needs_training))
         )
     assert outputs is not None
-    return Trained(network, history, outputs, training)
+    return Trained(network, history, outputs, training, head=head)
+
+
+def rivals_of(network: BranchedNetwork, recipe: Recipe, conditions: Conditions, example: Tensor) -> dict[str, Rival]:
+    """Heads to choose from, where the user has left that to the recipe and the recipe to the data."""
+    if not (isinstance(recipe, AutoRecipe) and isinstance(conditions.head, str) and conditions.head == "auto"):
+        return {}
+    factories = recipe.candidates([head.spec for head in network.early])
+    networks = rival_networks(network, factories, len(conditions.classes), conditions.seed)
+    with evaluating(network.modules):
+        return {name: Rival.of(rival, example, conditions.cost) for name, rival in networks.items()}
 
 
 def cached_outputs(

@@ -525,7 +525,7 @@ def test_heads_can_be_compiled_and_exported(name, spec):
 
 def test_heads_by_name():
     assert {name: type(make_head(name, MAP, N_CLASSES)) for name in HEADS} == HEADS
-    assert list(HEADS) == ["mlp", "conv", "prototype", "refined_prototype", "residual"]
+    assert list(HEADS) == ["linear", "mlp", "grid", "conv", "prototype", "refined_prototype", "residual", "wide"]
 
 
 def test_a_factory_of_a_module_is_wrapped():
@@ -562,7 +562,7 @@ def test_chained_heads_hand_their_state_on():
     ("name", "near"), [("prototypes", "prototype"), ("MLP", "mlp"), ("refined", "refined_prototype"), ("xyz", None)]
 )
 def test_unknown_names(name, near):
-    with pytest.raises(ValueError, match=f"head must be one of mlp, conv, .*factory.*got '{name}'") as caught:
+    with pytest.raises(ValueError, match=f"head must be one of linear, mlp, .*factory.*got '{name}'") as caught:
         make_head(name, MAP, N_CLASSES)
     assert ("Near it" in str(caught.value)) == (near is not None)
     if near:
@@ -573,7 +573,7 @@ def test_unknown_names(name, near):
     ("head", "message"),
     [
         (nn.Linear(2, 2), "got the module Linear.*Every exit needs a head of its own"),
-        (3, "head must be one of mlp.*got 3"),
+        (3, "head must be one of linear.*got 3"),
         (lambda spec, n_classes: "mlp", "must return an nn.Module; got str"),
     ],
 )

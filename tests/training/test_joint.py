@@ -248,9 +248,9 @@ def test_heads_with_a_confidence_learn_it_last():
     assert all(loss[-1] < loss[0] for loss in losses)
 
 
-def test_the_head_left_open_is_a_small_convolution_or_a_perceptron():
+def test_the_head_left_open_is_a_wide_block_on_maps_and_a_perceptron_elsewhere():
     model = joint(head="auto", epochs=1, head_recipe=None).fit(*TRAIN)
-    assert {type(head).__name__ for head in model.heads_[:-1]} == {"ConvHead"}
+    assert {type(head).__name__ for head in model.heads_[:-1]} == {"WideHead"}
     vectors = MultiExitClassifier("mlp", recipe=JointRecipe(epochs=2)).fit(TRAIN[0].reshape(600, -1), TRAIN[1])
     assert {type(head).__name__ for head in vectors.heads_[:-1]} == {"MLPHead"}
     assert vectors.score(TEST[0].reshape(len(TEST[1]), -1), TEST[1]) > 0.8

@@ -28,7 +28,7 @@ from adaptexit.heads import (
 )
 from adaptexit.heads.layout import FeatureSpec
 from adaptexit.training import RECIPES, FeatureCache, head_trainer, recipe_of
-from adaptexit.training.head_trainer import HeadBatch
+from adaptexit.training.head_trainer import HeadBatch, distillation_loss
 from adaptexit.training.recipes import RecipeName, ztw
 from adaptexit.training.recipes.calexnet import LEAST_WEIGHT
 
@@ -202,8 +202,9 @@ def test_settings_reach_the_loop_and_survive_a_clone(make, phases):
 def test_recipes_have_names_and_the_heads_of_their_papers():
     heads = {name: type(heads_for(recipe_of(name))[0]) for name in RECIPES}
     assert heads == {
-        "frozen": MLPHead, "calexnet": RefinedPrototypeHead, "calexnet_reference": RefinedPrototypeHead,
-        "ptee": PrototypeHead, "ztw": ZTWHead, "boostnet": BoostedHead, "joint": MLPHead,
+        "auto": MLPHead, "frozen": MLPHead, "calexnet": RefinedPrototypeHead,
+        "calexnet_reference": RefinedPrototypeHead, "ptee": PrototypeHead, "ztw": ZTWHead, "boostnet": BoostedHead,
+        "joint": MLPHead,
     }  # fmt: skip
     reference = recipe_of("calexnet_reference")
     assert (reference.alignment, reference.distillation, reference.cascade_aware) == (None, False, False)
@@ -359,7 +360,7 @@ def test_distillation_is_equation_13():
     for temperature in (1.0, 4.0):
         p, q = softmax(teacher / temperature, axis=1), softmax(logits / temperature, axis=1)
         expected = temperature**2 * np.mean(np.sum(p * np.log(p / q), axis=1))
-        assert float(CalexNetRecipe(temperature=temperature)._distilled(answer)) == pytest.approx(expected)
+        assert float(distillation_loss(answer, temperature)) == pytest.approx(expected)
 
 
 def test_distillation_teaches_probabilities_and_its_absence_the_class(phases):

@@ -547,12 +547,12 @@ def test_recipes_by_name_and_as_they_are():
 
 
 def test_unknown_recipes():
-    with pytest.raises(ValueError, match=r"one of 'frozen', .* got 'frosen'\. Near it is 'frozen'"):
+    with pytest.raises(ValueError, match=r"one of 'auto', 'frozen', .* got 'frosen'\. Near it is 'frozen'"):
         recipe_of("frosen")
     with pytest.raises(ValueError, match=r"got 'xyz'\.$"):
         recipe_of("xyz")
     for other in (None, 3, FrozenRecipe, object()):
         with pytest.raises(
-            TypeError, match=r"recipe must be a name \(.frozen., .*\) or a recipe such as FrozenRecipe\(\)"
+            TypeError, match=r"recipe must be a name \(.auto., .frozen., .*\) or a recipe such as FrozenRecipe\(\)"
         ):
             recipe_of(other)

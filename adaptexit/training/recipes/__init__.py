@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from torch import nn
 
+from adaptexit.training.recipes.auto import AutoRecipe as AutoRecipe
 from adaptexit.training.recipes.base import Recipe as Recipe
 from adaptexit.training.recipes.boostnet import BoostNetRecipe as BoostNetRecipe
 from adaptexit.training.recipes.calexnet import CalexNetRecipe as CalexNetRecipe
@@ -19,6 +20,7 @@ from adaptexit.training.recipes.ztw import ZTWRecipe as ZTWRecipe
 RecipeName = Literal["auto", "frozen", "calexnet", "calexnet_reference", "ptee", "ztw", "boostnet", "joint", "trained"]
 
 RECIPES: dict[str, Callable[[], Recipe | JointRecipe]] = {
+    "auto": AutoRecipe,
     "frozen": FrozenRecipe,
     "calexnet": CalexNetRecipe,
     "calexnet_reference": CalexNetRecipe.reference,
@@ -54,6 +56,18 @@ def recipe_of(recipe: str | Recipe | JointRecipe) -> Recipe | JointRecipe:
             f"got {recipe!r}."
         )
     return recipe
+
+
+def head_for(recipe: Recipe | JointRecipe, head: Any, name: str | None = None) -> Any:
+    """What answers at a cut, for :func:`adaptexit.heads.make_head`.
+
+    The user's choice, the recipe's own where that is "auto", or what the recipe makes of either; with a name, the head
+    that the recipe chose under it.
+    """
+    if name is not None and isinstance(recipe, AutoRecipe):
+        return recipe.named(name)
+    own = getattr(recipe, "head_for", lambda head: head)(head)
+    return "mlp" if isinstance(own, str) and own == "auto" else own
 
 
 def left_open(recipe: Any) -> bool:

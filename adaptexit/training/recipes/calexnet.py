@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.nn import functional as F
 
 from adaptexit.core.margins import margin_thresholds
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.data.classes import hold_out
 from adaptexit.exceptions import warn
-from adaptexit.training.head_trainer import HeadBatch, Lesson, class_loss
+from adaptexit.training.head_trainer import Lesson, class_loss, distillation_loss
 from adaptexit.training.recipes.base import History, LearnFrom, MarginRecipe
 from adaptexit.utils.validation import check_switch, check_whole, checked_number
 
@@ -147,7 +146,7 @@ class CalexNetRecipe(MarginRecipe):
         """Both phases of one head, and their losses."""
         batch_size = self.distillation_batch_size if self.distillation else self.batch_size
         loss = lesson.learn_classes(
-            self._distilled if self.distillation else class_loss,
+            partial(distillation_loss, temperature=self.temperature) if self.distillation else class_loss,
             [k],
             epochs=lesson.epochs(self.epochs, self.usual_epochs, batch_size),
             batch_size=batch_size,
@@ -155,12 +154,6 @@ class CalexNetRecipe(MarginRecipe):
         )
         epochs = self.confidence_epochs or lesson.epochs(self.epochs, self.usual_epochs)
         return loss[k], lesson.learn_confidence([k], self.clamp, epochs=epochs, sample_weight=weights)[k]
-
-    def _distilled(self, answer: HeadBatch) -> Tensor:
-        """Equation 13: T^2 KL between the softened probabilities of the full model and of the head."""
-        head = F.log_softmax(answer.output.logits / self.temperature, dim=1)
-        teacher = F.log_softmax(answer.teacher / self.temperature, dim=1)
-        return self.temperature**2 * F.kl_div(head, teacher, reduction="batchmean", log_target=True)
 
 
 class _Survivors:

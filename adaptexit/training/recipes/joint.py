@@ -11,12 +11,11 @@ from sklearn.base import BaseEstimator
 from torch import Tensor
 
 from adaptexit.heads.base import Head
+from adaptexit.heads.by_name import FOR_VECTORS, heads_to_try, make_head
 from adaptexit.heads.chained import BoostedHead
-from adaptexit.heads.layout import FeatureSpec, map_size
-from adaptexit.heads.simple import ConvHead, MLPHead
-from adaptexit.training.loop import n_epochs
+from adaptexit.heads.layout import FeatureSpec
+from adaptexit.training.recipes.auto import AutoRecipe
 from adaptexit.training.recipes.base import Recipe
-from adaptexit.training.recipes.frozen import FrozenRecipe
 from adaptexit.utils.validation import check_switch, check_whole, checked_folder, checked_number
 
 Auto = Literal["auto"]
@@ -32,8 +31,6 @@ FINE_TUNING = {"epochs": 10, "batch_size": 128, "lr": 0.02, "warmup_epochs": 1.0
 
 FROM_SCRATCH = {"epochs": 300, "batch_size": 512, "lr": 0.1, "warmup_epochs": 20.0}
 """Where "auto" is left for a network built with exits: what was published for MSDNet and those after it."""
-
-HEAD_CHANNELS = 64
 
 
 class JointRecipe(BaseEstimator):
@@ -101,8 +98,8 @@ class JointRecipe(BaseEstimator):
     channels_last : bool, default=False
         Memory format while training; faster for convolutions on many machines.
     head_recipe : "auto", Recipe or None, default="auto"
-        How new heads learn before the rest does: "auto" is cross-entropy and distillation from the model on cached
-        features, None leaves them as they were made.
+        How new heads learn before the rest does: "auto" is distillation from the model on cached features, a quarter of
+        :class:`AutoRecipe`'s epochs; None leaves them as they were made.
     checkpoint_dir : path, optional
         Where the state is kept after every epoch. A run that was killed goes on from there when it is started again
         with the same settings, data and weights, and ends with the same weights, bit for bit on a CPU. What lies there
@@ -188,17 +185,16 @@ class JointRecipe(BaseEstimator):
         return cls(**({"boost": 0.5, "rescale": True, "teacher": None} | settings))
 
     def head_for(self, head: Any) -> Any:
-        """What answers at a cut: the user's choice, or a small convolutional head where the feature is a map."""
-        head = map_head if isinstance(head, str) and head == "auto" else head
+        """What answers at a cut: the user's choice, or a wide residual block on a pooled map where there is a map."""
+        head = usual_head if isinstance(head, str) and head == "auto" else head
         return head if self.boost is None else partial(BoostedHead, head=head, weight=self.boost)
 
     def for_heads(self, n_samples: int) -> Recipe | None:
         """How new heads learn before the rest does: a quarter of what they would get alone, unless told otherwise."""
         if not _is_auto(self.head_recipe):
             return self.head_recipe
-        recipe = FrozenRecipe()
-        epochs = n_epochs("auto", n_samples, recipe.batch_size, recipe.usual_epochs)
-        return recipe.set_params(epochs=max(1, round(epochs / 4)))
+        recipe = AutoRecipe()
+        return recipe.set_params(epochs=max(1, round(recipe.n_epochs(n_samples) / 4)))
 
     def check(self) -> None:
         """Refuse settings that cannot be, before anything has run."""
@@ -286,15 +282,9 @@ class JointRecipe(BaseEstimator):
         return settings
 
 
-def map_head(spec: FeatureSpec, n_classes: int) -> Head:
-    """Two 3x3 convolutions of 64 channels where the feature can be a map, a perceptron on its means elsewhere."""
-    if spec.layout == "NC":
-        return MLPHead(spec, n_classes)
-    try:
-        map_size(spec)
-    except ValueError:  # tokens without a grid
-        return MLPHead(spec, n_classes)
-    return ConvHead(spec, n_classes, HEAD_CHANNELS)
+def usual_head(spec: FeatureSpec, n_classes: int) -> Head:
+    """A wide residual block on a pooled map where the feature can be one, a perceptron on its means elsewhere."""
+    return make_head("mlp" if heads_to_try([spec]) == FOR_VECTORS else "wide", spec, n_classes)
 
 
 def _is_auto(value: Any) -> bool:

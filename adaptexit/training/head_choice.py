@@ -1,0 +1,268 @@
+"""Which head answers best at the cuts of a model: several are trained a little, and compared by their frontiers.
+
+All learn from one pass of the model. Work is counted, never timed, so that equal arguments give equal choices, and it
+is bounded: the first trials take at most the pass and the training of the cheapest rival, the second ones at most the
+pass and the training of the cheaper one. So the pass, both trials and the training of the winner take at most three
+times the pass and that training, whoever wins.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from sklearn.base import clone
+
+from adaptexit.core.frontier_score import frontier_score
+from adaptexit.core.outputs import ExitOutputs
+from adaptexit.data.classes import hold_out
+from adaptexit.networks.branched import BranchedNetwork
+from adaptexit.networks.build import new_heads
+from adaptexit.staging.contexts import evaluating
+from adaptexit.staging.cost import counted_macs
+from adaptexit.training.cached_answers import answers_on
+
+if TYPE_CHECKING:
+    from adaptexit.core.costs import Costs
+    from adaptexit.heads.base import Head
+    from adaptexit.heads.by_name import HeadFactory
+    from adaptexit.training.feature_cache import FeatureCache
+    from adaptexit.training.recipes.auto import AutoRecipe
+
+FEWEST_ROWS = 1000
+"""Training samples below which nothing is compared: differences would be noise."""
+
+VALIDATION_SHARE, MOST_VALIDATION = 0.2, 5000
+"""Of the training samples, those that a comparison is made on."""
+
+LEAST_SHARE, MOST_SHARE = 0.1, 0.5
+"""Of a training that a trial is: what shorter ones say is not asked, what longer ones say is hardly more."""
+
+STEP = 2e7
+"""Multiply-accumulates in whose time a head is called, and its weights are moved, once."""
+
+CLEAR = 0.02
+"""Mean accuracy between the two best from which a longer trial is not needed."""
+
+MODEST, DEAR = 0.03, 0.3
+"""Of the model's cost: the most that a head may have that is taken without a comparison, and that is compared."""
+
+MOST_KEPT = 1 << 15
+"""Numbers of a sample that the heads of a network may read in all, unless no heads read fewer."""
+
+
+@dataclass(frozen=True)
+class Rival:
+    """A network with one kind of head.
+
+    Attributes
+    ----------
+    network : BranchedNetwork
+        Its heads are as they were made.
+    costs : Costs
+    macs, full_macs : float
+        Multiply-accumulates of all its heads, and of the model, for one sample; what cannot be counted is left out.
+    """
+
+    network: BranchedNetwork
+    costs: Costs
+    macs: float
+    full_macs: float
+
+    @classmethod
+    def of(cls, network: BranchedNetwork, example: torch.Tensor, cost: Any) -> Rival:
+        """A network with what it costs, counted or measured on raw inputs; it is in evaluation mode."""
+        with evaluating(network.modules), torch.no_grad():
+            macs = sum(counted_macs(head.answer, _reduced(head))[0] for head in network.early)
+            full_macs, _ = counted_macs(network.split.module, network.split.example[:1])
+            return cls(network, network.costs(example, cost), macs, full_macs)
+
+
+def rival_networks(
+    network: BranchedNetwork, factories: Mapping[str, HeadFactory], n_classes: int, seed: int
+) -> dict[str, BranchedNetwork]:
+    """Networks on one model with other heads, by name; heads that cannot read its features are left out.
+
+    Raises
+    ------
+    ValueError
+        Where no head can.
+    """
+    specs = [head.spec for head in network.early]
+    rivals: dict[str, BranchedNetwork] = {}
+    sizes: dict[str, int] = {}
+    refusals = []
+    for name, factory in factories.items():
+        try:
+            heads = new_heads(factory, specs, network.model, n_classes, seed)
+        except ValueError as error:
+            refusals.append(f"{name}: {error}")
+            continue
+        rivals[name] = BranchedNetwork(network.model, network.split, heads)
+        rivals[name].reader = network.reader
+        sizes[name] = sum(_reduced(head)[0].numel() for head in heads)
+    if not rivals:
+        raise ValueError(f"heads must hold one that can read the features; got {'; '.join(refusals)}")
+    limit = max(MOST_KEPT, min(sizes.values()))
+    return {name: rival for name, rival in rivals.items() if sizes[name] <= limit}
+
+
+def _reduced(head: Head) -> torch.Tensor:
+    """What a head keeps of one feature of zeros."""
+    like = next(head.parameters(), torch.empty(0))
+    with torch.no_grad():
+        return head.reduce(torch.zeros(1, *head.spec.shape, dtype=like.dtype, device=like.device))
+
+
+def dearest_head(rival: Rival) -> float:
+    """Cost of the dearest of its heads, relative to the full model's."""
+    return float(rival.costs.exits[:-1].max(initial=0.0)) / rival.costs.full
+
+
+def modest(rivals: Mapping[str, Rival]) -> str:
+    """The dearest heads that cost little beside the model, by name; the cheapest where none does."""
+    prices = {name: dearest_head(rival) for name, rival in rivals.items()}
+    little = [name for name in rivals if prices[name] <= MODEST]
+    return max(little, key=lambda name: prices[name]) if little else min(rivals, key=lambda name: prices[name])
+
+
+# -- how far each is trained -------------------------------------------------------------------------------------------
+
+
+def training_work(rival: Rival, n_samples: int, epochs: int, batch_size: int) -> float:
+    """Of a whole training in multiply-accumulates: a backward pass counts two, a minibatch what it takes by itself."""
+    steps = epochs * -(-n_samples // batch_size)
+    return 3.0 * epochs * n_samples * rival.macs + STEP * steps * len(rival.network.early)
+
+
+def first_trial(work: Mapping[str, float], spare: float) -> tuple[list[str], float]:
+    """Who is tried, the cheapest first, and for which share of a training.
+
+    All trials together take at most the cheapest training and the work to spare. The dearest rivals are left out where
+    that does not suffice for trials that tell something.
+
+    Parameters
+    ----------
+    work : dict of name to float
+        Of a whole training.
+    spare : float
+    """
+    names = sorted(work, key=lambda name: work[name])
+    while len(names) > 1:
+        share = share_of_training([work[name] for name in names], spare)
+        if share >= LEAST_SHARE:
+            return names, share
+        names.pop()
+    return names, 0.0
+
+
+def share_of_training(work: Sequence[float], spare: float) -> float:
+    """That all can have of their trainings within the cheapest of these and the work to spare."""
+    return min(MOST_SHARE, (spare + min(work)) / max(sum(work), 1e-12))
+
+
+# -- the choice --------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Trials:
+    """Heads on trial: what they learn from, and what they are judged on.
+
+    Attributes
+    ----------
+    recipe : AutoRecipe
+    caches : dict of name to FeatureCache
+        What the heads of each rival read.
+    rows, targets : integer arrays (n,)
+        Samples to learn from, and their classes.
+    judged, judged_targets : integer arrays (m,)
+        The same of those to be judged on.
+    epochs : int
+        Of a whole training.
+    seed : int
+    """
+
+    recipe: AutoRecipe
+    caches: Mapping[str, FeatureCache]
+    rows: NDArray[Any]
+    targets: NDArray[Any]
+    judged: NDArray[Any]
+    judged_targets: NDArray[Any]
+    epochs: int
+    seed: int
+
+    def score(self, name: str, rival: Rival, share: float) -> float:
+        """Of heads that were trained for a share of the epochs; the rival's own stay as they are."""
+        epochs = max(1, int(share * self.epochs))
+        n_rows = min(len(self.rows), max(2, int(len(self.rows) * share * self.epochs / epochs)))
+        trial = BranchedNetwork(rival.network.model, rival.network.split, copy.deepcopy(rival.network.early))
+        trial.reader = rival.network.reader
+        recipe = clone(self.recipe).set_params(epochs=epochs)
+        recipe.train(trial.early, self.caches[name], self.rows[:n_rows], self.targets[:n_rows], random_state=self.seed)
+        with evaluating(trial.modules):
+            answers = answers_on(trial, self.caches[name], self.judged, logits=False, batch_size=1024)
+        n_classes = self.caches[name].logits.shape[1]
+        outputs = ExitOutputs.from_answers(
+            answers, self.judged_targets, n_classes, rival.costs, chained=rival.network.chained
+        )
+        return frontier_score(outputs, self.seed)
+
+
+def chosen(
+    rivals: Mapping[str, Rival],
+    recipe: AutoRecipe,
+    caches: Mapping[str, FeatureCache],
+    rows: NDArray[Any],
+    targets: NDArray[Any],
+    seed: int,
+) -> tuple[str, dict[str, Any]]:
+    """The name of the head to take, and what was compared, as JSON holds it.
+
+    Parameters
+    ----------
+    rivals : dict of name to Rival
+    recipe : AutoRecipe
+    caches : dict of name to FeatureCache
+    rows, targets : integer arrays (n,)
+        Training samples and their classes.
+    seed : int
+    """
+    epochs = recipe.n_epochs(len(rows))
+    run_macs = max(caches[name].n_samples * rival.full_macs for name, rival in rivals.items())
+    work = {name: training_work(rival, len(rows), epochs, recipe.batch_size) for name, rival in rivals.items()}
+    report: dict[str, Any] = {
+        "candidates": {
+            name: {"head_costs": [float(c) for c in rival.costs.exits[:-1] / rival.costs.full], "trials": []}
+            for name, rival in rivals.items()
+        },
+        "n_validation": 0,
+    }
+    if len(rows) < FEWEST_ROWS:
+        winner = modest(rivals)
+        return winner, report | {"head": winner}
+    affordable = {name: work[name] for name in rivals if dearest_head(rivals[name]) <= DEAR} or work
+    names, share = first_trial(affordable, run_macs)
+    if len(names) == 1:
+        return names[0], report | {"head": names[0]}
+    learning, judged = hold_out(targets, min(VALIDATION_SHARE, MOST_VALIDATION / len(rows)), seed)
+    shuffled = np.random.default_rng(seed).permutation(learning)
+    trials = Trials(recipe, caches, rows[shuffled], targets[shuffled], rows[judged], targets[judged], epochs, seed)
+    report["n_validation"] = len(judged)
+
+    def tried(some: Sequence[str], share: float) -> list[str]:
+        scores = {name: trials.score(name, rivals[name], share) for name in some}
+        for name, score in scores.items():
+            report["candidates"][name]["trials"].append({"epochs": share * epochs, "score": score})
+        return sorted(scores, key=lambda name: (-scores[name], work[name]))
+
+    ranking = tried(names, share)
+    first, second = (report["candidates"][name]["trials"][0]["score"] for name in ranking[:2])
+    longer = share_of_training([work[name] for name in ranking[:2]], run_macs)
+    if first - second < CLEAR and longer > share:
+        ranking = tried(ranking[:2], longer)
+    return ranking[0], report | {"head": ranking[0]}

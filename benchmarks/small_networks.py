@@ -1,0 +1,103 @@
+"""Networks of several architectures that a CPU trains in minutes, on 32-pixel images and on digits."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+from safetensors.torch import load_file, save_file
+from sklearn.datasets import load_digits
+from timm.models.convnext import ConvNeXt
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from adaptexit.backbones import resnet20_cifar
+from examples.cifar import Data
+
+BATCH = 128
+
+
+def vit() -> nn.Module:
+    """Six blocks of width 96 on 4x4 patches."""
+    return VisionTransformer(img_size=32, patch_size=4, embed_dim=96, depth=6, num_heads=3, num_classes=10)
+
+
+def convnext() -> nn.Module:
+    """ConvNeXt on 2x2 patches, twelve blocks of width 64 to 224."""
+    return ConvNeXt(depths=(2, 2, 6, 2), dims=(64, 96, 160, 224), patch_size=2, num_classes=10)
+
+
+def mobilenet() -> nn.Module:
+    """MobileNetV2 at half width, its first two strides taken out: 32 pixels become 4."""
+    net = timm.create_model("mobilenetv2_050", num_classes=10, drop_rate=0.0)
+    net.conv_stem.stride = (1, 1)
+    net.blocks[1][0].conv_dw.stride = (1, 1)
+    return net
+
+
+def resnet_for_digits() -> nn.Module:
+    """ResNet-20 for 8x8 images of one channel."""
+    net = resnet20_cifar()
+    net.conv1 = nn.Conv2d(1, 16, 3, padding=1, bias=False)
+    return net
+
+
+EXITS: dict[str, tuple[Callable[[], nn.Module], list[str], int]] = {
+    "ViT": (vit, ["blocks.0", "blocks.1", "blocks.2", "blocks.3"], 12),
+    "ConvNeXt": (convnext, ["stages.0.blocks.0", "stages.0", "stages.1", "stages.2.blocks.2"], 12),
+    "MobileNet": (mobilenet, ["blocks.1", "blocks.2", "blocks.3", "blocks.4"], 12),
+}
+"""Networks for 32-pixel images by name: their factory, where they get exits, and epochs that they are trained for."""
+
+
+def trained_on(
+    factory: Callable[[], nn.Module], data: Data, epochs: int, file: Path, *, augment: bool = True
+) -> nn.Module:
+    """A network trained by AdamW with one cycle of the learning rate; from ``file`` where an earlier run left it."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = factory()
+        if not file.exists():
+            start = time.perf_counter()
+            _train(net, *data, epochs, augment)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_file(net.state_dict(), file)
+            print(f"{file.stem}: trained in {time.perf_counter() - start:.0f} s", flush=True)
+    net.load_state_dict(load_file(file))
+    return net.eval()
+
+
+def _train(net: nn.Module, x: Tensor, y: Tensor, epochs: int, augment: bool) -> None:
+    optimizer = torch.optim.AdamW(net.parameters(), weight_decay=0.05)
+    steps = epochs * -(-len(x) // BATCH)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 3e-3, total_steps=steps)
+    net.train()
+    for _ in range(epochs):
+        for rows in torch.randperm(len(x)).split(BATCH):
+            loss = F.cross_entropy(net(_moved(x[rows]) if augment else x[rows]), y[rows], label_smoothing=0.1)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+
+
+def _moved(x: Tensor) -> Tensor:
+    """A batch (B, C, H, W) mirrored and shifted by up to 4 pixels, alike for all of it."""
+    if torch.rand(()) < 0.5:
+        x = x.flip(3)
+    top, left = torch.randint(9, (2,)).tolist()
+    return F.pad(x, (4, 4, 4, 4))[:, :, top : top + x.shape[2], left : left + x.shape[3]]
+
+
+def digits(seed: int) -> list[Data]:
+    """scikit-learn's digits (N, 1, 8, 8) in [0, 1] and labels: 800 to train on, 400 to calibrate, 597 to test."""
+    images, labels = load_digits(return_X_y=True)
+    order = np.random.default_rng(seed).permutation(len(labels))
+    x = torch.from_numpy((images[order] / 16).astype(np.float32).reshape(-1, 1, 8, 8))
+    y = torch.from_numpy(labels[order])
+    return [(x[part], y[part]) for part in (slice(800), slice(800, 1200), slice(1200, None))]

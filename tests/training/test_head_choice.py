@@ -1,0 +1,217 @@
+"""Which head is chosen, what that may cost, and that nothing but its arguments decides."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from adaptexit.core.costs import Costs
+from adaptexit.heads import NAMED, GridHead, LinearHead, WideHead
+from adaptexit.heads.by_name import FOR_MAPS, FOR_VECTORS, heads_to_try
+from adaptexit.heads.layout import FeatureSpec
+from adaptexit.networks.build import new_network
+from adaptexit.networks.models import TorchModel
+from adaptexit.training import AutoRecipe, head_choice
+from adaptexit.training.cached_answers import columns_of, record_features
+from adaptexit.training.head_choice import (
+    LEAST_SHARE,
+    MOST_SHARE,
+    Rival,
+    chosen,
+    first_trial,
+    modest,
+    rival_networks,
+    share_of_training,
+)
+from tests.nets import branched_trained, digits
+
+EXITS = ["one", "two"]
+X = torch.from_numpy(np.concatenate([images for images, _ in digits()[:2]]))
+Y = np.concatenate([labels for _, labels in digits()[:2]])
+
+
+def network():
+    return new_network(TorchModel(branched_trained(), None, "backbone"), EXITS, "mlp", None, X[:8], 10, 0)
+
+
+def race(recipe, seed=0, rows=None, n_train=1200):
+    """The choice among a recipe's heads on features of digits."""
+    base = network()
+    networks = rival_networks(base, recipe.candidates([head.spec for head in base.early]), 10, seed)
+    rivals = {name: Rival.of(rival, X[:8], "macs") for name, rival in networks.items()}
+    cache = record_features(
+        base, X.split(100), False, half=False, memory_limit=1 << 30, folder=None, rivals=list(networks.values())
+    )
+    columns, _ = columns_of([base, *networks.values()])
+    caches = {name: cache.part(own) for name, own in zip(rivals, columns[1:], strict=True)}
+    rows = np.arange(n_train) if rows is None else rows
+    return rivals, chosen(rivals, recipe, caches, rows, Y[rows], seed)
+
+
+# -- how far each is trained -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_choosing_and_training_take_three_times_the_pass_and_the_training_at_most(seed):
+    rng = np.random.default_rng(seed)
+    work = {f"head {i}": float(w) for i, w in enumerate(rng.lognormal(0, 3, size=rng.integers(2, 7)))}
+    a_pass = float(rng.lognormal(0, 3))
+    names, share = first_trial(work, a_pass)
+    trials = share * sum(work[name] for name in names)
+    for pair in [(a, b) for a in names for b in names if a != b]:
+        longer = share_of_training([work[name] for name in pair], a_pass) * sum(work[name] for name in pair)
+        for winner in pair:
+            assert a_pass + trials + longer + work[winner] <= 3 * (a_pass + work[winner]) * (1 + 1e-9)
+
+
+def test_the_dearest_are_left_out_where_trials_would_tell_nothing():
+    assert first_trial({"dear": 1000.0, "cheap": 1.0, "fair": 2.0}, 0.5) == (["cheap", "fair"], MOST_SHARE)
+    names, share = first_trial({"dear": 10.0, "cheap": 1.0, "fair": 2.0}, 0.5)
+    assert names == ["cheap", "fair", "dear"]
+    assert LEAST_SHARE <= share == pytest.approx(1.5 / 13)
+    assert first_trial({"only": 5.0}, 1.0) == (["only"], 0.0)
+
+
+# -- who takes part ----------------------------------------------------------------------------------------------------
+
+
+def test_heads_are_those_for_the_kind_of_feature():
+    maps = [FeatureSpec((6, 4, 5), "NCHW"), FeatureSpec((17, 6), "NLC", 1, (4, 4))]
+    assert heads_to_try(maps) is FOR_MAPS
+    for specs in ([FeatureSpec((6,), "NC")], [*maps, FeatureSpec((7, 6), "NLC")]):
+        assert heads_to_try(specs) is FOR_VECTORS
+    assert set(FOR_MAPS) | set(FOR_VECTORS) <= set(NAMED)
+
+
+def test_heads_that_cannot_read_a_feature_are_left_out():
+    def picky(spec, n_classes):
+        if spec.channels != 8:
+            raise ValueError("channels must be 8")
+        return LinearHead(spec, n_classes)
+
+    assert list(rival_networks(network(), {"picky": picky, "linear": LinearHead}, 10, 0)) == ["linear"]
+    with pytest.raises(ValueError, match="heads must hold one that can read the features; got picky: channels must be"):
+        rival_networks(network(), {"picky": picky}, 10, 0)
+
+
+def test_heads_that_would_keep_too_much_are_left_out(monkeypatch):
+    monkeypatch.setattr(head_choice, "MOST_KEPT", 100)
+    factories = {"conv": NAMED["conv"], "linear": LinearHead}
+    assert list(rival_networks(network(), factories, 10, 0)) == ["linear"]
+    assert list(rival_networks(network(), {"conv": NAMED["conv"]}, 10, 0)) == ["conv"]
+
+
+def test_rivals_of_one_reduction_share_what_is_recorded():
+    rivals = rival_networks(network(), {"grid": GridHead, "wide": WideHead, "linear": LinearHead}, 10, 0)
+    columns, sources = columns_of(list(rivals.values()))
+    assert columns == [[0, 1], [0, 1], [2, 3]]
+    assert [k for k, _ in sources] == [0, 1, 0, 1]
+
+
+def test_without_a_comparison_the_best_is_taken_that_costs_little():
+    def rival(price):
+        return Rival(None, Costs(np.array([50.0, 50.0]), np.array([price, 0.0])), 0.0, 0.0)
+
+    prices = {"tiny": 0.1, "fair": 2.9, "dear": 50.0}
+    assert modest({name: rival(price) for name, price in prices.items()}) == "fair"
+    assert modest({"dear": rival(50.0), "less": rival(20.0)}) == "less"
+
+
+# -- the choice --------------------------------------------------------------------------------------------------------
+
+
+def useless(spec, n_classes):
+    """Sees one channel at one place."""
+
+    class Blind(LinearHead):
+        def answer(self, reduced, state=None):
+            return super().answer(torch.zeros_like(reduced))
+
+    return Blind(spec, n_classes)
+
+
+def test_the_better_head_wins_and_the_report_says_what_was_compared():
+    recipe = AutoRecipe([useless, "grid"], epochs=6, batch_size=64)
+    _, (winner, report) = race(recipe)
+    assert winner == report["head"] == "grid"
+    assert json.loads(json.dumps(report)) == report
+    assert report["n_validation"] == 240
+    scores = {name: entry["trials"][0]["score"] for name, entry in report["candidates"].items()}
+    assert scores["grid"] > scores["heads[0]"] + 0.1
+    assert all(len(entry["head_costs"]) == 2 for entry in report["candidates"].values())
+
+
+def test_what_heads_cost_is_counted():
+    """The same answers at the price of a third of the model lose."""
+
+    def dear(spec, n_classes):
+        head = GridHead(spec, n_classes)
+        head.waste = torch.nn.Linear(160, 160)
+        answer = head.answer
+
+        def wasteful(reduced, state=None):
+            head.waste(reduced.new_zeros(len(reduced), 160))
+            return answer(reduced, state)
+
+        head.answer = wasteful
+        return head
+
+    rivals, (winner, report) = race(AutoRecipe([dear, "grid"], epochs=6, batch_size=64))
+    prices = [rivals[name].costs.exits[0] / rivals[name].costs.full for name in ("heads[0]", "grid")]
+    assert prices[0] > prices[1] + 0.2
+    assert len(report["candidates"]["heads[0]"]["trials"]) > 0
+    assert winner == "grid"
+
+
+def test_equal_arguments_give_equal_choices_and_another_seed_other_scores():
+    recipe = AutoRecipe(["linear", "grid"], epochs=2)
+    one, again, other = (race(recipe, seed)[1] for seed in (0, 0, 1))
+    assert one == again
+    assert one[1] != other[1]
+
+
+def test_trials_leave_the_heads_as_they_were():
+    recipe = AutoRecipe(["linear", "grid"], epochs=2)
+    rivals, _ = race(recipe)
+    fresh = rival_networks(network(), recipe.candidates([]), 10, 0)
+    for name, rival in rivals.items():
+        for head, new in zip(rival.network.early, fresh[name].early, strict=True):
+            for (key, value), right in zip(head.state_dict().items(), new.state_dict().values(), strict=True):
+                assert torch.equal(value, right), (name, key)
+
+
+def test_few_samples_are_not_compared():
+    _, (winner, report) = race(AutoRecipe(["linear", "grid"], epochs=1), n_train=900)
+    assert report["n_validation"] == 0
+    assert all(entry["trials"] == [] for entry in report["candidates"].values())
+    assert winner in ("linear", "grid")
+
+
+# -- the recipe --------------------------------------------------------------------------------------------------------
+
+
+def test_names_in_a_save_are_a_closed_set():
+    assert AutoRecipe().named("wide-64") is NAMED["wide-64"]
+    assert AutoRecipe([useless, "grid"]).named("heads[0]") is useless
+    for recipe, name in ((AutoRecipe(), "wide-65"), (AutoRecipe(["grid"]), "linear"), (AutoRecipe(), "__class__")):
+        with pytest.raises(ValueError, match=f"head must be one of those that were compared, .*; got '{name}'"):
+            recipe.named(name)
+
+
+@pytest.mark.parametrize(
+    ("settings", "kind", "says"),
+    [
+        ({"heads": "grid"}, ValueError, r"heads must be 'auto' or a list of heads to compare; got 'grid'"),
+        ({"heads": []}, ValueError, r"heads must be 'auto' or a list"),
+        ({"heads": ["wide-46"]}, ValueError, r"heads must be names among .*got 'wide-46'\. Near it: wide-64"),
+        ({"heads": ["grid", "grid"]}, ValueError, r"heads must name each head once"),
+        ({"heads": [torch.nn.Linear(2, 2)]}, TypeError, r"Every exit needs a head of its own: pass a function"),
+        ({"heads": [3]}, TypeError, r"heads must be names or factories .* got 3"),
+        ({"temperature": 0}, ValueError, r"temperature must be"),
+        ({"epochs": 0}, ValueError, r"epochs must be"),
+    ],
+)
+def test_settings_that_cannot_be(settings, kind, says):
+    with pytest.raises(kind, match=says):
+        AutoRecipe(**settings).check()
