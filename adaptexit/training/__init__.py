@@ -1,4 +1,4 @@
-"""Training of heads: features recorded once, one loop, one recipe a file."""
+"""Training: of heads on features recorded once, or of networks with their exits; one recipe a file."""
 
 from adaptexit.training.feature_cache import FeatureCache as FeatureCache
 from adaptexit.training.feature_cache import collect as collect

@@ -2,6 +2,7 @@ import copy
 import json
 import os
 import pickle
+import re
 import signal
 import subprocess
 import sys
@@ -409,6 +410,15 @@ def test_calibration_compares_with_the_original_on_samples_that_it_has_not_seen(
     assert seen["n"] == 150
     copied = pickle.loads(pickle.dumps(model)).calibrate(*VAL)  # without the original
     assert copied.history_["full_model"] == story
+
+
+def test_a_bar_shows_epochs_loss_and_each_exits_running_accuracy(capsys):
+    joint(epochs=1, batch_size=20).fit(*TRAIN)
+    assert capsys.readouterr() == ("", "")
+    joint(epochs=1, batch_size=20).set_params(verbose=1).fit(*TRAIN)
+    shown = capsys.readouterr().err
+    assert re.search(r"epoch 1/1, loss \d+\.\d+, right % by exit( \d+\.\d){4}", shown)
+    assert "23/23" in shown
 
 
 # -- interruptions -----------------------------------------------------------------------------------------------------
