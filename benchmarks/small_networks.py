@@ -42,9 +42,7 @@ def mobilenet() -> nn.Module:
 
 def resnet_for_digits() -> nn.Module:
     """ResNet-20 for 8x8 images of one channel."""
-    net = resnet20_cifar()
-    net.conv1 = nn.Conv2d(1, 16, 3, padding=1, bias=False)
-    return net
+    return resnet20_cifar(in_channels=1)
 
 
 EXITS: dict[str, tuple[Callable[[], nn.Module], list[str], int]] = {
