@@ -50,8 +50,8 @@ def main() -> None:
         for seed in range(args.seeds):
             start = time.perf_counter()
             model = MultiExitClassifier(
-                net, EXITS, head="mlp", calibrator=EMRouter(), random_state=seed, batch_size=64, calibration_size=0.02,
-                cache_dir=features,
+                net, EXITS, recipe="frozen", calibrator=EMRouter(), random_state=seed, batch_size=64,
+                calibration_size=0.02, cache_dir=features,
             ).fit(*train).calibrate(*val)  # fmt: skip
             outputs, training, answers = model.outputs_, model.training_outputs_, model.record(*test)
             runs.append(measured(outputs, training, answers, seed))

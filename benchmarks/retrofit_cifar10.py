@@ -40,8 +40,9 @@ def main() -> None:
             for seed in range(args.seeds):
                 start = time.perf_counter()
                 model = MultiExitClassifier(
-                    net, EXITS, head=head, calibration_size=0.02, random_state=seed, batch_size=64, cache_dir=features
-                )
+                    net, EXITS, recipe="frozen", head=head, calibration_size=0.02, random_state=seed, batch_size=64,
+                    cache_dir=features,
+                )  # fmt: skip
                 model.fit(*train).calibrate(*val)
                 seconds = time.perf_counter() - start
                 frontier = model.pareto(*test)

@@ -50,7 +50,7 @@ def main() -> None:
     }
     models = {}
     for name, rule in rules.items():
-        model = MultiExitClassifier(net, EXITS, head="mlp", calibrator=rule, batch_size=64).fit(*train)
+        model = MultiExitClassifier(net, EXITS, recipe="frozen", calibrator=rule, batch_size=64).fit(*train)
         models[name] = model.calibrate(*val)
     results: dict[str, Any] = {}
     for size, count in IMAGES.items():

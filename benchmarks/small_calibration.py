@@ -76,7 +76,7 @@ def _record(args: argparse.Namespace) -> Iterator[ExitOutputs]:
         assert outputs is not None
         yield outputs
     train, labels = images(args.data, "train")
-    model = MultiExitClassifier(nets[56], EXITS, calibration_size=0.02, random_state=0, batch_size=64)
+    model = MultiExitClassifier(nets[56], EXITS, recipe="frozen", calibration_size=0.02, random_state=0, batch_size=64)
     model.fit(train[: args.images], labels[: args.images]).calibrate(x, y)
     yield model.outputs_
 

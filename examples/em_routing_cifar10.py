@@ -38,7 +38,7 @@ def main() -> None:
     warnings.simplefilter("ignore", ConvergenceWarning)  # long chains of EM steps are told in posterior_.history
 
     model = MultiExitClassifier(
-        net, exits, head="mlp", calibrator=EMRouter(COST_WEIGHT), batch_size=64, calibration_size=0.02,
+        net, exits, recipe="frozen", calibrator=EMRouter(COST_WEIGHT), batch_size=64, calibration_size=0.02,
         cost=[0.25, 0.5, 0.75, 1.0] if args.paper_costs else "macs",
     )  # fmt: skip
     model.fit(*train).calibrate(*val)

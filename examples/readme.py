@@ -47,7 +47,7 @@ def main() -> None:
 
     print(f"\n-- exits, fitted on {len(train[1]):,} images of train")
     start = time.perf_counter()
-    model = MultiExitClassifier(resnet56, exits=["layer2.3", "layer2", "layer3.4"], recipe="ztw")
+    model = MultiExitClassifier(resnet56, exits=["layer2.3", "layer2", "layer3.4"])
     model.fit(train).calibrate(val)
     minutes = (time.perf_counter() - start) / 60
     print(model)

@@ -28,7 +28,7 @@ def main() -> None:
     parser.add_argument("--checkpoint", help="weights instead of timm's pretrained ones")
     parser.add_argument("--num-classes", type=int, help="of the checkpoint, where not those of the folder")
     parser.add_argument("--exits", nargs="+", help="module names; three at even cost unless given")
-    parser.add_argument("--head", default="mlp", help="mlp, conv, prototype, refined_prototype or residual")
+    parser.add_argument("--head", default="auto", help="see adaptexit.heads.NAMED; the best unless given")
     parser.add_argument("--out", default="retrofit.png", help="where the picture goes")
     args = parser.parse_args()
 

@@ -41,7 +41,7 @@ def test_the_default_is_the_choice(monkeypatch):
     monkeypatch.setattr(AutoRecipe, "usual_epochs", 1)
     monkeypatch.setattr("adaptexit.training.loop.MINIBATCHES", 1)
     choice = MultiExitClassifier(branched_trained(), CUTS).fit(*TRAIN).history_["choice"]
-    assert list(choice["candidates"]) == ["linear", "grid", "grid-64", "wide-32", "wide-64"]
+    assert list(choice["candidates"]) == ["linear", "mlp", "grid", "grid-64", "wide-32", "wide-64"]
     assert choice["head"] in choice["candidates"]
 
 

@@ -43,7 +43,7 @@ NAMED: dict[str, Callable[[FeatureSpec, int], Head]] = HEADS | {
 }
 """Every head that has a name, some with a width in it: a closed set, which saves keep to."""
 
-FOR_MAPS = ("linear", "grid", "grid-64", "wide-32", "wide-64")
+FOR_MAPS = ("linear", "mlp", "grid", "grid-64", "wide-32", "wide-64")
 """Heads to be tried on features whose positions lie on a grid."""
 
 FOR_VECTORS = ("linear", "mlp", "mlp-64")

@@ -46,14 +46,17 @@ LEAST_SHARE, MOST_SHARE = 0.1, 0.5
 STEP = 2e7
 """Multiply-accumulates in whose time a head is called, and its weights are moved, once."""
 
-CLEAR = 0.02
-"""Mean accuracy between the two best from which a longer trial is not needed."""
+CLEAR, LONGER = 0.02, 1.5
+"""Mean accuracy between the two best from which they are not tried again, and how much longer that has to be."""
 
 MODEST, DEAR = 0.03, 0.3
 """Of the model's cost: the most that a head may have that is taken without a comparison, and that is compared."""
 
-MOST_KEPT = 1 << 15
-"""Numbers of a sample that the heads of a network may read in all, unless no heads read fewer."""
+MOST_KEPT = 1 << 31
+"""Numbers (8 GiB of them) that the heads of a network may read of all samples, unless no heads read fewer."""
+
+MANY_SAMPLES = 1 << 16
+"""Taken for the number of samples where the source does not know it."""
 
 
 @dataclass(frozen=True)
@@ -78,15 +81,23 @@ class Rival:
     def of(cls, network: BranchedNetwork, example: torch.Tensor, cost: Any) -> Rival:
         """A network with what it costs, counted or measured on raw inputs; it is in evaluation mode."""
         with evaluating(network.modules), torch.no_grad():
+            costs = network.costs(example, cost)
+            if costs.unit == "MACs":
+                return cls(network, costs, float(costs.exits[:-1].sum()), costs.full)
             macs = sum(counted_macs(head.answer, _reduced(head))[0] for head in network.early)
-            full_macs, _ = counted_macs(network.split.module, network.split.example[:1])
-            return cls(network, network.costs(example, cost), macs, full_macs)
+            return cls(network, costs, macs, counted_macs(network.split.module, network.split.example[:1])[0])
 
 
 def rival_networks(
-    network: BranchedNetwork, factories: Mapping[str, HeadFactory], n_classes: int, seed: int
+    network: BranchedNetwork,
+    factories: Mapping[str, HeadFactory],
+    n_classes: int,
+    seed: int,
+    n_samples: int = MANY_SAMPLES,
 ) -> dict[str, BranchedNetwork]:
-    """Networks on one model with other heads, by name; heads that cannot read its features are left out.
+    """Networks on one model with other heads, by name.
+
+    Heads that cannot read its features are left out, and those for which too much of all samples had to be kept.
 
     Raises
     ------
@@ -108,7 +119,7 @@ def rival_networks(
         sizes[name] = sum(_reduced(head)[0].numel() for head in heads)
     if not rivals:
         raise ValueError(f"heads must hold one that can read the features; got {'; '.join(refusals)}")
-    limit = max(MOST_KEPT, min(sizes.values()))
+    limit = max(MOST_KEPT / n_samples, min(sizes.values()))
     return {name: rival for name, rival in rivals.items() if sizes[name] <= limit}
 
 
@@ -184,7 +195,7 @@ class Trials:
         The same of those to be judged on.
     epochs : int
         Of a whole training.
-    seed : int
+    seed, verbose : int
     """
 
     recipe: AutoRecipe
@@ -195,6 +206,7 @@ class Trials:
     judged_targets: NDArray[Any]
     epochs: int
     seed: int
+    verbose: int
 
     def score(self, name: str, rival: Rival, share: float) -> float:
         """Of heads that were trained for a share of the epochs; the rival's own stay as they are."""
@@ -220,6 +232,7 @@ def chosen(
     rows: NDArray[Any],
     targets: NDArray[Any],
     seed: int,
+    verbose: int = 0,
 ) -> tuple[str, dict[str, Any]]:
     """The name of the head to take, and what was compared, as JSON holds it.
 
@@ -231,6 +244,8 @@ def chosen(
     rows, targets : integer arrays (n,)
         Training samples and their classes.
     seed : int
+    verbose : int
+        From 1 on, a bar over the epochs of every trial.
     """
     epochs = recipe.n_epochs(len(rows))
     run_macs = max(caches[name].n_samples * rival.full_macs for name, rival in rivals.items())
@@ -242,16 +257,18 @@ def chosen(
         },
         "n_validation": 0,
     }
-    if len(rows) < FEWEST_ROWS:
+    parts = _parted(targets, seed)
+    if parts is None:
         winner = modest(rivals)
         return winner, report | {"head": winner}
     affordable = {name: work[name] for name in rivals if dearest_head(rivals[name]) <= DEAR} or work
     names, share = first_trial(affordable, run_macs)
     if len(names) == 1:
         return names[0], report | {"head": names[0]}
-    learning, judged = hold_out(targets, min(VALIDATION_SHARE, MOST_VALIDATION / len(rows)), seed)
-    shuffled = np.random.default_rng(seed).permutation(learning)
-    trials = Trials(recipe, caches, rows[shuffled], targets[shuffled], rows[judged], targets[judged], epochs, seed)
+    learning, judged = parts
+    trials = Trials(
+        recipe, caches, rows[learning], targets[learning], rows[judged], targets[judged], epochs, seed, verbose
+    )  # fmt: skip
     report["n_validation"] = len(judged)
 
     def tried(some: Sequence[str], share: float) -> list[str]:
@@ -263,6 +280,17 @@ def chosen(
     ranking = tried(names, share)
     first, second = (report["candidates"][name]["trials"][0]["score"] for name in ranking[:2])
     longer = share_of_training([work[name] for name in ranking[:2]], run_macs)
-    if first - second < CLEAR and longer > share:
+    if first - second < CLEAR and longer >= LONGER * share:
         ranking = tried(ranking[:2], longer)
     return ranking[0], report | {"head": ranking[0]}
+
+
+def _parted(targets: NDArray[Any], seed: int) -> tuple[NDArray[Any], NDArray[Any]] | None:
+    """Training samples to learn from, in random order, and those to be judged on; None where they are too few."""
+    if len(targets) < FEWEST_ROWS:
+        return None
+    try:
+        learning, judged = hold_out(targets, min(VALIDATION_SHARE, MOST_VALIDATION / len(targets)), seed)
+    except ValueError:  # hardly a class has more than one sample
+        return None
+    return np.random.default_rng(seed).permutation(learning), judged

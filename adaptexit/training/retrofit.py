@@ -17,7 +17,7 @@ from adaptexit.data.classes import hold_out
 from adaptexit.staging.contexts import evaluating
 from adaptexit.training.cached_answers import answers_on, columns_of, record_features
 from adaptexit.training.feature_cache import FeatureCache
-from adaptexit.training.head_choice import Rival, chosen, rival_networks
+from adaptexit.training.head_choice import MANY_SAMPLES, Rival, chosen, rival_networks
 from adaptexit.training.recipes.auto import AutoRecipe
 
 if TYPE_CHECKING:
@@ -119,7 +119,8 @@ def retrofitted(network: BranchedNetwork, recipe: Recipe, batches: Batches, cond
     conditions : Conditions
     """
     example = batches.first()
-    rivals = rivals_of(network, recipe, conditions, example)
+    n_samples = MANY_SAMPLES if batches.n_batches is None else batches.n_batches * len(example)
+    rivals = rivals_of(network, recipe, conditions, example, n_samples)
     networks = [network, *(rival.network for rival in rivals.values())]
     history: History = {}
     head = None
@@ -131,7 +132,9 @@ def retrofitted(network: BranchedNetwork, recipe: Recipe, batches: Batches, cond
         own = columns[0]
         if isinstance(recipe, AutoRecipe) and rivals:
             caches = {name: recorded.part(read) for name, read in zip(rivals, columns[1:], strict=True)}
-            head, history["choice"] = chosen(rivals, recipe, caches, held_in, labels[held_in], conditions.seed)
+            head, history["choice"] = chosen(
+                rivals, recipe, caches, held_in, labels[held_in], conditions.seed, conditions.verbose
+            )
             network, own = rivals[head].network, columns[1 + list(rivals).index(head)]
         with evaluating(network.modules):
             costs = network.costs(example, conditions.cost)
@@ -148,12 +151,14 @@ def retrofitted(network: BranchedNetwork, recipe: Recipe, batches: Batches, cond
     return Trained(network, history, outputs, training, head=head)
 
 
-def rivals_of(network: BranchedNetwork, recipe: Recipe, conditions: Conditions, example: Tensor) -> dict[str, Rival]:
+def rivals_of(
+    network: BranchedNetwork, recipe: Recipe, conditions: Conditions, example: Tensor, n_samples: int
+) -> dict[str, Rival]:
     """Heads to choose from, where the user has left that to the recipe and the recipe to the data."""
     if not (isinstance(recipe, AutoRecipe) and isinstance(conditions.head, str) and conditions.head == "auto"):
         return {}
     factories = recipe.candidates([head.spec for head in network.early])
-    networks = rival_networks(network, factories, len(conditions.classes), conditions.seed)
+    networks = rival_networks(network, factories, len(conditions.classes), conditions.seed, n_samples)
     with evaluating(network.modules):
         return {name: Rival.of(rival, example, conditions.cost) for name, rival in networks.items()}
 

@@ -3,6 +3,7 @@ import dataclasses
 import functools
 import json
 import pickle
+from typing import get_args
 
 import pytest
 import torch
@@ -12,16 +13,21 @@ from torch.nn import functional as F
 from adaptexit.core.answer import Answer
 from adaptexit.heads import (
     HEADS,
+    NAMED,
     ConvHead,
+    GridHead,
     Head,
+    HeadName,
     MLPHead,
     PrototypeHead,
     RefinedPrototypeHead,
     ResidualHead,
     ScalarConfidenceHead,
+    WideHead,
     make_head,
 )
 from adaptexit.heads.base import WrappedHead
+from adaptexit.heads.by_name import FOR_MAPS, FOR_VECTORS
 from adaptexit.heads.layout import FeatureSpec, pooled
 from adaptexit.staging.cost import count_macs
 
@@ -526,6 +532,45 @@ def test_heads_can_be_compiled_and_exported(name, spec):
 def test_heads_by_name():
     assert {name: type(make_head(name, MAP, N_CLASSES)) for name in HEADS} == HEADS
     assert list(HEADS) == ["linear", "mlp", "grid", "conv", "prototype", "refined_prototype", "residual", "wide"]
+
+
+def test_names_with_a_width():
+    assert set(FOR_MAPS) | set(FOR_VECTORS) <= set(NAMED)
+    assert set(get_args(HeadName)) == {"auto", *NAMED}
+    wide, grid, mlp = (make_head(name, MAP, N_CLASSES) for name in ("wide-32", "grid-64", "mlp-64"))
+    assert (wide.width, wide.linear.in_features) == (32, 32)
+    assert (grid.net[1].in_features, grid.net[1].out_features) == (6 * 4 * 4, 64)
+    assert mlp.net[1].out_features == 64
+
+
+def test_heads_on_a_pooled_map_by_hand():
+    x = features(MAP, 3, torch.float64)
+    grid = awake(make_head("grid", MAP, N_CLASSES).double())
+    norm, linear = grid.net
+    flat = F.adaptive_avg_pool2d(x, (4, 4)).flatten(1)
+    torch.testing.assert_close(grid(x).logits, linear(F.layer_norm(flat, flat.shape[1:], norm.weight, norm.bias)))
+    mean = awake(make_head("linear", MAP, N_CLASSES).double())
+    vectors = F.layer_norm(x.mean(dim=(2, 3)), (6,), mean.norm.weight, mean.norm.bias)
+    torch.testing.assert_close(mean(x).logits, mean.linear(vectors))
+
+
+def test_a_wide_head_keeps_its_width_where_the_feature_has_it_already():
+    assert WideHead(MAP, N_CLASSES, width=6).block.downsample is None
+    assert WideHead(MAP, N_CLASSES, width=7).block.downsample[0].weight.shape == (7, 6, 1, 1)
+    with pytest.raises(ValueError, match="width must be an integer of at least 1; got 0"):
+        WideHead(MAP, N_CLASSES, width=0)
+
+
+def test_heads_of_one_pooled_size_share_what_is_recorded_for_them():
+    keys = {make_head(name, MAP, N_CLASSES).reduction_key for name in ("grid", "grid-64", "residual", "wide-32")}
+    assert len(keys) == 1
+    assert GridHead(MAP, N_CLASSES, size=2).reduction_key not in keys
+
+    class Doubled(GridHead):
+        def reduce(self, feature):
+            return 2 * super().reduce(feature)
+
+    assert Doubled(MAP, N_CLASSES).reduction_key not in keys
 
 
 def test_a_factory_of_a_module_is_wrapped():

@@ -95,11 +95,12 @@ def test_heads_that_cannot_read_a_feature_are_left_out():
         rival_networks(network(), {"picky": picky}, 10, 0)
 
 
-def test_heads_that_would_keep_too_much_are_left_out(monkeypatch):
-    monkeypatch.setattr(head_choice, "MOST_KEPT", 100)
+def test_heads_for_which_too_much_would_be_kept_are_left_out():
+    """8 channels of 8x8 and 16 of 4x4 for convolutions, 24 means for the others."""
     factories = {"conv": NAMED["conv"], "linear": LinearHead}
-    assert list(rival_networks(network(), factories, 10, 0)) == ["linear"]
-    assert list(rival_networks(network(), {"conv": NAMED["conv"]}, 10, 0)) == ["conv"]
+    assert list(rival_networks(network(), factories, 10, 0, 2**20)) == ["conv", "linear"]
+    assert list(rival_networks(network(), factories, 10, 0, 2**22)) == ["linear"]
+    assert list(rival_networks(network(), {"conv": NAMED["conv"]}, 10, 0, 2**40)) == ["conv"]
 
 
 def test_rivals_of_one_reduction_share_what_is_recorded():
@@ -186,6 +187,13 @@ def test_few_samples_are_not_compared():
     assert report["n_validation"] == 0
     assert all(entry["trials"] == [] for entry in report["candidates"].values())
     assert winner in ("linear", "grid")
+
+
+def test_classes_of_one_sample_each_are_not_compared():
+    rows = np.arange(1200)
+    assert head_choice._parted(rows, 0) is None
+    learning, judged = head_choice._parted(rows // 4, 0)
+    assert sorted([*learning, *judged]) == rows.tolist()
 
 
 # -- the recipe --------------------------------------------------------------------------------------------------------
