@@ -30,7 +30,7 @@ from adaptexit import (
     TemperatureCalibrator,
     ThresholdCalibrator,
 )
-from adaptexit.core.frontier import ParetoFrontier
+from adaptexit.core.frontier import OperatingPoint, ParetoFrontier
 from adaptexit.core.metrics import exit_calibration, survivor_shift
 from benchmarks.calexnet_rows import GROUPS, Row
 from benchmarks.cifar import arguments
@@ -50,6 +50,12 @@ EXITS = ["layer1.4", "layer1.8", "layer2.4", "layer2.8"]
 REDUCTIONS = (0.2, 0.3, 0.4, 0.5, 0.6, 0.7)
 MARGINS = (0.05, 0.2, 0.4)
 
+RESNET56_MACS = 125_485_696
+WHOLE_MAP_EXTRA = np.array(
+    [2 * 9 * c * c * (side * side - 4 * 4) for c, side in ((16, 32), (16, 32), (32, 16), (32, 16))]
+)
+"""MACs that a block of two 3x3 convolutions costs more on the whole map than on 4x4, by exit."""
+
 Runs = dict[str, list[dict[str, Any]]]
 
 
@@ -57,11 +63,12 @@ def main() -> None:
     """Run what is missing of the groups asked for, for every seed; write; report."""
     parser = arguments(__doc__)
     parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=GROUPS)
-    parser.add_argument("--rows", default="", help="only rows whose name has this in it")
+    parser.add_argument("--rows", nargs="+", default=[""], help="only rows whose names have one of these in them")
     parser.add_argument("--anew", action="store_true", help="run again what the results have of these groups")
     parser.add_argument("--features", type=Path, help="folder that keeps cached features between runs")
     args = parser.parse_args()
-    rows = {name: row for group in args.groups for name, row in GROUPS[group].items() if args.rows in name}
+    named = {name: row for group in args.groups for name, row in GROUPS[group].items()}
+    rows = {name: row for part in args.rows for name, row in named.items() if part in name}
     data = learning(args.data, args.images)
     runs = stored_runs()
     if args.anew:
@@ -176,6 +183,8 @@ def report(runs: Runs) -> None:
         if tested:
             report_losses(group, tested)
         report_histories(of_group)
+    if runs.get("ZTW"):
+        report_whole_map_price(runs["ZTW"])
     if runs.get("CalexNet"):
         report_exits([run["exits"] for run in runs["CalexNet"]])
 
@@ -197,6 +206,28 @@ def report_losses(group: str, runs: Runs) -> None:
         rows = [[name, *(spread(column) for column in stacked(of, key).T)] for name, of in runs.items()]
         header = ["method", *(f"FR {reduction}" for reduction in REDUCTIONS)]
         print_table(f"Loss of test accuracy (points) at matched FLOPs reduction: {title}", header, rows)
+
+
+def report_whole_map_price(runs: list[dict[str, Any]]) -> None:
+    """What ZTW's margins lose if its blocks, trained on 4x4, cost what they do on the whole map: nothing is run."""
+    losses = []
+    for run in runs:
+        points = []
+        for sweep_point in run["sweep"]:
+            rates = np.array(sweep_point["exit_rates"])
+            passed = 1.0 - np.cumsum(rates) + rates  # a sample that leaves at exit k has paid for heads 0 to k
+            cost = sweep_point["cost"] + float(passed[:-1] @ WHOLE_MAP_EXTRA) / RESNET56_MACS
+            none = np.full(len(rates), -np.inf)
+            points.append(OperatingPoint(sweep_point["accuracy"], cost, rates, none, none))
+        fixed = np.array(run["exit_accuracy"]), np.array(run["exit_cost"])
+        frontier = ParetoFrontier(points, run["full_accuracy"], *fixed, n_samples=1)
+        losses.append(100 * (run["full_accuracy"] - frontier.accuracy_at(reduction=REDUCTIONS)))
+    extra = " ".join(f"{macs / 1e6:.2f}" for macs in WHOLE_MAP_EXTRA)
+    print_table(
+        f"ZTW at the price of blocks on the whole map, {extra} M MACs more a head: loss (points), margins",
+        ["method", *(f"FR {reduction}" for reduction in REDUCTIONS)],
+        [["ZTW", *(spread(column) for column in np.array(losses).T)]],
+    )
 
 
 def megas(macs: list[float]) -> list[str]:

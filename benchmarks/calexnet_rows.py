@@ -17,6 +17,7 @@ COSTS = (0.20, 0.35, 0.52, 0.67)
 """Relative MACs up to the four exits, prototype heads included."""
 
 EPOCHS_OF_STEPS = {
+    64: {900: 3},
     256: {1000: 13, 2000: 26, 4000: 52, 7700: 100, 8000: 104},
     2048: {1000: 100, 2000: 200, 4000: 400, 8000: 800},
 }
@@ -66,21 +67,27 @@ STEPS = {
 }
 
 JOINT = {
-    f"PTEEnet, joint loss, cost weight {weight:g}{comment}": Row(
-        partial(PTEERecipe, loss="cumulative", costs=COSTS, cost_weight=weight), head
+    f"PTEEnet, joint loss, cost weight {weight:g}": Row(
+        partial(PTEERecipe, loss="cumulative", costs=COSTS, cost_weight=weight)
     )
-    for weight, head, comment in (
-        (0.9, "auto", ""), (0.1, "auto", ""), (3, "auto", ""), (0.9, "residual", ", residual heads"),
+    for weight in (0.9, 0.1, 3)
+} | {
+    "PTEEnet, joint loss, residual heads; 2,000 of 256": Row(
+        partial(PTEERecipe, loss="cumulative", costs=COSTS, batch_size=256, epochs=EPOCHS_OF_STEPS[256][2000]),
+        "residual",
     )
-}  # fmt: skip
-"""The public code's cost weight is 0.9; all other settings are those of the row "PTEEnet"."""
+}
+"""The public code's cost weight is 0.9; all other settings are those of the row "PTEEnet" where a row names none."""
 
 BLOCKS = {
-    f"ZTW, {name}; 2,000 of 256": Row(
-        partial(ZTWRecipe, size, batch_size=256, epochs=EPOCHS_OF_STEPS[256][2000]), options={"cache_half": True}
+    f"ZTW, {name}; {steps:,} of {batch_size}": Row(
+        partial(ZTWRecipe, size, batch_size=batch_size, epochs=EPOCHS_OF_STEPS[batch_size][steps]),
+        options={"cache_half": True},
     )
+    for batch_size, steps in ((64, 900), (256, 1000))
     for name, size in (("4x4", 4), ("whole map", None))
 }
+"""As many steps for heads and again for ensembles; features in half precision, as whole maps take 2 GB so."""
 
 FACTORS = {
     f"BoostNet's factors; {steps:,} of {batch_size:,}": Row(
@@ -90,8 +97,9 @@ FACTORS = {
         ),
         trained_only=True,
     )
-    for batch_size in (256, 2048)
+    for batch_size, most in ((256, 8000), (2048, 2000))
     for steps in (1000, 2000, 4000, 8000)
+    if steps <= most
 }  # fmt: skip
 
 GROUPS: dict[str, dict[str, Row]] = {

@@ -26,7 +26,7 @@ KINDS = {
     "refined prototypes, CalexNet": ("calexnet_cifar10", "runs", "CalexNet"),
     "block on 4x4, CalexNet": ("calexnet_cifar10", "runs", "CalexNet, residual heads"),
     "block on 4x4, ZTW": ("calexnet_cifar10", "runs", "ZTW"),
-    "block on the whole map, ZTW": ("calexnet_cifar10", "runs", "ZTW, whole map; 2,000 of 256"),
+    "block on the whole map, ZTW": ("calexnet_cifar10", "runs", "ZTW, whole map; 1,000 of 256"),
 }
 """What answers at the exits: the results that have it, and where."""
 

@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Subset
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
@@ -26,18 +26,17 @@ def pretrained(depth: int, weights: Path) -> nn.Module:
     return net.eval()
 
 
-def images(data: Path, split: str) -> Data:
-    """Normalised images (N, 3, 32, 32) and labels (N,) of ``data/split/<class>/*.jpg``, shuffled once.
+def images(data: Path, split: str, n_images: int | None = None) -> Data:
+    """Normalised images (N, 3, 32, 32) and labels (N,) of ``data/split/<class>/*.jpg``, shuffled once; all or so many.
 
     Image folders come class by class; shuffled, every batch has its share of hard images.
     """
     folder = ImageFolder(data / split, v2.Compose([TO_TENSOR, NORMALISE]))
-    x, y = zip(*DataLoader(folder, batch_size=500), strict=True)
-    order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(0))
-    return torch.cat(x)[order], torch.cat(y)[order]
+    order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(0))[:n_images]
+    x, y = zip(*DataLoader(Subset(folder, order.tolist()), batch_size=500), strict=True)
+    return torch.cat(x), torch.cat(y)
 
 
 def learning(data: Path, n_images: int) -> list[Data]:
     """Images and labels of ``train``, so many of them, of ``val`` and of ``test``."""
-    x, y = images(data, "train")
-    return [(x[:n_images].clone(), y[:n_images].clone()), images(data, "val"), images(data, "test")]
+    return [images(data, "train", n_images), images(data, "val"), images(data, "test")]
