@@ -128,7 +128,7 @@ class BranchedExits(AllExits):
             features.append((tensor, writes_into(tensor)))
 
         with evaluating(network.modules), torch.inference_mode(False), torch.no_grad():
-            self._run(network.split.example[:2].clone(), look)
+            self._run(network.split.example[:2].clone().to(network.model.device), look)
         behind = [writes_into(feature) != writes for feature, writes in features]
         return [a or b for a, b in zip(behind, network.heads_that_overwrite, strict=True)]
 
@@ -157,9 +157,10 @@ def _with_gradient_times(feature: Any, factor: float) -> Any:
     def scaled(part: Any) -> Any:
         if not (isinstance(part, Tensor) and part.requires_grad):
             return part
-        alias = part.view_as(part)
-        alias.register_hook(lambda gradient: gradient * factor)
-        return alias
+        # A copy: what is written into a view would pass its gradient by the hook.
+        copy = part.clone()
+        copy.register_hook(lambda gradient: gradient * factor)
+        return copy
 
     return mapped(feature, scaled)
 

@@ -116,15 +116,45 @@ def gradients_of(net, rescale, losses):
     return [copy.deepcopy(p.grad) for p in net.model.module.parameters()]
 
 
-@pytest.mark.parametrize("kind", ["branched", "native"])
+class Overwriting(nn.Module):
+    """A network built with exits, whose second stage writes into what it reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(
+            [nn.Conv2d(1, 8, 3, padding=1), nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, padding=1))]
+        )
+        self.heads = nn.ModuleList(
+            [nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)) for _ in range(2)]
+        )
+
+
+def networks():
+    return {
+        "branched": network(),
+        "branched, written into": network(net=Resized().eval(), exits=["one", "two"]),
+        "native": NativeNetwork(TorchModel(native_net().eval(), None, "")),
+        "native, written into": NativeNetwork(TorchModel(Overwriting().eval(), None, "")),
+    }
+
+
+@pytest.mark.parametrize("kind", networks())
 def test_rescaled_gradients_are_the_shares_of_the_paper(kind):
     """Of K exits, the part of exit k in the layers before it is 1/(K-k) times prod_{j<k} (K-j-1)/(K-j) = 1/K."""
-    net = network() if kind == "branched" else NativeNetwork(TorchModel(native_net().eval(), None, ""))
+    net = networks()[kind]
     n = net.n_exits
     stem = 0  # the first convolution lies before every exit
     together = gradients_of(net, True, lambda answers: sum(logits.square().mean() for logits in answers))[stem]
     plain = gradients_of(net, False, lambda answers: sum(logits.square().mean() for logits in answers))[stem]
     torch.testing.assert_close(together, plain / n, rtol=1e-4, atol=1e-7)
+
+
+def test_a_network_that_was_moved_after_it_was_cut_is_looked_at_where_it_is():
+    net = network("mlp", Resized().eval(), ["one", "two"])
+    for module in net.modules:
+        module.to("meta")
+    net.model._like = net.model.module.one.weight  # "meta" alone makes new parameters
+    assert all_exits(net)(X.to("meta"))[-1].device.type == "meta"
 
 
 def test_rescaling_changes_no_answer():
