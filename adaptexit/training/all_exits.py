@@ -97,7 +97,10 @@ class BranchedExits(AllExits):
             own, onward = self.at_branch(k, feature)
             own = sole_tensor(own)
             head: Any = self.heads[k]
-            if self._copied[k]:
+            like = next((p for p in head.parameters() if p.is_floating_point()), own)
+            if own.dtype != like.dtype and not torch.is_autocast_enabled(own.device.type):
+                own = own.to(like.dtype)  # heads of a network in half precision are in single
+            elif self._copied[k]:
                 own = own.clone()
             answer = head(own, mapped(state, _detached)) if head.chained else head(own)
             state = state if answer.state is None else answer.state

@@ -46,6 +46,14 @@ class Resized(nn.Module):
         return self.out(F.dropout(x.mean((2, 3)), 0.5, self.training))
 
 
+def test_heads_of_a_network_in_half_precision_read_their_own():
+    net = network("mlp", Resized().bfloat16().eval(), ["one", "two"])
+    answers = all_exits(net)(X.bfloat16())
+    assert [logits.dtype for logits in answers] == [torch.float32, torch.float32, torch.bfloat16]
+    sum(logits.float().sum() for logits in answers).backward()
+    assert net.model.module.one.weight.grad is not None
+
+
 def stages_given():
     return nn.Sequential(*branched_trained().children())
 
