@@ -94,6 +94,8 @@ class BranchedExits(AllExits):
         def branch(feature: Any) -> Any:
             nonlocal state
             k = len(answers)
+            if k == len(self.cuts):
+                raise self._not_passed_once(k + 1)
             own, onward = self.at_branch(k, feature)
             own = sole_tensor(own)
             head: Any = self.heads[k]
@@ -107,8 +109,16 @@ class BranchedExits(AllExits):
             answers.append(answer.logits)
             return onward if self.rescale else None
 
-        answers.append(logits_in(self._run(x, branch), "backbone"))
-        return answers
+        last = logits_in(self._run(x, branch), "backbone")
+        if len(answers) != len(self.cuts):
+            raise self._not_passed_once(len(answers))
+        return [*answers, last]
+
+    def _not_passed_once(self, count: int) -> ValueError:
+        return ValueError(
+            f"the model must pass each of its {len(self.cuts)} cuts once in training mode, too; it passed {count}. "
+            f"Turn off what skips or repeats layers in training, or cut elsewhere than after {', '.join(self.cuts)}."
+        )
 
     def _run(self, x: Any, branch: Any) -> Any:
         """The model's answer; ``branch`` is called with what each cut returns and may put something in its place."""

@@ -249,13 +249,15 @@ class Witnessed:
                 self._answers.append(logits_in(last, self._original.label).argmax(1).cpu().numpy())
             yield x
 
-    def story(self, outputs: ExitOutputs) -> History:
-        """What became of the full model, on the samples that were read; a warning where it has lost."""
-        if self._original is None:
-            return {}
+    def story(self, outputs: ExitOutputs, history: History) -> History:
+        """The history, with what became of the full model on the samples read; a warning where it has lost."""
+        if "full_model" not in history:
+            return history
+        if self._original is None:  # loaded, or from scratch
+            return history | {"full_model": full_model_story(outputs, None)}
         story = full_model_story(outputs, np.concatenate(self._answers))
         _remark_on_loss(story)
-        return {"full_model": story}
+        return history | {"full_model": story}
 
 
 def full_model_story(outputs: ExitOutputs, before: NDArray[Any] | None) -> dict[str, Any]:

@@ -100,6 +100,31 @@ def test_features_that_layers_behind_the_cut_write_into_can_be_learned_from():
         torch.testing.assert_close(exits(X)[0], answers_of(net, X)[0], rtol=1e-5, atol=1e-5)
 
 
+class Skipping(nn.Module):
+    """Passes its second layer twice, or not at all, in training."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.out, self.times = nn.Linear(4, 10), times
+
+    def forward(self, x):
+        x = self.one(x)
+        for _ in range(self.times if self.training else 1):
+            x = self.two(x)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_layers_that_training_skips_or_repeats_are_named(times):
+    model = TorchModel(Skipping(times).eval(), None, "backbone")
+    net = new_network(model, ["one", "two"], "mlp", None, torch.rand(8, 4), 10, 0)
+    with pytest.raises(
+        ValueError, match=f"must pass each of its 2 cuts once in training mode, too; it passed {1 + times}"
+    ):
+        all_exits(net).train()(torch.rand(8, 4))
+
+
 def test_no_hook_is_left_behind_even_after_an_error():
     net = network()
     exits = all_exits(net)

@@ -77,8 +77,9 @@ class JointRecipe(BaseEstimator):
         Heads are boosted with this weight of earlier answers: every head learns CE(out_n + F_{n-1}), F_{n-1} without
         a gradient (:class:`adaptexit.heads.chained.BoostedHead`).
     trainable : {"all", "norm"} or list of str, default="all"
-        What of the network learns: everything, normalisation layers, or the parameters whose names, or whose modules'
-        names, fit a pattern ("layer3.*", "linear"). Heads always learn. What does not learn stays to the bit.
+        What of the network learns, whatever its ``requires_grad`` says: everything, normalisation layers, or the
+        parameters whose names, or whose modules' names, fit a pattern ("layer3.*", "linear"). Heads always learn. What
+        does not learn stays to the bit.
     batch_norm : {"learn", "freeze"}, default="learn"
         Whether running means and variances of the network follow the data. Those of layers that do not learn never do.
     mixup, cutmix : float, default=0.0
