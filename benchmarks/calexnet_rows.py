@@ -85,9 +85,8 @@ BLOCKS = {
     )
     for name, size in (("4x4", 4), ("whole map", None))
 }
-"""As many steps for heads and again for ensembles; features in half precision, as whole maps take 2 GB so.
-
-A whole map takes 1.4 ms an image and step on one core, fifty times what 4x4 takes: hence so few steps."""
+"""As many steps for heads and again for ensembles, few because convolutions of whole maps take long; features in half
+precision, as whole maps take 2 GB so."""
 
 FACTORS = {
     f"BoostNet's factors; {steps:,} of {batch_size:,}": Row(
