@@ -269,7 +269,7 @@ class MultiExitClassifier(AdaptiveClassifier):
         calibrator, network = self._fresh_calibrator(weights), self._with_reader(self._network)
         witnessed: Any = Witnessed(batches, self._original)
         outputs = self._outputs_on(network, witnessed, calibrator, classes, weights)
-        self.history_ = self.history_ | witnessed.story(outputs)
+        self.history_ = witnessed.story(outputs, self.history_)
         self.self_calibrated_ = False
         return self._keep(network, calibrator, outputs, batches, classes)
 

@@ -294,6 +294,12 @@ def restore_model(
     model = build_model(given, preprocess, label, device)
     if isinstance(model, TorchModel):
         current = plain_weights(model.module)
+        if (
+            current.keys() != weights.keys()
+            and plain_weights(inner := unwrapped(model.module)).keys() == weights.keys()
+        ):
+            # A copy that was trained has left its wrapper behind.
+            model, current = TorchModel(inner, model.preprocess, label), plain_weights(inner)
         same = current.keys() == weights.keys()
         for key, weight in weights.items():
             if key in current and current[key].dtype != weight.dtype:

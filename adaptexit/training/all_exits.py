@@ -94,18 +94,31 @@ class BranchedExits(AllExits):
         def branch(feature: Any) -> Any:
             nonlocal state
             k = len(answers)
+            if k == len(self.cuts):
+                raise self._not_passed_once(k + 1)
             own, onward = self.at_branch(k, feature)
             own = sole_tensor(own)
             head: Any = self.heads[k]
-            if self._copied[k]:
+            like = next((p for p in head.parameters() if p.is_floating_point()), own)
+            if own.dtype != like.dtype and not torch.is_autocast_enabled(own.device.type):
+                own = own.to(like.dtype)  # heads of a network in half precision are in single
+            elif self._copied[k]:
                 own = own.clone()
             answer = head(own, mapped(state, _detached)) if head.chained else head(own)
             state = state if answer.state is None else answer.state
             answers.append(answer.logits)
             return onward if self.rescale else None
 
-        answers.append(logits_in(self._run(x, branch), "backbone"))
-        return answers
+        last = logits_in(self._run(x, branch), "backbone")
+        if len(answers) != len(self.cuts):
+            raise self._not_passed_once(len(answers))
+        return [*answers, last]
+
+    def _not_passed_once(self, count: int) -> ValueError:
+        return ValueError(
+            f"the model must pass each of its {len(self.cuts)} cuts once in training mode, too; it passed {count}. "
+            f"Turn off what skips or repeats layers in training, or cut elsewhere than after {', '.join(self.cuts)}."
+        )
 
     def _run(self, x: Any, branch: Any) -> Any:
         """The model's answer; ``branch`` is called with what each cut returns and may put something in its place."""
@@ -128,7 +141,7 @@ class BranchedExits(AllExits):
             features.append((tensor, writes_into(tensor)))
 
         with evaluating(network.modules), torch.inference_mode(False), torch.no_grad():
-            self._run(network.split.example[:2].clone(), look)
+            self._run(network.split.example[:2].clone().to(network.model.device), look)
         behind = [writes_into(feature) != writes for feature, writes in features]
         return [a or b for a, b in zip(behind, network.heads_that_overwrite, strict=True)]
 
@@ -157,9 +170,10 @@ def _with_gradient_times(feature: Any, factor: float) -> Any:
     def scaled(part: Any) -> Any:
         if not (isinstance(part, Tensor) and part.requires_grad):
             return part
-        alias = part.view_as(part)
-        alias.register_hook(lambda gradient: gradient * factor)
-        return alias
+        # A copy: what is written into a view would pass its gradient by the hook.
+        copy = part.clone()
+        copy.register_hook(lambda gradient: gradient * factor)
+        return copy
 
     return mapped(feature, scaled)
 

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import pickle
 import re
 from collections.abc import Mapping
+from enum import Enum
 from functools import partial
 from pathlib import Path
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from adaptexit.exceptions import CheckpointWarning, warn
 from adaptexit.utils.files import parsed_json, read_bytes, sha256_of, write_text
 from adaptexit.utils.folders import Kind, put_back, written_whole
 
 FORMAT = 1
-_ADDRESS = re.compile(r" at 0x[0-9a-f]+")
+_ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _MARKER, _STATE = "checkpoint.json", "state.pt"
 
 _KIND = Kind(
@@ -71,40 +74,88 @@ class Checkpoints:
                 raise ValueError(f"{self.place / _STATE} is not what was written.")
             # Tensors and plain values: weights_only runs no code that a file brings.
             state: dict[str, Any] = torch.load(self.place / _STATE, map_location="cpu", weights_only=True)
-        except (ValueError, OSError, RuntimeError) as error:
+        except (ValueError, OSError, RuntimeError, pickle.UnpicklingError) as error:
             warn(f"a checkpoint is passed over, and training begins anew: {error}", CheckpointWarning)
             return None
         return state
 
 
 def key_of(*parts: Any) -> str:
-    """One hash of settings, numbers and tensors, the same in every process."""
-    digest = hashlib.sha256()
+    """One hash of settings, numbers, tensors, functions and objects, the same in every process.
+
+    Functions count by their code and what they hold on to, objects by their class, what it does when it is called, and
+    their attributes; the code of what they call in turn is not looked at.
+    """
+    fingerprint = _Fingerprint()
     for part in parts:
-        _feed(digest, part)
-    return digest.hexdigest()
+        fingerprint.feed(part)
+    return fingerprint.digest.hexdigest()
 
 
-def _feed(digest: Any, part: Any) -> None:
-    if isinstance(part, Mapping):
-        for name in sorted(part):
-            digest.update(f"{name}=".encode())
-            _feed(digest, part[name])
-    elif isinstance(part, (list, tuple)):
-        digest.update(f"{len(part)}[".encode())
-        for entry in part:
-            _feed(digest, entry)
-    elif isinstance(part, (Tensor, np.ndarray)):
+class _Fingerprint:
+    """A hash fed with one part after the other."""
+
+    def __init__(self) -> None:
+        self.digest = hashlib.sha256()
+        self.seen: dict[int, Any] = {}  # kept, as the identity of what is gone may come again
+
+    def text(self, *words: Any) -> None:
+        self.digest.update(f"{words!r};".encode())
+
+    def feed(self, part: Any) -> None:
+        if isinstance(part, np.generic):
+            part = part.item()
+        if isinstance(part, Mapping):
+            self.text("mapping", len(part))
+            for name in sorted(part, key=repr):
+                self.feed(name)
+                self.feed(part[name])
+        elif isinstance(part, (list, tuple)):
+            self.text("sequence", len(part))
+            for entry in part:
+                self.feed(entry)
+        elif isinstance(part, (set, frozenset)):  # whose order differs from process to process
+            self.text("set", sorted(map(repr, part)))
+        elif isinstance(part, (Tensor, np.ndarray)):
+            self._feed_array(part)
+        elif isinstance(part, (type(None), str, bytes, int, float, complex, Enum)):
+            self.text(part)
+        elif isinstance(part, CodeType):  # not by its text, which tells the file and the line
+            self.feed([part.co_code, part.co_names, part.co_consts])
+        elif isinstance(part, ModuleType):
+            self.text("module", part.__name__)
+        elif isinstance(part, MethodType):
+            self.feed([part.__func__, part.__self__])
+        elif id(part) in self.seen:
+            self.text("again", list(self.seen).index(id(part)))
+        else:
+            self.seen[id(part)] = part
+            self._feed_object(part)
+
+    def _feed_array(self, part: Any) -> None:
         array = part.detach().cpu().contiguous() if isinstance(part, Tensor) else torch.from_numpy(part.copy())
-        digest.update(f"{array.dtype}{tuple(array.shape)}".encode())
-        digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
-    elif hasattr(part, "get_params"):
-        digest.update(type(part).__qualname__.encode())
-        _feed(digest, part.get_params(deep=False))
-    elif isinstance(part, partial):
-        _feed(digest, [part.func, part.args, part.keywords])
-    elif hasattr(part, "__qualname__"):
-        digest.update(f"{part.__module__}.{part.__qualname__}".encode())
-    else:
-        digest.update(_ADDRESS.sub("", repr(part)).encode())
-    digest.update(b";")
+        self.text("array", str(array.dtype), tuple(array.shape))
+        self.digest.update(array.reshape(-1).view(torch.uint8).numpy().data)
+
+    def _feed_object(self, part: Any) -> None:
+        if isinstance(part, partial):
+            self.feed([part.func, part.args, part.keywords])
+        elif isinstance(part, FunctionType):
+            self.text("function", part.__module__, part.__qualname__)
+            held = [cell.cell_contents for cell in part.__closure__ or () if _is_filled(cell)]
+            self.feed([part.__code__, part.__defaults__, part.__kwdefaults__, held])
+        elif hasattr(part, "__qualname__"):  # a class, or a function that is not Python's
+            self.text("name", getattr(part, "__module__", None), part.__qualname__)
+        else:
+            kind = type(part)
+            self.text("object", kind.__module__, kind.__qualname__)
+            called = "forward" if isinstance(part, nn.Module) else "__call__"
+            self.feed(next((vars(base)[called] for base in kind.__mro__ if called in vars(base)), None))
+            self.feed(getattr(part, "__dict__", None) or _ADDRESS.sub("", repr(part)))
+
+
+def _is_filled(cell: Any) -> bool:
+    try:
+        return cell.cell_contents is not cell
+    except ValueError:  # of a name that is not bound yet
+        return False

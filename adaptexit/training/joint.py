@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,13 +15,14 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 from tqdm import tqdm
 
+from adaptexit.heads.base import Head
 from adaptexit.networks.models import TorchModel
 from adaptexit.networks.readers import logits_in
 from adaptexit.staging.contexts import evaluating
 from adaptexit.training.all_exits import AllExits
+from adaptexit.training.averages import average_of, take_statistics_anew
 from adaptexit.training.checkpoints import Checkpoints
 from adaptexit.training.joint_loss import exit_losses, mixed, mixup_of
 from adaptexit.training.loop import only_learning, row_batches, seeded_everywhere
@@ -66,24 +66,20 @@ class Progress:
         Epochs that are over.
     loss, accuracy : lists of K lists
         By exit and epoch, as met while training.
-    seconds : list of float
-        Of the epochs that this process has run.
     """
 
     n_exits: int
     epoch: int = 0
     loss: list[list[float]] = field(default_factory=list)
     accuracy: list[list[float]] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
 
-    def add(self, losses: list[float], accuracies: list[float], seconds: float) -> None:
+    def add(self, losses: list[float], accuracies: list[float]) -> None:
         """Account for one more epoch."""
         if not self.loss:
             self.loss, self.accuracy = [[] for _ in losses], [[] for _ in losses]
         for k, (loss, accuracy) in enumerate(zip(losses, accuracies, strict=True)):
             self.loss[k].append(loss)
             self.accuracy[k].append(accuracy)
-        self.seconds.append(seconds)
         self.epoch += 1
 
 
@@ -118,17 +114,19 @@ class JointTraining:
     ) -> None:
         self.exits, self.model, self.teacher, self.data = exits, model, teacher, data
         self.settings, self.exit_weights, self.seed, self.processes = settings, exit_weights, seed, processes
-        self.head_learners = [p for head in exits.head_modules for p in class_parameters(head)]
+        head_learners = [p for head in exits.head_modules for p in class_parameters(head)]
+        self.head_learners = list(dict.fromkeys(head_learners))  # exits may share a head
         heads = {id(parameter) for parameter in self.head_learners}
         trainable = trainable_parameters(exits.model, settings["trainable"])
         self.network_learners = [parameter for parameter in trainable if id(parameter) not in heads]
+        self.learners = [*self.network_learners, *self.head_learners]
         self.optimizer = _optimizer(settings, self.network_learners, self.head_learners)
         self.steps_per_epoch = len(self._batches(0))
         self.total_steps = self.steps_per_epoch * settings["epochs"]
         self.schedule = _schedule(self.optimizer, settings, self.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=settings["precision"] == "fp16")
         self.mixup = mixup_of(settings, data.n_classes)
-        self.average = _averaged(exits, settings)
+        self.average = average_of(exits, settings["averaging"], settings["average_decay"])
         self.progress = Progress(exits.n_exits)
         self.told: dict[str, Any] = {}  # kept with the state, for whoever goes on from it
 
@@ -139,7 +137,7 @@ class JointTraining:
         elif self.processes.main:
             checkpoints.keep(0, self.state())  # what the heads have learned so far
         self.processes.wait()
-        epochs, learners = self.settings["epochs"], [*self.network_learners, *self.head_learners]
+        epochs, learners = self.settings["epochs"], self.learners
         shown = verbose >= 1 and self.processes.main
         with (
             only_learning(learners, [self.exits]),
@@ -197,23 +195,29 @@ class JointTraining:
         return row_batches(shuffled, self.settings["batch_size"], least=2 * self.processes.count)
 
     def _epoch(self, forward: nn.Module, seed: int, bar: Any) -> None:
-        start, epoch = time.perf_counter(), self.progress.epoch
-        in_training_mode(self.exits, self.settings["batch_norm"], self.network_learners)
+        epoch = self.progress.epoch
+        in_training_mode(self.exits, self.settings["batch_norm"], self.learners)
         batches = self._batches(epoch)
         shares = [self.processes.share(rows) for rows in batches]
         met = torch.zeros(2, self.exits.n_exits, dtype=torch.float64)
+        steps: list[Tensor] = []  # not yet looked at
+        n_read = 0
         for i, (whole, rows, x) in enumerate(zip(batches, shares, self.data.samples.read(shares, seed), strict=True)):
             step = epoch * self.steps_per_epoch + i
             losses, right = self._step(forward, x, rows, len(whole), step)
             share = len(whole) / self.processes.count  # a loss times this is a sum over this process's samples
-            met += torch.stack([share * losses, right]).cpu().double()
+            steps.append(torch.stack([share * losses, right]))
+            n_read += len(rows)
             if i % LOOKED_AT_EVERY == 0 or i == len(batches) - 1:
+                met += torch.stack(steps).cpu().double().sum(0)
+                steps.clear()
                 self._check_finite(met[0], epoch)
-            _show(bar, epoch, self.settings["epochs"], met, i, sum(map(len, shares[: i + 1])))
+                _describe(bar, epoch, self.settings["epochs"], met / max(n_read, 1))
+            bar.update()
         met = self.processes.summed(met) / len(self.data.rows)
         if self.settings["averaging"] == "swa" and self.average is not None and self._averages(epoch):
             self.average.update_parameters(self.exits)
-        self.progress.add(met[0].tolist(), met[1].tolist(), time.perf_counter() - start)
+        self.progress.add(met[0].tolist(), met[1].tolist())
 
     def _step(self, forward: nn.Module, x: Tensor, rows: Tensor, n_samples: int, step: int) -> tuple[Tensor, Tensor]:
         """One update; the losses of the exits, and how many samples each was right on."""
@@ -235,7 +239,7 @@ class JointTraining:
         self.scaler.scale((counts * losses).sum()).backward()
         if settings["clip_grad"] is not None:
             self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_([*self.network_learners, *self.head_learners], settings["clip_grad"])
+            nn.utils.clip_grad_norm_(self.learners, settings["clip_grad"])
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
@@ -273,10 +277,11 @@ class JointTraining:
         if self.average is None:
             return
         self.exits.load_state_dict(self.average.module.state_dict())
-        if self.settings["averaging"] == "swa" and self.settings["batch_norm"] == "learn":
-            with seeded(self.seed, self.settings["epochs"]) as seed, torch.no_grad():
-                batches = self._batches(self.settings["epochs"])
-                update_bn(map(self.model.prepare, self.data.samples.read(batches, seed)), self.exits)
+        if self.settings["averaging"] == "swa":
+            in_training_mode(self.exits, self.settings["batch_norm"], self.learners)
+            with seeded(self.seed, self.settings["epochs"]) as seed, seeded_everywhere(seed, self.learners):
+                batches = self.data.samples.read(self._batches(self.settings["epochs"]), seed)
+                take_statistics_anew(self.exits, map(self.model.prepare, batches))
 
     @contextmanager
     def _memory_format(self) -> Iterator[None]:
@@ -291,9 +296,11 @@ class JointTraining:
 
 
 def class_parameters(head: Any) -> list[nn.Parameter]:
-    """What a head has besides its confidence output."""
+    """What a head has besides its confidence output; what whoever made it keeps still does not learn."""
     sure = {id(parameter) for parameter in getattr(head, "confidence_parameters", list)()}
-    return [p for p in head.parameters() if p.is_floating_point() and id(p) not in sure]
+    parameters = [p for p in head.parameters() if p.is_floating_point() and id(p) not in sure]
+    # A network built with exits is given as a whole, often without gradients as it was only asked.
+    return [p for p in parameters if p.requires_grad] if isinstance(head, Head) else parameters
 
 
 def trainable_parameters(module: nn.Module, trainable: Any) -> list[nn.Parameter]:
@@ -354,8 +361,11 @@ def _optimizer(settings: dict[str, Any], network: list[nn.Parameter], heads: lis
         if not isinstance(optimizer, torch.optim.Optimizer):
             raise TypeError(f"optimizer must return a torch Optimizer; got {type(optimizer).__name__}.")
         return optimizer
+    # timm's "sgd" is Nesterov's, which torch refuses without a momentum.
+    plain = settings["optimizer"].lower() == "sgd" and not settings["momentum"]
+    name = "momentum" if plain else settings["optimizer"]
     return create_optimizer_v2(
-        groups, settings["optimizer"], lr=settings["lr"], weight_decay=settings["weight_decay"],
+        groups, name, lr=settings["lr"], weight_decay=settings["weight_decay"],
         momentum=settings["momentum"], filter_bias_and_bn=False,
     )  # fmt: skip
 
@@ -364,7 +374,9 @@ def _schedule(optimizer: Any, settings: dict[str, Any], steps_per_epoch: int) ->
     """What sets the rates before the first step and after every one."""
     total = steps_per_epoch * settings["epochs"]
     if settings["scheduler"] == "onecycle":
-        return OneCycleLR(optimizer, [group["lr"] for group in optimizer.param_groups], total_steps=total + 1)
+        cycles = "betas" in optimizer.defaults or bool(optimizer.defaults.get("momentum"))
+        rates = [group["lr"] for group in optimizer.param_groups]
+        return OneCycleLR(optimizer, rates, total_steps=total + 1, cycle_momentum=cycles)
     warmup = {"warmup_t": min(round(settings["warmup_epochs"] * steps_per_epoch), total - 1), "warmup_lr_init": 0.0}
     if settings["scheduler"] == "constant":
         schedule: Any = StepLRScheduler(optimizer, decay_t=total + 1, decay_rate=1.0, t_in_epochs=False, **warmup)
@@ -375,16 +387,8 @@ def _schedule(optimizer: Any, settings: dict[str, Any], steps_per_epoch: int) ->
     return schedule
 
 
-def _averaged(exits: AllExits, settings: dict[str, Any]) -> AveragedModel | None:
-    if settings["averaging"] is None:
-        return None
-    rule = get_ema_multi_avg_fn(settings["average_decay"]) if settings["averaging"] == "ema" else None
-    return AveragedModel(exits, multi_avg_fn=rule, use_buffers=True)
-
-
-def _show(bar: Any, epoch: int, epochs: int, met: Tensor, i: int, n_samples: int) -> None:
-    bar.update()
-    if not bar.disable and i % LOOKED_AT_EVERY == 0:
-        losses, right = met / max(n_samples, 1)
+def _describe(bar: Any, epoch: int, epochs: int, means: Tensor) -> None:
+    if not bar.disable:
+        losses, right = means
         accuracies = " ".join(f"{100 * accuracy:.1f}" for accuracy in right.tolist())
         bar.set_description(f"epoch {epoch + 1}/{epochs}, loss {losses.sum():.3f}, right % by exit {accuracies}")

@@ -28,7 +28,7 @@ from adaptexit.training.all_exits import all_exits
 from adaptexit.training.checkpoints import Checkpoints, key_of
 from adaptexit.training.feature_cache import FeatureCache
 from adaptexit.training.head_trainer import Lesson
-from adaptexit.training.joint import JointData, JointTraining
+from adaptexit.training.joint import JointData, JointTraining, trainable_parameters
 from adaptexit.training.joint_loss import exit_weights
 from adaptexit.training.processes import Alone, processes
 from adaptexit.training.recipes.base import History
@@ -93,15 +93,18 @@ class _JointFit:
             before = self._original_answers(cache, held_out) if trained else None
             original = self.original if trained else None
             resumed = checkpoints.latest()
-            heads = resumed["told"]["heads"] if resumed else self._heads_alone(cache, held_in)
+            told = resumed["told"] if resumed else {
+                "heads": self._heads_alone(cache, held_in),
+                "relative_costs": (self.costs.alone() / self.costs.full).tolist(),  # never measured twice the same
+            }  # fmt: skip
         training = JointTraining(
             all_exits(network, settings["rescale"]), network.model, self._teacher(settings),
             JointData(self.samples, held_in, self.labels, len(conditions.classes)), settings,
-            exit_weights(settings["weights"], self.costs.alone() / self.costs.full), conditions.seed, self.processes,
+            exit_weights(settings["weights"], np.array(told["relative_costs"])), conditions.seed, self.processes,
         )  # fmt: skip
-        training.told = {"heads": heads}
+        training.told = told
         progress = training.run(checkpoints, conditions.verbose)
-        history: History = {"loss": progress.loss, "accuracy": progress.accuracy, "heads": heads}
+        history: History = {"loss": progress.loss, "accuracy": progress.accuracy, "heads": told["heads"]}
         history |= self._confidence(held_in)
         outputs = self._recorded(network, held_out)
         history["full_model"] = full_model_story(outputs, before)
@@ -117,7 +120,9 @@ class _JointFit:
         batches = self.samples.in_order(seed=conditions.seed)
         hashed = Hashed(batches, conditions.seed)
         with seeded(conditions.seed), evaluating(network.modules):
-            self.costs = network.costs(self.samples.in_order(seed=conditions.seed).first(), conditions.cost)
+            example = self.samples.in_order(seed=conditions.seed).first()
+            self.costs = network.costs(example, conditions.cost)
+            self._check(network.prepare(example))
         cache: FeatureCache | None = None
         if isinstance(network, BranchedNetwork):
             cache = conditions.features(network, hashed)
@@ -128,6 +133,17 @@ class _JointFit:
         self.labels = batches.indices(conditions.classes, len(self.samples)) if self.labelled else answers
         with nullcontext() if cache is None else cache:
             yield cache
+
+    def _check(self, example: Tensor) -> None:
+        """Refuse settings that do not fit this network, before it has run over all samples."""
+        recipe = self.recipe
+        exit_weights(recipe.weights, self.costs.alone() / self.costs.full)
+        trainable_parameters(self.network.model.module, recipe.trainable)
+        if recipe.cutmix and example.ndim != 4:
+            raise ValueError(
+                f"cutmix must be 0 for inputs that are no images (B, C, H, W); got {recipe.cutmix!r} for inputs of "
+                f"shape {tuple(example.shape)}. Take mixup, which blends any inputs."
+            )
 
     def _run_through(self, batches: Hashed) -> NDArray[np.intp]:
         """Read all samples for their labels; what the original answers, where there are none."""
@@ -140,11 +156,13 @@ class _JointFit:
 
     def _checkpoints(self, settings: dict[str, Any], held_in: NDArray[np.intp]) -> Checkpoints:
         """Where this run and no other keeps its state."""
-        network = self.network
+        network, conditions = self.network, self.conditions
+        early = network.early if isinstance(network, BranchedNetwork) else []
         key = key_of(
-            {**settings, "checkpoint_dir": None}, self.conditions.seed, self.processes.count, self.inputs_hash,
-            held_in, self.labels, plain_weights(network.model.module), [str(head) for head in network.heads],
-            network.exit_names,
+            {**settings, "checkpoint_dir": None}, conditions.seed, self.processes.count, self.inputs_hash, held_in,
+            self.labels, plain_weights(network.model.module), network.model.preprocess, network.exit_names,
+            [(str(head), str(head.spec), plain_weights(head)) for head in early], conditions.cost,
+            conditions.cache_half,
         )  # fmt: skip
         return Checkpoints(checked_folder("checkpoint_dir", settings["checkpoint_dir"]), key)
 
@@ -231,13 +249,15 @@ class Witnessed:
                 self._answers.append(logits_in(last, self._original.label).argmax(1).cpu().numpy())
             yield x
 
-    def story(self, outputs: ExitOutputs) -> History:
-        """What became of the full model, on the samples that were read; a warning where it has lost."""
-        if self._original is None:
-            return {}
+    def story(self, outputs: ExitOutputs, history: History) -> History:
+        """The history, with what became of the full model on the samples read; a warning where it has lost."""
+        if "full_model" not in history:
+            return history
+        if self._original is None:  # loaded, or from scratch
+            return history | {"full_model": full_model_story(outputs, None)}
         story = full_model_story(outputs, np.concatenate(self._answers))
         _remark_on_loss(story)
-        return {"full_model": story}
+        return history | {"full_model": story}
 
 
 def full_model_story(outputs: ExitOutputs, before: NDArray[Any] | None) -> dict[str, Any]:

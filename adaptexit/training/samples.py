@@ -138,7 +138,12 @@ def _dataset_of(X: Any) -> Any:
             "only runs through. Give an array, or a Dataset with a length."
         )
     if isinstance(X, DataLoader):
-        sampler: Any = X.sampler if X.batch_sampler is None else getattr(X.batch_sampler, "sampler", X.batch_sampler)
+        if X.batch_sampler is None:
+            raise ValueError(
+                "X must come with a loader that makes batches of samples; got one with batch_size=None, whose Dataset "
+                "gives whole batches. Give a Dataset of single samples."
+            )
+        sampler: Any = getattr(X.batch_sampler, "sampler", X.batch_sampler)
         if not isinstance(sampler, (SequentialSampler, RandomSampler)) or len(sampler) != len(dataset):
             raise ValueError(
                 "X must come with a loader that gives every sample once, as training puts together its own batches; "

@@ -46,6 +46,14 @@ class Resized(nn.Module):
         return self.out(F.dropout(x.mean((2, 3)), 0.5, self.training))
 
 
+def test_heads_of_a_network_in_half_precision_read_their_own():
+    net = network("mlp", Resized().bfloat16().eval(), ["one", "two"])
+    answers = all_exits(net)(X.bfloat16())
+    assert [logits.dtype for logits in answers] == [torch.float32, torch.float32, torch.bfloat16]
+    sum(logits.float().sum() for logits in answers).backward()
+    assert net.model.module.one.weight.grad is not None
+
+
 def stages_given():
     return nn.Sequential(*branched_trained().children())
 
@@ -92,6 +100,31 @@ def test_features_that_layers_behind_the_cut_write_into_can_be_learned_from():
         torch.testing.assert_close(exits(X)[0], answers_of(net, X)[0], rtol=1e-5, atol=1e-5)
 
 
+class Skipping(nn.Module):
+    """Passes its second layer twice, or not at all, in training."""
+
+    def __init__(self, times):
+        super().__init__()
+        self.one, self.two = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.out, self.times = nn.Linear(4, 10), times
+
+    def forward(self, x):
+        x = self.one(x)
+        for _ in range(self.times if self.training else 1):
+            x = self.two(x)
+        return self.out(x)
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_layers_that_training_skips_or_repeats_are_named(times):
+    model = TorchModel(Skipping(times).eval(), None, "backbone")
+    net = new_network(model, ["one", "two"], "mlp", None, torch.rand(8, 4), 10, 0)
+    with pytest.raises(
+        ValueError, match=f"must pass each of its 2 cuts once in training mode, too; it passed {1 + times}"
+    ):
+        all_exits(net).train()(torch.rand(8, 4))
+
+
 def test_no_hook_is_left_behind_even_after_an_error():
     net = network()
     exits = all_exits(net)
@@ -116,15 +149,45 @@ def gradients_of(net, rescale, losses):
     return [copy.deepcopy(p.grad) for p in net.model.module.parameters()]
 
 
-@pytest.mark.parametrize("kind", ["branched", "native"])
+class Overwriting(nn.Module):
+    """A network built with exits, whose second stage writes into what it reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(
+            [nn.Conv2d(1, 8, 3, padding=1), nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, padding=1))]
+        )
+        self.heads = nn.ModuleList(
+            [nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)) for _ in range(2)]
+        )
+
+
+def networks():
+    return {
+        "branched": network(),
+        "branched, written into": network(net=Resized().eval(), exits=["one", "two"]),
+        "native": NativeNetwork(TorchModel(native_net().eval(), None, "")),
+        "native, written into": NativeNetwork(TorchModel(Overwriting().eval(), None, "")),
+    }
+
+
+@pytest.mark.parametrize("kind", networks())
 def test_rescaled_gradients_are_the_shares_of_the_paper(kind):
     """Of K exits, the part of exit k in the layers before it is 1/(K-k) times prod_{j<k} (K-j-1)/(K-j) = 1/K."""
-    net = network() if kind == "branched" else NativeNetwork(TorchModel(native_net().eval(), None, ""))
+    net = networks()[kind]
     n = net.n_exits
     stem = 0  # the first convolution lies before every exit
     together = gradients_of(net, True, lambda answers: sum(logits.square().mean() for logits in answers))[stem]
     plain = gradients_of(net, False, lambda answers: sum(logits.square().mean() for logits in answers))[stem]
     torch.testing.assert_close(together, plain / n, rtol=1e-4, atol=1e-7)
+
+
+def test_a_network_that_was_moved_after_it_was_cut_is_looked_at_where_it_is():
+    net = network("mlp", Resized().eval(), ["one", "two"])
+    for module in net.modules:
+        module.to("meta")
+    net.model._like = net.model.module.one.weight  # "meta" alone makes new parameters
+    assert all_exits(net)(X.to("meta"))[-1].device.type == "meta"
 
 
 def test_rescaling_changes_no_answer():

@@ -1,9 +1,13 @@
 import json
+import os
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from torchvision.transforms import v2
 
 from adaptexit import CheckpointWarning, FrozenRecipe
 from adaptexit.training.checkpoints import Checkpoints, key_of
@@ -85,8 +89,31 @@ def test_what_is_something_else_is_neither_read_nor_replaced(tmp_path):
     assert (checkpoints.place / "thesis.txt").read_text() == "mine"
 
 
+def test_a_state_that_holds_more_than_numbers_is_passed_over(tmp_path):
+    checkpoints = Checkpoints(tmp_path, "a" * 64)
+    checkpoints.keep(2, STATE | {"rate": np.float64(0.1)})
+    with pytest.warns(CheckpointWarning, match="a checkpoint is passed over"):
+        assert checkpoints.latest() is None
+
+
 class Adding:
     """A transform whose text holds its address."""
+
+    def __init__(self, amount=1, inner=None):
+        self.amount, self.inner = amount, inner
+
+    def __call__(self, x):
+        return x + self.amount
+
+
+def times(factor):
+    return lambda x: x * factor
+
+
+def endless():
+    one = Adding()
+    one.inner = one
+    return one
 
 
 @pytest.mark.parametrize(
@@ -100,7 +127,36 @@ class Adding:
         (partial(sorted, key=len), partial(sorted, key=len), partial(sorted, key=abs)),
         (torch.optim.SGD, torch.optim.SGD, torch.optim.Adam),
         (Adding(), Adding(), None),
+        (Adding(1), Adding(1), Adding(2)),
+        (Adding(inner=Adding(1)), Adding(inner=Adding(1)), Adding(inner=Adding(2))),
+        (endless(), endless(), Adding()),
+        (Adding(1).__call__, Adding(1).__call__, Adding(2).__call__),
+        (times(2), times(2), times(3)),
+        (lambda x: x.flip(-1), lambda x: x.flip(-1), lambda x: x.flip(-2)),
+        (lambda x: np.abs(x), lambda x: np.abs(x), lambda x: np.sign(x)),
+        ({"b", "a"}, {"a", "b"}, {"a"}),
+        (v2.RandomCrop(32, padding=4), v2.RandomCrop(32, padding=4), v2.RandomCrop(32, padding=3)),
+        (0.1, np.float64(0.1), 0.2),
+        (str.upper, str.upper, str.lower),
     ],
 )
 def test_the_key_tells_different_runs_apart_and_no_equal_ones(one, same, other):
     assert key_of(one) == key_of(same) != key_of(other)
+
+
+def test_the_key_is_the_same_in_every_process():
+    """Sets, also those that the compiler makes of constants, have another order in each."""
+    script = (
+        "from adaptexit.training.checkpoints import key_of\n"
+        "print(key_of({'a', 'b', 'c', 'd'}, lambda x: x in {'a', 'b', 'c', 'd'}))"
+    )
+    keys = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            env=os.environ | {"PYTHONHASHSEED": seed},
+            check=True,
+            stdout=subprocess.PIPE,
+        ).stdout
+        for seed in "12"
+    }
+    assert len(keys) == 1

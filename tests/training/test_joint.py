@@ -18,7 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 import adaptexit
 from adaptexit import FullModelWarning, JointRecipe, MultiExitClassifier
-from adaptexit.training.joint import trainable_parameters
+from adaptexit.training.joint import JointTraining, trainable_parameters
 from tests.nets import EXITS, branched_net, branched_trained, digits, flat_head, loader_of, native_net
 
 TRAIN, VAL, TEST = digits()
@@ -150,6 +150,28 @@ def test_batch_statistics_of_layers_that_do_not_learn_stand_still():
     assert not torch.equal(net.three[1].running_mean, after.three[1].running_mean)
 
 
+def test_an_average_leaves_batch_statistics_of_layers_that_do_not_learn_alone():
+    net = branched_trained()
+    after = joint(net, trainable=["three.*"], averaging="swa").fit(*TRAIN)._network.model.module
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(getattr(net.one[1], name), getattr(after.one[1], name))
+        assert not torch.equal(getattr(net.three[1], name), getattr(after.three[1], name))
+
+
+def test_what_a_head_keeps_still_does_not_learn():
+    def head(spec, n_classes):
+        net = nn.Sequential(
+            nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(spec.channels, 16), nn.Linear(16, n_classes)
+        )
+        net[2].requires_grad_(False)
+        return net
+
+    kept, moved = joint(head=head), joint(head=head, head_recipe=None)
+    firsts = [model.fit(*TRAIN).heads_[0].net for model in (kept, moved)]
+    assert torch.equal(firsts[0][2].weight, firsts[1][2].weight)
+    assert not torch.equal(firsts[0][3].weight, firsts[1][3].weight)
+
+
 def test_what_learns_by_its_name():
     net = branched_net()
     assert len(trainable_parameters(net, "all")) == 14
@@ -192,6 +214,39 @@ def test_constant_and_one_cycle_rates():
     assert cycle[-1] < cycle[0] < 0.01
 
 
+def steps_of(**settings):
+    """What the optimizer is in the first step."""
+    optimizers = []
+    step = JointTraining._step
+
+    def watched(self, *args):
+        optimizers.append(copy.deepcopy(self.optimizer))
+        return step(self, *args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(JointTraining, "_step", watched)
+        joint(epochs=2, head_recipe=None, **settings).fit(*TRAIN)
+    return optimizers
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.8])
+def test_plain_gradient_descent_without_a_momentum_and_nesterovs_with_one(momentum):
+    first = steps_of(momentum=momentum, weight_decay=1e-3)[0]
+    assert isinstance(first, torch.optim.SGD)
+    for group in first.param_groups:
+        assert group["momentum"] == momentum
+        assert group["nesterov"] == (momentum > 0)
+        assert group["weight_decay"] == 1e-3
+
+
+@pytest.mark.parametrize(("optimizer", "cycling"), [("adagrad", []), ("sgd", []), ("adamw", ["betas"])])
+def test_one_cycle_moves_the_momentum_of_what_has_one_alone(optimizer, cycling):
+    optimizers = steps_of(optimizer=optimizer, scheduler="onecycle", lr=1e-3, momentum=0.0)
+    for name in ("betas", "momentum"):
+        values = {group[name] for step in optimizers for group in step.param_groups if name in group}
+        assert (len(values) > 1) == (name in cycling), name
+
+
 @pytest.mark.parametrize(
     "settings",
     [
@@ -201,6 +256,7 @@ def test_constant_and_one_cycle_rates():
         {"mixup": 0.4, "cutmix": 0.4, "label_smoothing": 0.1},
         {"optimizer": "adamw", "lr": 1e-3, "clip_grad": 1.0},
         {"precision": "bf16", "channels_last": True},
+        {"precision": "fp16", "clip_grad": 1.0},
         {"averaging": "ema", "average_decay": 0.8},
         {"averaging": "swa", "epochs": 4},
         {"scheduler": "onecycle"},
@@ -272,6 +328,15 @@ def test_a_recipe_is_saved_with_its_settings(tmp_path):
     assert loaded.recipe.weights == [1, 1, 1, 2]
 
 
+@pytest.mark.parametrize("wrapper", [nn.DataParallel, torch.compile])
+def test_a_wrapped_module_is_saved_and_loaded(tmp_path, wrapper):
+    model = joint(wrapper(branched_trained()), head="mlp", epochs=1).fit(*TRAIN)
+    model.save(tmp_path / "model")
+    for backbone in (wrapper(branched_trained()), branched_trained()):
+        loaded = adaptexit.load(tmp_path / "model", backbone=backbone)
+        np.testing.assert_array_equal(model.predict(TEST[0], budget=0.6), loaded.predict(TEST[0], budget=0.6))
+
+
 # -- networks built with exits ----------------------------------------------------------------------------------------
 
 
@@ -293,6 +358,44 @@ def test_a_network_built_with_exits_learns_from_scratch():
     assert model.record(*TEST).accuracies.min() > 0.85
     assert model.history_["heads"] is None
     assert model.history_["full_model"].keys() == {"accuracy", "n"}
+
+
+def test_batch_statistics_of_built_in_heads_follow_the_data():
+    module = native_net()
+    module.heads[0] = nn.Sequential(nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    for settings in ({}, {"trainable": ["stages.1.*"]}):
+        after = native(module.eval(), **settings).fit(*TRAIN)._network.model.module
+        assert not torch.equal(module.heads[0][0].running_mean, after.heads[0][0].running_mean)
+
+
+class Shared(nn.Module):
+    """Both exits answer by the same head."""
+
+    def __init__(self):
+        super().__init__()
+        self.stages = nn.ModuleList(
+            [nn.Conv2d(1, 8, 3), nn.Sequential(nn.ReLU(), nn.Conv2d(8, 8, 3, padding=1), nn.ReLU())]
+        )
+        head = nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(32, 10))
+        self.heads = nn.ModuleList([head, head])
+
+    def forward(self, x):
+        first = self.stages[0](x)
+        return [self.heads[0](first), self.heads[1](self.stages[1](first))]
+
+
+def test_a_head_that_exits_share_learns_once_a_step():
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "optimizer contains")  # torch says so where a parameter is listed twice
+        assert native(Shared(), epochs=1).fit(*TRAIN).history_["loss"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "name"), [({"boost": 0.5}, "boost"), ({"head_recipe": adaptexit.FrozenRecipe()}, "head_recipe")]
+)
+def test_what_says_how_heads_are_made_is_refused_for_built_in_ones(settings, name):
+    with pytest.raises(ValueError, match=f"{name} must be left at .* for a network built with exits"):
+        native(**settings).fit(*TRAIN)
 
 
 def test_the_settings_published_for_msdnet_are_those_of_a_network_built_with_exits():
@@ -382,6 +485,27 @@ def test_what_is_of_the_wrong_kind_is_refused(settings, message):
         joint(**settings).fit(*TRAIN)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"weights": [1, 1]}, "weights must be 4 numbers"),
+        ({"trainable": ["four"]}, r"\['four'\] fits none"),
+        ({"head_recipe": adaptexit.FrozenRecipe(lr=-1)}, "lr must be"),
+        ({"head_recipe": adaptexit.ZTWRecipe()}, "ZTW"),
+    ],
+)
+def test_settings_that_do_not_fit_the_network_are_named_before_it_runs_over_the_samples(monkeypatch, settings, message):
+    monkeypatch.setattr("adaptexit.training.retrofit.record_features", lambda *args, **kwargs: pytest.fail("it ran"))
+    with pytest.raises((ValueError, TypeError), match=message):
+        joint(**settings).fit(*TRAIN)
+
+
+def test_rectangles_are_not_cut_out_of_tables():
+    model = MultiExitClassifier("mlp", recipe=JointRecipe(epochs=1, cutmix=0.5))
+    with pytest.raises(ValueError, match="cutmix must be 0 for inputs that are no images"):
+        model.fit(TRAIN[0].reshape(600, -1), TRAIN[1])
+
+
 def test_a_diverging_loss_is_named_and_the_estimator_stays_as_it_was(fitted):
     model = copy.deepcopy(fitted)
     before = model.predict(TEST[0])
@@ -409,7 +533,7 @@ def test_calibration_compares_with_the_original_on_samples_that_it_has_not_seen(
     assert story == pytest.approx(expected | {"agreement": np.mean(after == before)})
     assert seen["n"] == 150
     copied = pickle.loads(pickle.dumps(model)).calibrate(*VAL)  # without the original
-    assert copied.history_["full_model"] == story
+    assert copied.history_["full_model"] == pytest.approx({"accuracy": story["accuracy"], "n": 600})
 
 
 def test_a_bar_shows_epochs_loss_and_each_exits_running_accuracy(capsys):
@@ -474,6 +598,17 @@ def test_a_checkpoint_of_other_settings_or_data_is_not_taken_up(tmp_path):
         actual = joint(checkpoint_dir=tmp_path, **quick, **settings).fit(*data)
         assert_equal_weights(actual, joint(**quick, **settings).fit(*data))
     assert len(list(tmp_path.iterdir())) == 4
+    for params in ({}, {"preprocess": lambda x: x / 2}, {"cost": [1, 2, 3, 4]}, {"cache_half": True}, {"head": "mlp"}):
+        joint(checkpoint_dir=tmp_path, epochs=1, head_recipe=None).set_params(**params).fit(*TRAIN)
+    assert len(list(tmp_path.iterdir())) == 9
+
+
+def test_numbers_of_numpy_and_measured_costs_are_taken_up_again(tmp_path, monkeypatch):
+    """Latencies weigh the losses here, and are never measured twice the same."""
+    settings = {"lr": np.float64(0.02), "weights": "scheduled", "checkpoint_dir": tmp_path}
+    first = joint(**settings).set_params(cost="latency").fit(*TRAIN)
+    monkeypatch.setattr("adaptexit.training.joint.JointTraining._step", lambda *args: pytest.fail("it ran"))
+    assert_equal_weights(first, joint(**settings).set_params(cost="latency").fit(*TRAIN))
 
 
 def test_a_finished_run_is_read_back(tmp_path, monkeypatch):

@@ -122,6 +122,12 @@ def test_a_loader_that_draws_by_weight_is_refused():
         Samples(loader, None, 8)
 
 
+def test_a_loader_of_whole_batches_is_refused():
+    batches = [(torch.zeros(4, 2), torch.zeros(4, dtype=torch.long))]
+    with pytest.raises(ValueError, match="got one with batch_size=None, whose Dataset gives whole batches"):
+        Samples(DataLoader(batches, batch_size=None), None, 8)
+
+
 def test_augmentation_beside_a_dataset_is_refused():
     with pytest.raises(ValueError, match="augment must be left out where X is a TensorDataset"):
         Samples(TensorDataset(torch.from_numpy(X)), None, 8, augment=torch.abs)

@@ -77,11 +77,14 @@ def left_open(recipe: Any) -> bool:
 
 def check_recipe_for(recipe: Any, *, native: bool) -> None:
     """Refuse what trains heads alone, for a network built with exits, and what trains nothing, for new heads."""
-    if native and not (left_open(recipe) or isinstance(recipe_of(recipe), JointRecipe)):
-        raise ValueError(
-            "recipe must be 'trained' (or 'auto'), which only calibrates, or 'joint' for a network built with exits; "
-            f"got {recipe!r}, which trains heads alone."
-        )
+    if native and not left_open(recipe):
+        joint = recipe_of(recipe)
+        if not isinstance(joint, JointRecipe):
+            raise ValueError(
+                "recipe must be 'trained' (or 'auto'), which only calibrates, or 'joint' for a network built with "
+                f"exits; got {recipe!r}, which trains heads alone."
+            )
+        joint.check_native()
     if not native and isinstance(recipe, str) and recipe == "trained":
         raise ValueError(
             "recipe must train the new heads; got 'trained', which is for networks built with exits. Leave it at "

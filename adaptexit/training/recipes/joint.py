@@ -53,9 +53,10 @@ class JointRecipe(BaseEstimator):
     head_lr : float or "auto", default="auto"
         Of the heads; "auto" is ``lr``.
     momentum, weight_decay : float, default=0.9, 1e-4
-        For "sgd" momentum is Nesterov's. Everything decays, as published for MSDNet.
+        For "sgd" momentum is Nesterov's, unless it is 0. Everything decays, as published for MSDNet.
     scheduler : {"cosine", "onecycle", "constant"}, default="cosine"
-        Per step: linear warm-up, then half a cosine to 0 (timm's) or no change; torch's one-cycle policy.
+        Per step: linear warm-up, then half a cosine to 0 (timm's) or no change; torch's one-cycle policy, which moves
+        the momentum of an optimizer that has one, too.
     warmup_epochs : float or "auto", default="auto"
         1 for a trained model, 20 for a network built with exits, and no more than a tenth of all epochs.
     weights : {"equal", "rising", "scheduled"} or sequence of K floats, default="equal"
@@ -76,8 +77,9 @@ class JointRecipe(BaseEstimator):
         Heads are boosted with this weight of earlier answers: every head learns CE(out_n + F_{n-1}), F_{n-1} without
         a gradient (:class:`adaptexit.heads.chained.BoostedHead`).
     trainable : {"all", "norm"} or list of str, default="all"
-        What of the network learns: everything, normalisation layers, or the parameters whose names, or whose modules'
-        names, fit a pattern ("layer3.*", "linear"). Heads always learn. What does not learn stays to the bit.
+        What of the network learns, whatever its ``requires_grad`` says: everything, normalisation layers, or the
+        parameters whose names, or whose modules' names, fit a pattern ("layer3.*", "linear"). Heads always learn. What
+        does not learn stays to the bit.
     batch_norm : {"learn", "freeze"}, default="learn"
         Whether running means and variances of the network follow the data. Those of layers that do not learn never do.
     mixup, cutmix : float, default=0.0
@@ -245,7 +247,22 @@ class JointRecipe(BaseEstimator):
             raise TypeError(
                 f"head_recipe must be 'auto', a recipe as FrozenRecipe(), or None; got {self.head_recipe!r}."
             )
+        getattr(self.head_recipe, "check", lambda: None)()
         checked_folder("checkpoint_dir", self.checkpoint_dir)
+
+    def check_heads(self, heads: Sequence[Head]) -> None:
+        """Refuse heads that the recipe for them cannot train."""
+        getattr(self.head_recipe, "check_heads", lambda heads: None)(heads)
+
+    def check_native(self) -> None:
+        """Refuse what says how new heads are made, for a network built with exits."""
+        for name, default in (("boost", None), ("head_recipe", "auto")):
+            value = getattr(self, name)
+            if not (value is default or (isinstance(value, str) and value == default)):
+                raise ValueError(
+                    f"{name} must be left at {default!r} for a network built with exits, whose heads are its own and "
+                    f"learn with it; got {value!r}. Leave it out, or give the backbone without its exits."
+                )
 
     def _check_trainable(self) -> None:
         if isinstance(self.trainable, str):
@@ -263,7 +280,11 @@ class JointRecipe(BaseEstimator):
     def settled(self, native: bool, labelled: bool) -> dict[str, Any]:
         """All settings, with a value in the place of every "auto"."""
         usual = FROM_SCRATCH if native else FINE_TUNING
-        settings = self.get_params(deep=False)
+        # Plain numbers, as a checkpoint brings back nothing else.
+        settings = {
+            name: value.item() if isinstance(value, np.generic) else value
+            for name, value in self.get_params(deep=False).items()
+        }
         for name in ("epochs", "batch_size", "lr"):
             if _is_auto(settings[name]):
                 settings[name] = usual[name]
@@ -278,7 +299,8 @@ class JointRecipe(BaseEstimator):
                 "teacher must be 'original' where there are no labels, as there is nothing else to learn from; got "
                 f"{self.teacher!r}. Give labels, or leave teacher at 'auto'."
             )
-        settings["distillation"] = 0.0 if settings["teacher"] is None else 1.0 if not labelled else self.distillation
+        if settings["teacher"] is None or not labelled:
+            settings["distillation"] = 1.0 if not labelled else 0.0
         return settings
 
 
