@@ -45,9 +45,9 @@ def resnet_for_digits() -> nn.Module:
 
 
 EXITS: dict[str, tuple[Callable[[], nn.Module], list[str], int]] = {
-    "ViT": (vit, ["blocks.0", "blocks.1", "blocks.2", "blocks.3"], 12),
-    "ConvNeXt": (convnext, ["stages.0.blocks.0", "stages.0", "stages.1", "stages.2.blocks.2"], 12),
-    "MobileNet": (mobilenet, ["blocks.1", "blocks.2", "blocks.3", "blocks.4"], 12),
+    "ViT": (vit, ["blocks.0", "blocks.1", "blocks.2", "blocks.3"], 8),
+    "ConvNeXt": (convnext, ["stages.0.blocks.0", "stages.0", "stages.1", "stages.2.blocks.2"], 8),
+    "MobileNet": (mobilenet, ["blocks.1", "blocks.2", "blocks.3", "blocks.4"], 8),
 }
 """Networks for 32-pixel images by name: their factory, where they get exits, and epochs that they are trained for."""
 
