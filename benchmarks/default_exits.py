@@ -112,7 +112,7 @@ def measured(subject: Subject, choice: str, seed: int, cache: str) -> dict[str, 
     start, start_cpu = time.perf_counter(), time.process_time()
     model = MultiExitClassifier(
         subject.network, subject.exits, **CHOICES[choice],
-        calibration_size=0.02, random_state=seed, batch_size=64, cache_dir=cache,
+        calibration_size=0.02, random_state=seed, batch_size=64, cache_dir=cache, preprocess=None,
     ).fit(*train)  # fmt: skip
     seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
     curve = model.calibrate(*val).pareto(*test)
