@@ -3,9 +3,10 @@
     OMP_NUM_THREADS=1 python -m benchmarks.joint_cifar10 --data DIR --weights DIR --work DIR [--runs NAME ...]
 
 Exits at ``layer1.4``, ``layer1.8``, ``layer2.4`` and ``layer2.8``; everything learns on ``train``, thresholds come from
-``val``, figures from ``test``. Every run keeps its state in ``--work`` after each epoch and its figures when it is
-over, so that a killed benchmark goes on where it was and finished runs are not repeated. ``--runs`` picks some; the
-tables are of all that are finished. On one core of a CPU the joint run of 10 epochs takes about two hours."""
+``val``, figures from ``test``. Every run keeps its state in ``--work`` after each epoch, and its figures in the file of
+results when it is over, so that a killed benchmark goes on where it was and finished runs are not repeated. ``--runs``
+picks some; the tables are of all that are finished. On one core of a CPU the joint run of 10 epochs takes about two
+hours."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ from adaptexit.heads import ConvHead
 from adaptexit.training.recipes import AutoRecipe, JointRecipe
 from adaptexit.training.recipes.joint import usual_head
 from benchmarks.cifar import arguments
-from benchmarks.common import print_table, spread, write_result
+from benchmarks.common import RESULTS, print_table, spread, write_result
 from examples.cifar import Data, images, pretrained
 
 EXITS = ["layer1.4", "layer1.8", "layer2.4", "layer2.8"]
@@ -48,6 +49,10 @@ CHOICES: dict[str, dict[str, Any]] = {
     "BoostNet": {"boost": 0.5, "rescale": True, "teacher": None},
     "convolutional heads": {"head": partial(ConvHead, channels=64)},
 }
+
+
+UNTRAINED = ("20 -> 56", "8 -> 20 -> 56")
+"""Runs that only calibrate."""
 
 
 class OneExit(nn.Module):
@@ -167,7 +172,7 @@ def runs_of(bench: Benchmark) -> dict[str, Callable[[int], dict[str, Any]]]:
 def main() -> None:
     """Run what is not finished, then report what is."""
     parser = arguments(__doc__, seeds=1, n_images=50_000)
-    parser.add_argument("--work", type=Path, required=True, help="folder for the state and the figures of runs")
+    parser.add_argument("--work", type=Path, required=True, help="folder for the state of runs")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--runs", nargs="*", help="names of runs, as in the tables; all unless given")
     parser.add_argument("--verbose", type=int, default=0)
@@ -176,31 +181,31 @@ def main() -> None:
     runs = runs_of(bench)
     if args.runs and (strangers := sorted(set(args.runs) - set(runs))):
         parser.error(f"--runs must be among {', '.join(runs)}; got {', '.join(strangers)}.")
+    original = float(np.mean(answers_right(bench.network(56), bench.test)))
+    records = earlier_records()
     for name in runs if args.runs is None else args.runs:
         for seed in range(args.seeds):
-            path = file_of(args.work, name, seed)
-            if not path.exists():
-                run = runs[name](seed)
-                path.write_text(json.dumps(run, default=lambda array: array.tolist()))
-                print(f"{name}, seed {seed}: {run.get('full_accuracy', run.get('accuracy')):.4f}", flush=True)
-    finished = {
-        name: rows
-        for name in runs
-        if (
-            rows := [
-                json.loads(path.read_text()) for path in sorted(args.work.glob(file_of(args.work, name, "*").name))
-            ]
-        )
-    }
-    original = float(np.mean(answers_right(bench.network(56), bench.test)))
-    report(finished, original)
-    settings = {"exits": EXITS, "epochs": args.epochs, "train_images": args.images, "short": SHORT}
-    write_result("joint_cifar10", {**settings, "original_accuracy": original, "runs": finished})
+            record = {"name": name, "seed": seed} | passes_of(name, args.epochs, args.images)
+            if not any(record.items() <= earlier.items() for earlier in records):
+                record |= runs[name](seed)
+                print(f"{name}, seed {seed}: {record.get('full_accuracy', record.get('accuracy')):.4f}", flush=True)
+                # Read anew, as another run may have ended meanwhile.
+                records = [*earlier_records(), record]
+                write_result("joint_cifar10", {"exits": EXITS, "original_accuracy": original, "runs": records})
+    report([r for r in records if passes_of(r["name"], args.epochs, args.images).items() <= r.items()], original)
 
 
-def file_of(work: Path, name: str, seed: Any) -> Path:
-    """Where the figures of a run are kept."""
-    return work / f"{''.join(c if c.isalnum() else '_' for c in name)}-{seed}.json"
+def passes_of(name: str, epochs: int, n_images: int) -> dict[str, int]:
+    """How often a run goes over how many images; 0 where nothing is trained."""
+    if name.startswith("choice: "):
+        return dict(SHORT)
+    return {"epochs": epochs, "images": n_images} if name not in UNTRAINED else {"epochs": 0, "images": 0}
+
+
+def earlier_records() -> list[dict[str, Any]]:
+    """The figures of runs that are over: they are kept in the file of results, so that a benchmark is made in parts."""
+    path = RESULTS / "joint_cifar10.json"
+    return json.loads(path.read_text())["runs"] if path.exists() else []
 
 
 def answers_right(net: nn.Module, data: Data) -> np.ndarray:
@@ -211,9 +216,12 @@ def answers_right(net: nn.Module, data: Data) -> np.ndarray:
     return (answers == y).numpy()
 
 
-def report(finished: dict[str, list[dict[str, Any]]], original: float) -> None:
+def report(records: list[dict[str, Any]], original: float) -> None:
     """Loss at every budget against the original ResNet-56, and what every exit is worth alone."""
     print(f"\nThe original ResNet-56: {100 * original:.2f}%")
+    by_name: dict[str, list[dict[str, Any]]] = {}
+    for record in records:
+        by_name.setdefault(record["name"], []).append(record)
 
     def losses(accuracies: list[float]) -> str:
         return spread(100 * (original - np.array(accuracies)))
@@ -221,17 +229,18 @@ def report(finished: dict[str, list[dict[str, Any]]], original: float) -> None:
     rows = [
         [
             name,
+            f"{runs[0]['epochs']} x {runs[0]['images']:,}",
             *(losses([run["at_budget"][str(b)]["accuracy"] for run in runs]) for b in BUDGETS),
             losses([run["full_accuracy"] for run in runs]),
         ]
-        for name, runs in finished.items()
+        for name, runs in by_name.items()
         if "at_budget" in runs[0]
     ]
     title = "Test accuracy below the original ResNet-56's (points) at a budget held on val"
-    print_table(title, ["", *map(str, BUDGETS), "full model"], rows)
+    print_table(title, ["", "passes", *map(str, BUDGETS), "full model"], rows)
     rows = [
         [name, *(spread(100 * column) for column in np.array([run["exit_accuracy"] for run in runs]).T)]
-        for name, runs in finished.items() if len(runs[0].get("exit_accuracy", ())) == len(EXITS) + 1
+        for name, runs in by_name.items() if len(runs[0].get("exit_accuracy", ())) == len(EXITS) + 1
     ]  # fmt: skip
     print_table("Test accuracy when everybody leaves there (%)", ["", *EXITS, "full model"], rows)
 

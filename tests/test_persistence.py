@@ -200,7 +200,7 @@ def test_a_subclass_is_not_saved_under_its_parents_name(tmp_path):
         pass
 
     fitted = Derived(large_trained(), small_trained()).fit(*VAL)
-    with pytest.raises(TypeError, match=r"save knows \['BoostNetRecipe', .*\]; got Derived"):
+    with pytest.raises(TypeError, match=r"save knows \['AutoRecipe', .*\]; got Derived"):
         fitted.save(tmp_path / "cascade")
     assert not (tmp_path / "cascade").exists()
 

@@ -39,6 +39,12 @@ def _trilinear(first: Shape, second: Shape, third: Shape, *expanded_and_summed: 
     return 2 * prod(map(max, zip(*shapes, strict=True)))
 
 
+def _attention(query: Shape, key: Shape, value: Shape, *_: Any, **__: Any) -> int:
+    """Queries (..., L, d) with keys (..., S, d), and the mixture of values (..., S, e) by that."""
+    pairs = prod(query[:-1]) * key[-2]
+    return 2 * pairs * (query[-1] + value[-1])
+
+
 def _deformable(_: Shape, weight: Shape, *__: Any, out_shape: Shape, **___: Any) -> int:
     return 2 * prod(out_shape) * prod(weight[1:])
 
@@ -98,6 +104,7 @@ _FORMULAS: dict[str, dict[str, Callable[..., int]]] = {
         "_weight_int8pack_mm": _matrices, "_trilinear": _trilinear, "mkldnn_rnn_layer": _mkldnn_rnn,
         "_cudnn_rnn": _cudnn_rnn, "miopen_rnn": _cudnn_rnn, "_lstm_mps": _mps_lstm,
         "quantized_lstm": _gated(4), "quantized_gru": _gated(3),
+        "_scaled_dot_product_flash_attention_for_cpu": _attention,  # some releases know the GPU's alone
     },
     "torchvision": {"deform_conv2d": _deformable},
     "quantized": {
