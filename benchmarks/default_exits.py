@@ -45,11 +45,19 @@ CHOICES: dict[str, dict[str, Any]] = {
     "calexnet": {"recipe": "calexnet"},
     "ztw": {"recipe": "ztw"},
     **{f"distilled, {head}": {"head": head} for head in ("linear", "mlp", "grid", "grid-64", "wide-32", "wide-64")},
+    **{
+        f"labels, {head}": {"head": head, "recipe": AutoRecipe(distillation=0.0)}
+        for head in ("linear", "mlp", "grid", "grid-64", "wide-32", "wide-64")
+    },
+    "distilled, mlp-64": {"head": "mlp-64"},
 }
-"""What is compared: the estimator's ``recipe`` and ``head``; "distilled" is the default's recipe with a fixed head."""
+"""What is compared: the estimator's ``recipe`` and ``head``; "distilled" and "labels" are the default's recipe with both
+of them fixed."""
 
-FOR_VECTORS = ("default", "frozen, mlp", "calexnet", "ztw", "distilled, linear", "distilled, mlp", "distilled, mlp-64")
-CHOICES["distilled, mlp-64"] = {"head": "mlp-64"}
+FOR_VECTORS = (
+    "default", "frozen, mlp", "calexnet", "ztw", "distilled, linear", "distilled, mlp", "distilled, mlp-64",
+    "labels, linear", "labels, mlp",
+)  # fmt: skip
 
 Splits = tuple[Data, Data, Data]
 
