@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from sklearn.neural_network import MLPClassifier
 
-from adaptexit import CalibrationWarning, MultiExitClassifier
+from adaptexit import AutoRecipe, CalibrationWarning, MultiExitClassifier
 from benchmarks.cifar import arguments
 from benchmarks.common import RESULTS, print_table, require_one_thread, spread, write_result
 from benchmarks.small_networks import EXITS, digits, resnet_for_digits, trained_on
@@ -51,8 +51,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     },
     "distilled, mlp-64": {"head": "mlp-64"},
 }
-"""What is compared: the estimator's ``recipe`` and ``head``; "distilled" and "labels" are the default's recipe with both
-of them fixed."""
+"""The estimator's ``recipe`` and ``head``; "distilled" and "labels" are the default's recipe with both of them fixed."""
 
 FOR_VECTORS = (
     "default", "frozen, mlp", "calexnet", "ztw", "distilled, linear", "distilled, mlp", "distilled, mlp-64",
