@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 from sklearn.neural_network import MLPClassifier
 
-from adaptexit import CalibrationWarning, MultiExitClassifier
+from adaptexit import AutoRecipe, CalibrationWarning, MultiExitClassifier
 from benchmarks.cifar import arguments
 from benchmarks.common import RESULTS, print_table, require_one_thread, spread, write_result
 from benchmarks.small_networks import EXITS, digits, resnet_for_digits, trained_on
@@ -45,11 +45,18 @@ CHOICES: dict[str, dict[str, Any]] = {
     "calexnet": {"recipe": "calexnet"},
     "ztw": {"recipe": "ztw"},
     **{f"distilled, {head}": {"head": head} for head in ("linear", "mlp", "grid", "grid-64", "wide-32", "wide-64")},
+    **{
+        f"labels, {head}": {"head": head, "recipe": AutoRecipe(distillation=0.0)}
+        for head in ("linear", "mlp", "grid", "grid-64", "wide-32", "wide-64")
+    },
+    "distilled, mlp-64": {"head": "mlp-64"},
 }
-"""What is compared: the estimator's ``recipe`` and ``head``; "distilled" is the default's recipe with a fixed head."""
+"""The estimator's ``recipe`` and ``head``; "distilled" and "labels" are the default's recipe with both of them fixed."""
 
-FOR_VECTORS = ("default", "frozen, mlp", "calexnet", "ztw", "distilled, linear", "distilled, mlp", "distilled, mlp-64")
-CHOICES["distilled, mlp-64"] = {"head": "mlp-64"}
+FOR_VECTORS = (
+    "default", "frozen, mlp", "calexnet", "ztw", "distilled, linear", "distilled, mlp", "distilled, mlp-64",
+    "labels, linear", "labels, mlp",
+)  # fmt: skip
 
 Splits = tuple[Data, Data, Data]
 
@@ -112,7 +119,7 @@ def measured(subject: Subject, choice: str, seed: int, cache: str) -> dict[str, 
     start, start_cpu = time.perf_counter(), time.process_time()
     model = MultiExitClassifier(
         subject.network, subject.exits, **CHOICES[choice],
-        calibration_size=0.02, random_state=seed, batch_size=64, cache_dir=cache,
+        calibration_size=0.02, random_state=seed, batch_size=64, cache_dir=cache, preprocess=None,
     ).fit(*train)  # fmt: skip
     seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
     curve = model.calibrate(*val).pareto(*test)

@@ -55,7 +55,8 @@ def test_history_says_what_was_compared(model):
 
 
 def test_the_winner_is_trained_as_if_it_had_been_named(model):
-    named = auto(AutoRecipe(epochs=4), head="grid").fit(*TRAIN).calibrate(*VAL)
+    weight = model.history_["choice"]["distillation"]
+    named = auto(AutoRecipe(epochs=4, distillation=weight), head="grid").fit(*TRAIN).calibrate(*VAL)
     assert "choice" not in named.history_
     assert named.history_["loss"] == model.history_["loss"]
     for one, other in zip(weights(model), weights(named), strict=True):

@@ -1,9 +1,10 @@
 """Which head answers best at the cuts of a model: several are trained a little, and compared by their frontiers.
 
-All learn from one pass of the model. Work is counted, never timed, so that equal arguments give equal choices, and it
-is bounded: the first trials take at most the pass and the training of the cheapest rival, the second ones at most the
-pass and the training of the cheaper one. So the pass, both trials and the training of the winner take at most three
-times the pass and that training, whoever wins.
+All learn from one pass of the model. First each is trained for a quarter of its epochs, then the two best of them for
+half, and the best one from labels instead of the full model.
+Work is counted, never timed, so that equal arguments give equal choices, and it is bounded: either round takes at most
+the pass and the training of the dearest rival. So the pass, both rounds and the training of the winner take at most
+three times the pass and one training, that of the dearest head compared.
 """
 
 from __future__ import annotations
@@ -40,20 +41,28 @@ FEWEST_ROWS = 1000
 VALIDATION_SHARE, MOST_VALIDATION = 0.2, 5000
 """Of the training samples, those that a comparison is made on."""
 
-LEAST_SHARE, MOST_SHARE = 0.1, 0.5
-"""Of a training that a trial is: what shorter ones say is not asked, what longer ones say is hardly more."""
+FIRST_SHARE, SECOND_SHARE = 0.25, 0.5
+"""Of a training that a trial is in each round, at most."""
 
 STEP = 2e7
 """Multiply-accumulates in whose time a head is called, and its weights are moved, once."""
 
-CLEAR, LONGER = 0.02, 1.5
-"""Mean accuracy between the two best from which they are not tried again, and how much longer that has to be."""
+CLEAR = 0.02
+"""Mean accuracy behind the best from which a head is not tried again: larger heads need longer to come forward."""
+
+N_FINALISTS = 2
+"""Heads that are tried again; with the best one that learns from labels there are three trials."""
+
+N_SECOND_TRIALS = N_FINALISTS + 1
 
 MODEST, DEAR = 0.03, 0.3
 """Of the model's cost: the most that a head may have that is taken without a comparison, and that is compared."""
 
 MOST_KEPT = 1 << 31
 """Numbers (8 GiB of them) that the heads of a network may read of all samples, unless no heads read fewer."""
+
+Pair = tuple[str, float]
+"""A head's name, and what distillation counts."""
 
 MANY_SAMPLES = 1 << 16
 """Taken for the number of samples where the source does not know it."""
@@ -151,30 +160,21 @@ def training_work(rival: Rival, n_samples: int, epochs: int, batch_size: int) ->
     return 3.0 * epochs * n_samples * rival.macs + STEP * steps * len(rival.network.early)
 
 
-def first_trial(work: Mapping[str, float], spare: float) -> tuple[list[str], float]:
-    """Who is tried, the cheapest first, and for which share of a training.
-
-    All trials together take at most the cheapest training and the work to spare. The dearest rivals are left out where
-    that does not suffice for trials that tell something.
+def share_of_training(work: Sequence[float], longest: float, spare: float, most: float) -> float:
+    """That all can have of their trainings in one round, together at most the longest one and the work to spare.
 
     Parameters
     ----------
-    work : dict of name to float
-        Of a whole training.
+    work : sequence of float
+        Of the whole training of each that is tried.
+    longest : float
+        Of the training of the dearest head compared.
     spare : float
+        Of the pass.
+    most : float
+        The largest share.
     """
-    names = sorted(work, key=lambda name: work[name])
-    while len(names) > 1:
-        share = share_of_training([work[name] for name in names], spare)
-        if share >= LEAST_SHARE:
-            return names, share
-        names.pop()
-    return names, 0.0
-
-
-def share_of_training(work: Sequence[float], spare: float) -> float:
-    """That all can have of their trainings within the cheapest of these and the work to spare."""
-    return min(MOST_SHARE, (spare + min(work)) / max(sum(work), 1e-12))
+    return min(most, (spare + longest) / max(sum(work), 1e-12))
 
 
 # -- the choice --------------------------------------------------------------------------------------------------------
@@ -208,13 +208,13 @@ class Trials:
     seed: int
     verbose: int
 
-    def score(self, name: str, rival: Rival, share: float) -> float:
+    def score(self, name: str, rival: Rival, share: float, distillation: float | str) -> float:
         """Of heads that were trained for a share of the epochs; the rival's own stay as they are."""
         epochs = max(1, int(share * self.epochs))
         n_rows = min(len(self.rows), max(2, int(len(self.rows) * share * self.epochs / epochs)))
         trial = BranchedNetwork(rival.network.model, rival.network.split, copy.deepcopy(rival.network.early))
         trial.reader = rival.network.reader
-        recipe = clone(self.recipe).set_params(epochs=epochs)
+        recipe = clone(self.recipe).set_params(epochs=epochs, distillation=distillation)
         recipe.train(trial.early, self.caches[name], self.rows[:n_rows], self.targets[:n_rows], random_state=self.seed)
         with evaluating(trial.modules):
             answers = answers_on(trial, self.caches[name], self.judged, logits=False, batch_size=1024)
@@ -233,8 +233,8 @@ def chosen(
     targets: NDArray[Any],
     seed: int,
     verbose: int = 0,
-) -> tuple[str, dict[str, Any]]:
-    """The name of the head to take, and what was compared, as JSON holds it.
+) -> tuple[str, AutoRecipe, dict[str, Any]]:
+    """The name of the head to take, the recipe to train it by, and what was compared, as JSON holds it.
 
     Parameters
     ----------
@@ -258,31 +258,42 @@ def chosen(
         "n_validation": 0,
     }
     parts = _parted(targets, seed)
-    if parts is None:
-        winner = modest(rivals)
-        return winner, report | {"head": winner}
-    affordable = {name: work[name] for name in rivals if dearest_head(rivals[name]) <= DEAR} or work
-    names, share = first_trial(affordable, run_macs)
-    if len(names) == 1:
-        return names[0], report | {"head": names[0]}
+    names = [name for name in rivals if dearest_head(rivals[name]) <= DEAR] or [min(work, key=lambda name: work[name])]
+    if parts is None or len(names) == 1:
+        winner = modest(rivals) if parts is None else names[0]
+        return winner, recipe, report | {"head": winner, "distillation": recipe.distillation}
     learning, judged = parts
     trials = Trials(
         recipe, caches, rows[learning], targets[learning], rows[judged], targets[judged], epochs, seed, verbose
     )  # fmt: skip
     report["n_validation"] = len(judged)
+    longest = max(work[name] for name in names)
 
-    def tried(some: Sequence[str], share: float) -> list[str]:
-        scores = {name: trials.score(name, rivals[name], share) for name in some}
-        for name, score in scores.items():
-            report["candidates"][name]["trials"].append({"epochs": share * epochs, "score": score})
-        return sorted(scores, key=lambda name: (-scores[name], work[name]))
+    def tried(pairs: Sequence[Pair], most: float) -> dict[Pair, float]:
+        """Scores of heads with what distillation counts, the best first."""
+        share = share_of_training([work[name] for name, _ in pairs], longest, run_macs, most)
+        scores = {(name, weight): trials.score(name, rivals[name], share, weight) for name, weight in pairs}
+        for (name, weight), score in scores.items():
+            trial = {"epochs": share * epochs, "distillation": weight, "score": score}
+            report["candidates"][name]["trials"].append(trial)
+        return dict(sorted(scores.items(), key=lambda item: (-item[1], work[item[0][0]])))
 
-    ranking = tried(names, share)
-    first, second = (report["candidates"][name]["trials"][0]["score"] for name in ranking[:2])
-    longer = share_of_training([work[name] for name in ranking[:2]], run_macs)
-    if first - second < CLEAR and longer >= LONGER * share:
-        ranking = tried(ranking[:2], longer)
-    return ranking[0], report | {"head": ranking[0]}
+    usual = 1.0 if isinstance(recipe.distillation, str) else recipe.distillation
+    scores = tried([(name, usual) for name in names], FIRST_SHARE)
+    best = next(iter(scores))
+    finalists = [pair for pair, score in scores.items() if score > scores[best] - CLEAR][:N_FINALISTS]
+    if isinstance(recipe.distillation, str) and not np.array_equal(targets, _answered(caches, rows)):
+        finalists.append((best[0], 0.0))
+    if len(finalists) > 1:
+        scores = tried(finalists, SECOND_SHARE)
+    winner, weight = next(iter(scores))
+    recipe = clone(recipe).set_params(distillation=weight)
+    return winner, recipe, report | {"head": winner, "distillation": weight}
+
+
+def _answered(caches: Mapping[str, FeatureCache], rows: NDArray[Any]) -> NDArray[Any]:
+    """What the full model answers to samples: their targets where there are no labels."""
+    return np.asarray(next(iter(caches.values())).logits[rows].argmax(axis=1))
 
 
 def _parted(targets: NDArray[Any], seed: int) -> tuple[NDArray[Any], NDArray[Any]] | None:

@@ -132,7 +132,7 @@ def retrofitted(network: BranchedNetwork, recipe: Recipe, batches: Batches, cond
         own = columns[0]
         if isinstance(recipe, AutoRecipe) and rivals:
             caches = {name: recorded.part(read) for name, read in zip(rivals, columns[1:], strict=True)}
-            head, history["choice"] = chosen(
+            head, recipe, history["choice"] = chosen(
                 rivals, recipe, caches, held_in, labels[held_in], conditions.seed, conditions.verbose
             )
             network, own = rivals[head].network, columns[1 + list(rivals).index(head)]

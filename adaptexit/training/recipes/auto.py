@@ -1,30 +1,29 @@
-"""The default: heads learn the full model's logits, and which head that is, is found out."""
+"""The default: which head learns, and from the full model or from labels, is found out."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Sequence
-from functools import partial
 from typing import Any, Literal
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from adaptexit.heads.by_name import NAMED, HeadFactory, heads_to_try
 from adaptexit.heads.layout import FeatureSpec
-from adaptexit.training.head_trainer import Lesson, distillation_loss
+from adaptexit.training.head_trainer import HeadBatch, Lesson, class_loss, distillation_loss
 from adaptexit.training.loop import n_epochs
-from adaptexit.training.recipes.base import HeadRecipe, History
+from adaptexit.training.recipes.base import HeadRecipe, History, LearnFrom
 from adaptexit.utils.validation import checked_number
 
 
 class AutoRecipe(HeadRecipe):
-    """Heads learn the full model's softened probabilities; the head is the one with the best frontier.
+    """Heads learn the full model's softened probabilities or labels; head and teacher are those with the best frontier.
 
     Where the estimator's ``head`` is left open, the heads of ``heads`` are trained for a part of the epochs on a part
     of the training samples, and compared on the rest of these by the mean accuracy of their calibrated frontiers over
-    even budgets, what the heads cost counted in; the best one then learns from all. Where a head is named, it alone is
-    trained. Labels of the training samples have a part in the comparison only.
+    even budgets, what the heads cost counted in; so is learning from labels, which is better where the full model is
+    weak. The best one then learns from all. Where a head is named, it alone is trained.
 
     Parameters
     ----------
@@ -40,16 +39,17 @@ class AutoRecipe(HeadRecipe):
         AdamW's.
     batch_size : int, default=256
         At least 2.
+    distillation : float or "auto", default="auto"
+        a, from 0 to 1: a T^2 KL(full model || head) + (1 - a) CE(labels, head) is minimised (Hinton et al.,
+        "Distilling the Knowledge in a Neural Network", 2015). "auto" is 1, or 0 where that was compared and is better.
     temperature : float, default=2.0
-        T, above 0: T^2 KL(full model || head) of probabilities at that temperature is minimised (Hinton et al.,
-        "Distilling the Knowledge in a Neural Network", 2015).
+        T, above 0, of the probabilities that are distilled.
     confidence_epochs : int or None, default=None
         For the confidence outputs, where heads have them; None takes ``epochs``.
     """
 
     usual_epochs = 20
     own_head = "mlp"  # reads every feature; another takes its place once it is chosen
-    learn_from = "backbone"
 
     def __init__(
         self,
@@ -59,6 +59,7 @@ class AutoRecipe(HeadRecipe):
         lr: float = 1e-2,
         weight_decay: float = 0.01,
         batch_size: int = 256,
+        distillation: float | Literal["auto"] = "auto",
         temperature: float = 2.0,
         confidence_epochs: int | None = None,
     ) -> None:
@@ -67,8 +68,19 @@ class AutoRecipe(HeadRecipe):
         self.lr = lr
         self.weight_decay = weight_decay
         self.batch_size = batch_size
+        self.distillation = distillation
         self.temperature = temperature
         self.confidence_epochs = confidence_epochs
+
+    @property
+    def learn_from(self) -> LearnFrom:  # type: ignore[override]
+        """Labels, unless heads learn from the full model alone."""
+        return "backbone" if self._share == 1.0 else "labels"
+
+    @property
+    def _share(self) -> float:
+        """What distillation counts."""
+        return 1.0 if isinstance(self.distillation, str) else float(self.distillation)
 
     def candidates(self, specs: Sequence[FeatureSpec]) -> dict[str, HeadFactory]:
         """The heads that are compared where the choice is open, by the names that a save keeps of them."""
@@ -93,16 +105,27 @@ class AutoRecipe(HeadRecipe):
     def check(self) -> dict[str, Any]:
         """Refuse settings that cannot be; those that the loop takes."""
         self._check_heads()
+        if not (isinstance(self.distillation, str) and self.distillation == "auto") and not (
+            0 <= checked_number("distillation", self.distillation, "a number from 0 to 1, or 'auto'") <= 1
+        ):
+            raise ValueError(f"distillation must lie between 0 and 1, or be 'auto'; got {self.distillation!r}.")
         checked_number("temperature", self.temperature, "a finite number above 0", np.nextafter(0, 1))
         return super().check()
 
     def _taught(self, lesson: Lesson) -> History:
         epochs = lesson.epochs(self.epochs, self.usual_epochs)
-        loss = partial(distillation_loss, temperature=self.temperature)
         return {
-            "loss": lesson.learn_classes(loss, lesson.everyone, epochs=epochs),
+            "loss": lesson.learn_classes(self._loss, lesson.everyone, epochs=epochs),
             "confidence_loss": self._confidence(lesson, epochs),
         }
+
+    def _loss(self, answer: HeadBatch) -> Tensor:
+        share = self._share
+        if share == 1.0:
+            return distillation_loss(answer, self.temperature)
+        if share == 0.0:
+            return class_loss(answer)
+        return share * distillation_loss(answer, self.temperature) + (1 - share) * class_loss(answer)
 
     def _check_heads(self) -> None:
         heads = self.heads
