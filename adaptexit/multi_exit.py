@@ -68,11 +68,11 @@ class MultiExitClassifier(AdaptiveClassifier):
         What answers at a cut: a name in ``adaptexit.heads.NAMED`` ("mlp", "grid", "wide-64", ...) or a factory
         ``(FeatureSpec, n_classes) -> nn.Module``. "auto" is the recipe's own, of "auto" the best of several.
     recipe : str or Recipe, default="auto"
-        How the heads are trained, the backbone untouched: "auto" (distillation from the full model, the best of several
-        heads), "frozen" (cross-entropy with the labels), "calexnet", "calexnet_reference", "ptee", "ztw", "boostnet",
-        or a recipe with settings of its own, as ``AutoRecipe(["grid", "wide-64"])``. For a module built with exits
-        "auto" is "trained", that is nothing. "joint" trains network and heads together, or a module built with exits
-        from scratch; :class:`adaptexit.JointRecipe` has its many settings. It needs data that can be read by number:
+        How the heads are trained, the backbone untouched: "auto" (by the full model's answers or labels, the better of
+        both, as of heads), "frozen" (by labels), "calexnet", "calexnet_reference", "ptee", "ztw", "boostnet", or a
+        recipe with settings of its own, as ``AutoRecipe(["grid", "wide-64"])``. For a module built with exits "auto"
+        is "trained", that is nothing. "joint" trains network and heads together, or a module built with exits from
+        scratch; :class:`adaptexit.JointRecipe` has its many settings. It needs data that can be read by number:
         arrays, or a Dataset (of a loader too, which then says how samples are fetched, not in which order).
         Some are published with class precision margins: ``CPMCalibrator.published_with(recipe, margin=0.1)``.
     calibrator : Calibrator, optional

@@ -51,7 +51,7 @@ CHOICES: dict[str, dict[str, Any]] = {
     },
     "distilled, mlp-64": {"head": "mlp-64"},
 }
-"""The estimator's ``recipe`` and ``head``; "distilled" and "labels" fix both in the default's recipe."""
+"""The estimator's ``recipe`` and ``head``; "distilled" and "labels" are the default's recipe with both fixed."""
 
 FOR_VECTORS = (
     "default", "frozen, mlp", "calexnet", "ztw", "distilled, linear", "distilled, mlp", "distilled, mlp-64",
