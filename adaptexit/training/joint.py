@@ -138,11 +138,13 @@ class JointTraining:
             checkpoints.keep(0, self.state())  # what the heads have learned so far
         self.processes.wait()
         epochs, learners = self.settings["epochs"], self.learners
-        shown = verbose >= 1 and self.processes.main
+        visible = verbose >= 1 and self.processes.main
         with (
             only_learning(learners, [self.exits]),
             self._memory_format(),
-            tqdm(total=self.total_steps, initial=self.progress.epoch * self.steps_per_epoch, disable=not shown) as bar,
+            tqdm(
+                total=self.total_steps, initial=self.progress.epoch * self.steps_per_epoch, disable=not visible
+            ) as bar,
             torch.enable_grad(),
         ):
             forward = self.processes.prepared(self.exits)
@@ -199,7 +201,7 @@ class JointTraining:
         in_training_mode(self.exits, self.settings["batch_norm"], self.learners)
         batches = self._batches(epoch)
         shares = [self.processes.share(rows) for rows in batches]
-        met = torch.zeros(2, self.exits.n_exits, dtype=torch.float64)
+        totals = torch.zeros(2, self.exits.n_exits, dtype=torch.float64)
         steps: list[Tensor] = []  # not yet looked at
         n_read = 0
         for i, (whole, rows, x) in enumerate(zip(batches, shares, self.data.samples.read(shares, seed), strict=True)):
@@ -209,15 +211,15 @@ class JointTraining:
             steps.append(torch.stack([share * losses, right]))
             n_read += len(rows)
             if i % LOOKED_AT_EVERY == 0 or i == len(batches) - 1:
-                met += torch.stack(steps).cpu().double().sum(0)
+                totals += torch.stack(steps).cpu().double().sum(0)
                 steps.clear()
-                self._check_finite(met[0], epoch)
-                _describe(bar, epoch, self.settings["epochs"], met / max(n_read, 1))
+                self._check_finite(totals[0], epoch)
+                _describe(bar, epoch, self.settings["epochs"], totals / max(n_read, 1))
             bar.update()
-        met = self.processes.summed(met) / len(self.data.rows)
+        totals = self.processes.summed(totals) / len(self.data.rows)
         if self.settings["averaging"] == "swa" and self.average is not None and self._averages(epoch):
             self.average.update_parameters(self.exits)
-        self.progress.add(met[0].tolist(), met[1].tolist())
+        self.progress.add(totals[0].tolist(), totals[1].tolist())
 
     def _step(self, forward: nn.Module, x: Tensor, rows: Tensor, n_samples: int, step: int) -> tuple[Tensor, Tensor]:
         """One update; the losses of the exits, and how many samples each was right on."""
@@ -231,10 +233,12 @@ class JointTraining:
         precision = settings["precision"]
         dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
         with torch.autocast(x.device.type, dtype=dtype, enabled=precision != "float32"):
-            taught = None if self.teacher is None else self._taught(x)
+            teacher_logits = None if self.teacher is None else self._taught(x)
             answers = forward(x)
             # Gradients are averaged over processes, so sums are divided by what makes that the mean over all samples.
-            losses = exit_losses(answers, target, taught, settings=settings, n_samples=n_samples / self.processes.count)
+            losses = exit_losses(
+                answers, target, teacher_logits, settings=settings, n_samples=n_samples / self.processes.count
+            )
         counts = torch.as_tensor(self.exit_weights(step / self.total_steps)).to(losses)
         self.scaler.scale((counts * losses).sum()).backward()
         if settings["clip_grad"] is not None:

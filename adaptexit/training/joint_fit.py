@@ -92,8 +92,8 @@ class _JointFit:
             trained = cache is not None or settings["teacher"] == "original"
             before = self._original_answers(cache, held_out) if trained else None
             original = self.original if trained else None
-            resumed = checkpoints.latest()
-            told = resumed["told"] if resumed else {
+            state = checkpoints.latest()
+            told = state["told"] if state else {
                 "heads": self._heads_alone(cache, held_in),
                 "relative_costs": (self.costs.alone() / self.costs.full).tolist(),  # never measured twice the same
             }  # fmt: skip
@@ -118,18 +118,18 @@ class _JointFit:
         """Read all samples once: costs, labels, a hash of the inputs, and what heads learn from at first."""
         network, conditions = self.network, self.conditions
         batches = self.samples.in_order(seed=conditions.seed)
-        hashed = Hashed(batches, conditions.seed)
+        hashing = Hashed(batches, conditions.seed)
         with seeded(conditions.seed), evaluating(network.modules):
             example = self.samples.in_order(seed=conditions.seed).first()
             self.costs = network.costs(example, conditions.cost)
             self._check(network.prepare(example))
         cache: FeatureCache | None = None
         if isinstance(network, BranchedNetwork):
-            cache = conditions.features(network, hashed)
+            cache = conditions.features(network, hashing)
             answers = cache.logits.argmax(axis=1)
         else:
-            answers = self._run_through(hashed)
-        self.inputs_hash, self.labelled = hashed.result, batches.labelled
+            answers = self._run_through(hashing)
+        self.inputs_hash, self.labelled = hashing.result, batches.labelled
         self.labels = batches.indices(conditions.classes, len(self.samples)) if self.labelled else answers
         with nullcontext() if cache is None else cache:
             yield cache

@@ -45,9 +45,11 @@ def exit_losses(
             smoothing = settings["label_smoothing"] if target.ndim == 1 else 0.0  # mixed targets are smooth already
             loss = (1 - a) * F.cross_entropy(logits, target, reduction="sum", label_smoothing=smoothing)
         if a > 0 and teacher is not None:
-            said = F.log_softmax(logits / temperature, dim=1)
-            softened = F.log_softmax(teacher.to(logits.dtype) / temperature, dim=1)
-            loss = loss + a * temperature**2 * F.kl_div(said, softened, reduction="sum", log_target=True)
+            log_probabilities = F.log_softmax(logits / temperature, dim=1)
+            teacher_log_probabilities = F.log_softmax(teacher.to(logits.dtype) / temperature, dim=1)
+            loss = loss + a * temperature**2 * F.kl_div(
+                log_probabilities, teacher_log_probabilities, reduction="sum", log_target=True
+            )
         losses.append(loss / n_samples)
     return torch.stack(losses)
 
