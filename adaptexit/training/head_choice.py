@@ -1,7 +1,7 @@
 """Which head answers best at the cuts of a model: several are trained a little, and compared by their frontiers.
 
-All learn from one pass of the model. First each is trained for a quarter of its epochs, then the two best of them for
-half, and the best one from labels instead of the full model.
+All learn from one pass of the model. First each is trained for a quarter of its epochs, by the full model's answers and
+labels in equal parts. Then those in front are trained for half of them, and the best one also by either teacher alone.
 Work is counted, never timed, so that equal arguments give equal choices, and it is bounded: either round takes at most
 the pass and the training of the dearest rival. So the pass, both rounds and the training of the winner take at most
 three times the pass and one training, that of the dearest head compared.
@@ -50,19 +50,20 @@ STEP = 2e7
 CLEAR = 0.02
 """Mean accuracy behind the best from which a head is not tried again: larger heads need longer to come forward."""
 
-N_FINALISTS = 2
-"""Heads that are tried again; with the best one that learns from labels there are three trials."""
+MUCH = 2.0
+"""Times the work of the best: a head that takes so much may come forward in a longer trial only."""
 
-N_SECOND_TRIALS = N_FINALISTS + 1
+MOST_TRIALS = 5
+"""In the second round: three heads by both teachers together, the best of them by each alone."""
+
+BOTH, TEACHERS = 0.5, (1.0, 0.0)
+"""What distillation counts where both teachers are heard, and where it is one of them: the model first, then labels."""
 
 MODEST, DEAR = 0.03, 0.3
 """Of the model's cost: the most that a head may have that is taken without a comparison, and that is compared."""
 
 MOST_KEPT = 1 << 31
 """Numbers (8 GiB of them) that the heads of a network may read of all samples, unless no heads read fewer."""
-
-Pair = tuple[str, float]
-"""A head's name, and what distillation counts."""
 
 MANY_SAMPLES = 1 << 16
 """Taken for the number of samples where the source does not know it."""
@@ -269,26 +270,45 @@ def chosen(
     report["n_validation"] = len(judged)
     longest = max(work[name] for name in names)
 
-    def tried(pairs: Sequence[Pair], most: float) -> dict[Pair, float]:
-        """Scores of heads with what distillation counts, the best first."""
-        share = share_of_training([work[name] for name, _ in pairs], longest, run_macs, most)
-        scores = {(name, weight): trials.score(name, rivals[name], share, weight) for name, weight in pairs}
-        for (name, weight), score in scores.items():
+    def tried(names: Sequence[str], weight: float, share: float) -> dict[str, float]:
+        """Scores of heads trained by one mixture of teachers, the best first."""
+        scores = {name: trials.score(name, rivals[name], share, weight) for name in names}
+        for name, score in scores.items():
             trial = {"epochs": share * epochs, "distillation": weight, "score": score}
             report["candidates"][name]["trials"].append(trial)
-        return dict(sorted(scores.items(), key=lambda item: (-item[1], work[item[0][0]])))
+        return dict(sorted(scores.items(), key=lambda item: (-item[1], work[item[0]])))
 
-    usual = 1.0 if isinstance(recipe.distillation, str) else recipe.distillation
-    scores = tried([(name, usual) for name in names], FIRST_SHARE)
-    best = next(iter(scores))
-    finalists = [pair for pair, score in scores.items() if score > scores[best] - CLEAR][:N_FINALISTS]
-    if isinstance(recipe.distillation, str) and not np.array_equal(targets, _answered(caches, rows)):
-        finalists.append((best[0], 0.0))
-    if len(finalists) > 1:
-        scores = tried(finalists, SECOND_SHARE)
-    winner, weight = next(iter(scores))
-    recipe = clone(recipe).set_params(distillation=weight)
-    return winner, recipe, report | {"head": winner, "distillation": weight}
+    weight, others = _teachers(recipe, labelled=not np.array_equal(targets, _answered(caches, rows)))
+    share = share_of_training([work[name] for name in names], longest, run_macs, FIRST_SHARE)
+    finalists = in_front(tried(names, weight, share), work)
+    second = [work[name] for name in finalists]
+    share = share_of_training([*second, *[max(second)] * len(others)], longest, run_macs, SECOND_SHARE)
+    if len(finalists) > 1 or others:
+        scores = tried(finalists, weight, share)
+        winner = next(iter(scores))
+        by_teacher = {other: tried([winner], other, share)[winner] for other in others} | {weight: scores[winner]}
+        weight = max(by_teacher, key=lambda teacher: by_teacher[teacher])
+    else:
+        winner = finalists[0]
+    return winner, clone(recipe).set_params(distillation=weight), report | {"head": winner, "distillation": weight}
+
+
+def in_front(scores: Mapping[str, float], work: Mapping[str, float]) -> list[str]:
+    """Heads that are tried again: the best, the second, and the best of those that take much longer to train.
+
+    Those too far behind are left out.
+    """
+    ranking = sorted(scores, key=lambda name: (-scores[name], work[name]))
+    near = [name for name in ranking if scores[name] > scores[ranking[0]] - CLEAR]
+    longer = [name for name in near[2:] if work[name] >= MUCH * work[ranking[0]]]
+    return near[:2] + longer[:1]
+
+
+def _teachers(recipe: AutoRecipe, labelled: bool) -> tuple[float, tuple[float, ...]]:
+    """What distillation counts in the trials of heads, and what else is compared for the best of them."""
+    if not isinstance(recipe.distillation, str):
+        return recipe.distillation, ()
+    return (BOTH, TEACHERS) if labelled else (1.0, ())
 
 
 def _answered(caches: Mapping[str, FeatureCache], rows: NDArray[Any]) -> NDArray[Any]:
