@@ -55,7 +55,8 @@ class MultiExitClassifier(AdaptiveClassifier):
     ----------
     backbone : str, callable, nn.Module, list of nn.Module, or MLPClassifier
         The trained model: a timm name (made with its pretrained weights), a factory of a module or a module that
-        answers with logits (B, C) or an object with ``.logits``; modules are frozen and shared, not copied. A list of
+        answers with logits (B, C) or an object with ``.logits``; modules are frozen and shared, not copied. A name in
+        ``adaptexit.backbones.NAMED`` is that network for the number of ``classes``, to be trained ("joint"). A list of
         modules is a model given as its stages, for what cannot be cut. A module built with exits (``stages`` and
         ``heads``, ModuleLists of equal length) is taken as trained with its heads, so that ``fit`` only calibrates it,
         unless ``recipe`` is joint training; what says how exits are made (``exits``, ``head``, ``layout``,
@@ -231,7 +232,7 @@ class MultiExitClassifier(AdaptiveClassifier):
                 batches = samples.in_order(seed=seed)
             else:
                 batches = as_batches(X, y, batch_size=self.batch_size, labels=None, ordered=False)
-            module = as_module(self.backbone) if mlp is None else mlp_of(mlp)
+            module = as_module(self.backbone, self.classes, seed) if mlp is None else mlp_of(mlp)
             model = build_model(module, self.preprocess, "backbone", self.device)
             assert isinstance(model, TorchModel)
             self._mlp = mlp if mlp is None else describe_mlp(mlp)
@@ -276,12 +277,12 @@ class MultiExitClassifier(AdaptiveClassifier):
     def _checked_recipe(self) -> Recipe | JointRecipe:
         """The recipe; what could not be met before the backbone has run is refused at once."""
         checked_exits(self.exits)
-        check_backbone(self.backbone)
         self._check_parameters()
         check_whole("cache_memory", self.cache_memory, 0, " (a number of bytes)")
         checked_folder("cache_dir", self.cache_dir)
         check_switch("cache_half", self.cache_half)
         recipe = self._recipe()
+        check_backbone(self.backbone, isinstance(recipe, JointRecipe))
         getattr(recipe, "check", lambda: None)()
         return recipe
 
@@ -392,7 +393,7 @@ class MultiExitClassifier(AdaptiveClassifier):
         if self._mlp and as_mlp(self.backbone) is None:
             raise ValueError(f"backbone must be the MLPClassifier that was saved; got {self.backbone!r}.")
         weights = below("backbone.", tensors)
-        module = restored_mlp(self._mlp, weights) if self._mlp else as_module(self.backbone)
+        module = restored_mlp(self._mlp, weights) if self._mlp else as_module(self.backbone, self.classes_)
         model = restore_model(module, self.preprocess, "backbone", state["backbone"], weights, self.device)
         assert isinstance(model, TorchModel)
         as_stages = isinstance(self.backbone, (list, tuple))

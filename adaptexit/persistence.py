@@ -166,7 +166,9 @@ def _restoring(source: Path) -> Iterator[None]:
 
 
 def plain(value: Any) -> Any:
-    """NumPy values and paths as JSON holds them; TypeError for anything else that it does not know."""
+    """NumPy values, ranges and paths as JSON holds them; TypeError for anything else that it does not know."""
+    if isinstance(value, range):
+        return list(value)
     if isinstance(value, np.generic):
         return value.item()
     if isinstance(value, np.ndarray):

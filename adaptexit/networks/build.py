@@ -11,6 +11,7 @@ from sklearn.base import BaseEstimator
 from sklearn.utils import check_random_state
 from torch import Tensor, nn
 
+from adaptexit.backbones import NAMED
 from adaptexit.exceptions import SplitError
 from adaptexit.heads.base import Head
 from adaptexit.heads.by_name import make_head
@@ -26,23 +27,38 @@ from adaptexit.networks.token_order import with_orders
 from adaptexit.staging.contexts import evaluating, random_state_kept
 from adaptexit.staging.cuts import check_names, propose_cuts
 from adaptexit.staging.splitting import Split, from_stages, split
+from adaptexit.utils.validation import plain_array
 
 N_AUTO_CUTS = 3
 """Cuts that ``exits="auto"`` looks for."""
 
 
-def check_backbone(backbone: Any) -> None:
-    """Refuse scikit-learn estimators that have no layers to stop between."""
+def check_backbone(backbone: Any, trains: bool) -> None:
+    """Refuse scikit-learn estimators without layers to stop between, and names of networks that nothing trains."""
     if as_mlp(backbone) is None and isinstance(backbone, BaseEstimator):
         raise TypeError(
             "backbone must be a module, or scikit-learn's MLPClassifier (a timm name, a factory or a list of stages "
             f"will do too), as other estimators have no stages to stop between; got {backbone!r}. Use CascadeSaver "
             "for other classifiers."
         )
+    if isinstance(backbone, str) and backbone in NAMED and not trains:
+        raise ValueError(
+            f"recipe must be 'joint' for {backbone!r}, which is made without trained weights. To use weights that you "
+            f"have, give the module: net = adaptexit.backbones.{backbone}(), and net.load_state_dict(...)."
+        )
 
 
-def as_module(backbone: Any) -> Any:
-    """A backbone given as its stages as one module."""
+def as_module(backbone: Any, classes: Any, seed: int = 0) -> Any:
+    """A backbone given as its stages as one module; a name of ours as the factory of that network for those classes."""
+    if isinstance(backbone, str) and backbone in NAMED:
+        settings = {} if classes is None else {"n_classes": len(plain_array("classes", classes))}
+
+        def factory() -> nn.Module:
+            with random_state_kept():
+                torch.manual_seed(seed)
+                return NAMED[backbone](**settings).eval()
+
+        return factory
     if isinstance(backbone, (list, tuple)):
         if len(backbone) < 2 or not all(isinstance(stage, nn.Module) for stage in backbone):
             raise ValueError(f"backbone must have at least two stages, all modules; got {backbone!r}.")

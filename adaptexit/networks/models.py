@@ -17,6 +17,7 @@ from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 from torch import Tensor, nn
 
+from adaptexit.backbones import NAMED
 from adaptexit.core.answer import Answer
 from adaptexit.networks.base import Network, State
 from adaptexit.networks.penultimate import with_penultimate
@@ -231,8 +232,13 @@ def check_device(device: Any) -> None:
 
 def _timm_model(name: str, label: str, *, pretrained: bool) -> nn.Module:
     """A timm model by name, in evaluation mode; names with a prefix (``local-dir:`` ...) are timm's to check."""
+    if name in NAMED:
+        raise ValueError(
+            f"{label} must have trained weights; got {name!r}, a network of adaptexit.backbones that is made without "
+            f"any. Give the module with its weights loaded, adaptexit.backbones.{name}()."
+        )
     if ":" not in name and not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
+        near = difflib.get_close_matches(name, [*timm.list_models(), *NAMED], n=3)
         raise ValueError(
             f"{label} must be the name of a timm model; got {name!r}"
             + (f". Near it are {', '.join(near)}." if near else ". See timm.list_models().")
