@@ -112,7 +112,9 @@ class Evaluation:
         ]
         numbers = sorted(set(self.n_samples.values()))
         samples = " to ".join(f"{number:,}" for number in {numbers[0]: None, numbers[-1]: None})
-        paid = "whoever passes an exit pays for it" if self.every_exit_paid else "exits switched off are not paid for"
+        pricing = (
+            "whoever passes an exit pays for it" if self.every_exit_paid else "exits switched off are not paid for"
+        )
         return "\n".join(
             [
                 "Anytime: every exit answers for everybody",
@@ -121,7 +123,7 @@ class Evaluation:
                 f"Budgeted batch: accuracy at a mean of at most so many {unit}",
                 *aligned([["model", *(f"{cost / divisor:.4g}" for cost in costs)], *along], n_words=1),
                 "",
-                f"Costs of a sample, where {paid}; {samples} samples.",
+                f"Costs of a sample, where {pricing}; {samples} samples.",
             ]
         )
 
@@ -154,7 +156,7 @@ def evaluate_settings(
     every_exit_paid : bool, default=True
         Price as these papers do: whoever passes an exit pays for it (:meth:`ExitOutputs.every_exit_paid`), in a
         cascade for every saver. Otherwise exits that are switched off cost nothing, as everywhere else in this package;
-        in the anytime setting these are all others.
+        in the anytime setting these are all others. What a calibrator itself costs is paid at exits that are on.
     calibrator : "own", "geometric" or Calibrator, default="own"
         What chooses thresholds. ``own`` is an estimator's own calibrator, which learns anew under another pricing; for
         a recorded pair a :class:`ThresholdCalibrator`. ``geometric`` is the rule of these papers on the scores recorded
@@ -202,45 +204,47 @@ class _Source:
     training: ExitOutputs | None
     method: Calibrator | None
     """None for the geometric rule."""
-    fitted: bool
+    is_fitted: bool
 
     @classmethod
     def of(cls, name: str, model: Any, calibrator: Any, every_exit_paid: bool) -> _Source:
-        recorded = isinstance(model, tuple)
-        calibration = model[0] if recorded else model.outputs_
-        training = None if recorded else getattr(model, "training_outputs_", None)
-        priced, training = (_priced(outputs, every_exit_paid) for outputs in (calibration, training))
-        names = made_up_names(calibration.n_exits) if recorded else model.exit_names
-        fitted = calibrator == "own" and not recorded and priced is calibration
-        method = None if isinstance(calibrator, str) and calibrator == "geometric" else calibrator
-        if isinstance(method, str):
-            method = ThresholdCalibrator() if recorded else model.calibrator_
-        if method is not None and not fitted:
-            own_scale = calibration.full_cost / priced.full_cost if calibrator == "own" else 1.0
-            method = _for_all_budgets(method, own_scale)
-            origin = f"models[{name!r}]"
-            learned_on = {"calibration outputs of " + origin: priced}
-            if method.needs_training and training is not None:
-                learned_on["training outputs of " + origin] = training
-            check_needs(
-                method,
-                type(method).__name__,
-                learned_on,
-                {"test outputs of " + origin: model[1]} if recorded else {},
-                **(_WITHOUT_RECORDED if recorded else _WITHOUT),
-            )
-        return cls(model, names, priced, training, method, fitted)
+        is_pair = isinstance(model, tuple)
+        outputs = model[0] if is_pair else model.outputs_
+        training = _at_price(None if is_pair else getattr(model, "training_outputs_", None), every_exit_paid)
+        calibration = _at_price(outputs, every_exit_paid)
+        exit_names = made_up_names(outputs.n_exits) if is_pair else model.exit_names
+        if isinstance(calibrator, str) and calibrator == "geometric":
+            return cls(model, exit_names, calibration, training, None, True)
+        if isinstance(calibrator, str) and not is_pair and calibration is outputs:
+            return cls(model, exit_names, calibration, training, model.calibrator_, True)
+        scale = 1.0
+        if isinstance(calibrator, str):
+            calibrator = ThresholdCalibrator() if is_pair else model.calibrator_
+            scale = outputs.full_cost / calibration.full_cost
+        method = _for_all_budgets(calibrator, scale)
+        origin = f"models[{name!r}]"
+        check_needs(
+            method,
+            type(method).__name__,
+            {
+                f"calibration outputs of {origin}": calibration,
+                f"training outputs of {origin}": training if method.needs_training else None,
+            },
+            {f"test outputs of {origin}": model[1]} if is_pair else {},
+            **(_WITHOUT_RECORDED if is_pair else _WITHOUT),
+        )
+        return cls(model, exit_names, calibration, training, method, False)
 
     def test(self, X: Any, y: Any, every_exit_paid: bool) -> ExitOutputs:
         """Priced outputs on the test data."""
         outputs = self.model[1] if isinstance(self.model, tuple) else self.model.record(X, y)
-        return _priced(outputs, every_exit_paid)
+        return _at_price(outputs, every_exit_paid)
 
     def budget_curve(self, test: ExitOutputs, n_budgets: int) -> BudgetCurve:
         """What thresholds chosen on the calibration outputs give on the test outputs."""
         if self.method is None:
             return BudgetCurve.of(geometric_frontier(self.calibration, n_budgets).on(test), test.full_cost)
-        method = self.method if self.fitted else calibrated(self.method, self.calibration, self.training)
+        method = self.method if self.is_fitted else calibrated(self.method, self.calibration, self.training)
         return BudgetCurve.served(method.pareto(test), method.charged(test).full_cost, n_budgets)
 
 
@@ -254,7 +258,7 @@ _WITHOUT = dict.fromkeys(
 )
 
 
-def _priced(outputs: Any, every_exit_paid: bool) -> Any:
+def _at_price(outputs: Any, every_exit_paid: bool) -> Any:
     return outputs.every_exit_paid() if every_exit_paid and outputs is not None else outputs
 
 

@@ -65,8 +65,8 @@ def test_exits_that_are_switched_off_may_be_free(cascade):
     evaluation = evaluate_settings(cascade, *HELD_OUT, every_exit_paid=False)
     assert list(evaluation.anytime) == ["CascadeSaver"]
     assert evaluation.anytime["CascadeSaver"].cost == pytest.approx(cascade.outputs_.alone_costs())
-    paid = evaluate_settings(cascade, *HELD_OUT).anytime["CascadeSaver"].cost
-    assert paid[-1] - cascade.outputs_.full_cost == pytest.approx(cascade.outputs_.exit_costs[0])
+    passing = evaluate_settings(cascade, *HELD_OUT).anytime["CascadeSaver"].cost
+    assert passing[-1] - cascade.outputs_.full_cost == pytest.approx(cascade.outputs_.exit_costs[0])
 
 
 def test_weights_of_samples_count():
@@ -89,7 +89,8 @@ def test_a_single_exit():
 # -- budgeted ---------------------------------------------------------------------------------------------------------
 
 
-def test_under_the_same_pricing_thresholds_are_those_of_the_estimator(cascade):
+def test_under_the_same_pricing_thresholds_are_those_of_the_estimator(cascade, monkeypatch):
+    monkeypatch.setattr(ThresholdCalibrator, "fit", None)
     line = evaluate_settings({"mine": cascade}, *HELD_OUT, every_exit_paid=False, n_budgets=9).budgeted["mine"]
     frontier, full = cascade.pareto(*HELD_OUT), cascade.outputs_.full_cost
     calibrated = cascade.calibrator_.frontier_.cost

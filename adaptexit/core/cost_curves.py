@@ -97,8 +97,8 @@ class BudgetCurve(CostCurve):
             Of the full model: what relative costs are relative to.
         n_budgets : int
         """
-        calibrated = (frontier.chosen_on or frontier).cost
-        budgets = np.linspace(calibrated.min(), calibrated.max(), n_budgets)
+        choosing = (frontier.chosen_on or frontier).cost
+        budgets = np.linspace(choosing.min(), choosing.max(), n_budgets)
         points = [frontier.at(budget=float(budget)) for budget in budgets]
         costs, accuracies = (np.array([getattr(p, name) for p in points]) for name in ("cost", "accuracy"))
         return cls(costs * full_cost, accuracies, budgets * full_cost)
@@ -106,8 +106,8 @@ class BudgetCurve(CostCurve):
     @classmethod
     def of(cls, frontier: ParetoFrontier, full_cost: float) -> BudgetCurve:
         """All points of a frontier, each for the budget that it costs on the calibration data."""
-        calibrated = frontier.chosen_on or frontier
-        return cls(frontier.cost * full_cost, frontier.accuracy, calibrated.cost * full_cost)
+        choosing = frontier.chosen_on or frontier
+        return cls(frontier.cost * full_cost, frontier.accuracy, choosing.cost * full_cost)
 
 
 def readable_scale(largest: float, unit: str | None) -> tuple[float, str]:
