@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 from sklearn.base import clone
 from sklearn.utils.validation import check_is_fitted
 
@@ -26,14 +27,15 @@ if TYPE_CHECKING:
 
     import adaptexit
 
+Floats = NDArray[np.float64]
 Setting = Literal["anytime", "budgeted"]
 
 _COLUMNS = ("model", "setting", "exit", "budget", "cost", "accuracy")
 
 _COSTS = ("stage_costs", "exit_costs")
 
-_N_COLUMNS = 6
-"""Costs at which the printed table gives accuracies."""
+_MOST_STEPS = 6
+"""Between the costs at which the printed table gives accuracies."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -104,7 +106,7 @@ class Evaluation:
             for exit_name, cost, accuracy in zip(curve.exit_names, curve.cost, curve.accuracy, strict=True)
         ]
         lines = list(self.budgeted.values())
-        costs = np.linspace(min(line.cost.min() for line in lines), max(line.cost.max() for line in lines), _N_COLUMNS)
+        costs = _round_costs(min(line.cost.min() for line in lines), max(line.cost.max() for line in lines))
         columns = [list(self.accuracy_at(float(cost)).values()) for cost in costs]
         along = [
             [name, *("-" if np.isnan(accuracy) else f"{accuracy:.4f}" for accuracy in accuracies)]
@@ -275,6 +277,15 @@ def _for_all_budgets(method: Calibrator, own_scale: float) -> Calibrator:
     if params.get("budget") is not None:
         return copy.set_params(budget=params["budget"] * own_scale)
     return copy
+
+
+def _round_costs(least: float, most: float) -> Floats:
+    """Costs in round steps, from the first that reaches ``least`` to the first that reaches ``most``."""
+    if least == most:
+        return np.array([most])
+    decade = 10.0 ** np.floor(np.log10((most - least) / _MOST_STEPS))
+    step = next(round_one * decade for round_one in (1, 2, 5, 10) if round_one * decade * _MOST_STEPS >= most - least)
+    return step * np.arange(np.ceil(least / step), np.ceil(most / step) + 1)
 
 
 # -- checks -----------------------------------------------------------------------------------------------------------

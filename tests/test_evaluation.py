@@ -264,11 +264,23 @@ def test_it_prints_both_settings(two):
     cells = np.array([row[2:] for row in printed], dtype=float)
     np.testing.assert_allclose(cells, np.array([row[2:] for row in expected], dtype=float), atol=5.1e-5)
     assert lines[10] == "Budgeted batch: accuracy at a mean of at most so many M MACs"
-    assert lines[13].split()[-1] == f"{two.accuracy_at(1e9)['other']:.4f}"
-    assert lines[12].split()[-1] == f"{two.accuracy_at(1e9)['one']:.4f}"
-    assert lines[13].split()[1] in ("-", f"{two.budgeted['other'].accuracy[0]:.4f}")
+    costs = [float(cell) for cell in lines[11].split()[1:]]
+    assert costs == [2.0, 4.0, 6.0, 8.0, 10.0, 12.0]
+    for name, line in zip(("one", "other"), lines[12:14], strict=True):
+        assert line.split() == [name, *(f"{two.accuracy_at(cost * 1e6)[name]:.4f}" for cost in costs)]
     assert lines[-1] == "Costs of a sample, where whoever passes an exit pays for it; 120 samples."
     assert repr(two) == "Evaluation(one, other; MACs)"
+
+
+def test_it_prints_no_accuracy_below_the_cheapest_point_and_one_cost_of_a_single_exit():
+    dear = tuple(recorded(seed, stage_costs=[3e7, 1e6, 2e6]) for seed in (0, 1))
+    lines = str(evaluate_settings({"one": PAIR, "dear": dear}, calibrator="geometric")).splitlines()
+    costs, cells = lines[10].split()[1:], lines[12].split()[1:]
+    assert [cell == "-" for cell in cells] == [float(cost) < 30.2 for cost in costs]
+    assert 0 < cells.count("-") < len(cells)
+    alone = recorded(0, 1), recorded(1, 1)
+    lines = str(evaluate_settings({"one": alone}, calibrator="geometric")).splitlines()
+    assert lines[5:7] == ["model     1.2", f"one    {alone[1].full_accuracy:.4f}"]
 
 
 def test_it_says_which_pricing_and_how_many_samples():

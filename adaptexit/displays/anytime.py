@@ -84,7 +84,7 @@ class AnytimeDisplay:
 
         plt = pyplot()
         if ax is None:
-            ax = plt.subplots(1, 2, figsize=(9.6, 4.2), sharey=True, layout="constrained")[1]
+            ax = plt.subplots(1, 2, figsize=(9.6, 4.2), sharex=True, sharey=True, layout="constrained")[1]
         panels = np.ravel(np.asarray(ax, dtype=object))
         if len(panels) != 2:
             raise ValueError(f"ax must hold two axes, for the two settings; got {len(panels)}.")
