@@ -25,6 +25,7 @@ from .core.outputs import ExitOutputs as ExitOutputs
 from .core.trace import ExitTrace as ExitTrace
 from .core.verdict import Verdict as Verdict
 from .core.verdict import verdict as verdict
+from .displays import AnytimeDisplay as AnytimeDisplay
 from .displays import BarsDisplay as BarsDisplay
 from .displays import ComparisonDisplay as ComparisonDisplay
 from .displays import ExemplarDisplay as ExemplarDisplay
@@ -33,6 +34,8 @@ from .displays import JobRatioDisplay as JobRatioDisplay
 from .displays import ParetoDisplay as ParetoDisplay
 from .displays import ReliabilityDisplay as ReliabilityDisplay
 from .displays import SweepDisplay as SweepDisplay
+from .evaluation import Evaluation as Evaluation
+from .evaluation import evaluate_settings as evaluate_settings
 from .exceptions import CalibrationWarning as CalibrationWarning
 from .exceptions import CheckpointWarning as CheckpointWarning
 from .exceptions import CostWarning as CostWarning

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from sklearn.base import clone
 from sklearn.exceptions import NotFittedError
 from sklearn.utils.validation import check_is_fitted
 
 from adaptexit.calibrators import ThresholdCalibrator
 from adaptexit.calibrators.base import Calibrator, check_outputs
+from adaptexit.calibrators.offline import calibrated, check_like, check_needs
 from adaptexit.core.baselines import RulePoint, fixed_exits, oracle, patience, random_routing
 from adaptexit.core.frontier import TOLERANCE, OperatingPoint, ParetoFrontier
 from adaptexit.core.outputs import ExitOutputs
-from adaptexit.utils.frames import as_frame
+from adaptexit.utils.frames import aligned, as_frame
 from adaptexit.utils.validation import checked_number
 
 if TYPE_CHECKING:
@@ -119,16 +119,15 @@ class Comparison:
         return [point.accuracy, point.cost, *point.exit_rates]
 
     def __str__(self) -> str:
-        points = self.at()
-        first = max(len(name) for name in points)
-        heads = ["accuracy", "cost", *(self.exit_names or _made_up(self.n_exits))]
-        widths = [max(len(head), 6) for head in heads]
-        lines = [" " * first + "".join(f"  {head:>{width}}" for head, width in zip(heads, widths, strict=True))]
-        for name, point in points.items():
-            cells = [f"{value:.4f}" for value in self._row(point)]
-            lines.append(f"{name:<{first}}" + "".join(f"  {c:>{w}}" for c, w in zip(cells, widths, strict=True)))
+        heads = ["", "accuracy", "cost", *(self.exit_names or made_up_names(self.n_exits))]
+        rows = [[name, *(f"{value:.4f}" for value in self._row(point))] for name, point in self.at().items()]
         source = "held out" if self.held_out else "the calibration data themselves, which flatters calibrated methods"
-        return "\n".join([*lines, f"Share of samples that each exit answers; {self.n_samples:,} samples, {source}."])
+        return "\n".join(
+            [
+                *aligned([heads, *rows]),
+                f"Share of samples that each exit answers; {self.n_samples:,} samples, {source}.",
+            ]
+        )
 
     def __repr__(self) -> str:
         return (
@@ -191,13 +190,19 @@ def compare(
     fresh = {name for name, method in candidates.items() if not _fitted(method)}
     for name, method in candidates.items():
         learned_on = {"outputs": outputs, "training": training if method.needs_training else None}
-        _check_needs(
-            name, method, learned_on if name in fresh else {}, {"outputs" if test is None else "test": reported}
+        check_needs(
+            method,
+            f"methods[{name!r}]",
+            learned_on if name in fresh else {},
+            {"outputs" if test is None else "test": reported},
+            without_logits="Record them (keep_logits=True), or compare methods that do without.",
+            without_features="Record them (an estimator with such a calibrator does), or compare methods that do "
+            "without.",
         )
         if name not in fresh:
             _check_exits(name, method, outputs)
     calibrators = {
-        name: _calibrated(method, outputs, training) if name in fresh else method for name, method in candidates.items()
+        name: calibrated(method, outputs, training) if name in fresh else method for name, method in candidates.items()
     }
     return Comparison(
         points=points,
@@ -209,11 +214,6 @@ def compare(
         n_samples=reported.n_samples,
         held_out=test is not None,
     )
-
-
-def _calibrated(method: Calibrator, outputs: ExitOutputs, training: ExitOutputs | None) -> Calibrator:
-    copy: Calibrator = clone(method)
-    return copy.fit(outputs, **({"training": training} if method.needs_training else {}))
 
 
 def _usual(outputs: ExitOutputs) -> dict[str, Calibrator]:
@@ -236,7 +236,8 @@ def _simple_rules(outputs: ExitOutputs, exit_names: list[str] | None) -> Points:
     return rules | {"oracle": [oracle(outputs)]}
 
 
-def _made_up(n_exits: int) -> list[str]:
+def made_up_names(n_exits: int) -> list[str]:
+    """Names of exits that have none."""
     return [*(f"exit {k}" for k in range(n_exits - 1)), "full model"]
 
 
@@ -255,11 +256,7 @@ def _check_like(argument: Literal["test", "training"], other: Any, outputs: Exit
     if not isinstance(other, ExitOutputs):
         without = {"test": "report on outputs", "training": "learn from outputs alone"}[argument]
         raise TypeError(f"{argument} must be ExitOutputs, or None to {without}; got {type(other).__name__}.")
-    if (other.n_exits, other.n_classes) != (outputs.n_exits, outputs.n_classes):
-        raise ValueError(
-            f"{argument} must have the exits and classes of outputs, {outputs.n_exits} and {outputs.n_classes}; got "
-            f"{other.n_exits} and {other.n_classes}. Record both with the same estimator."
-        )
+    check_like(argument, other, outputs)
 
 
 def _checked_methods(methods: Any, points: Points) -> dict[str, Calibrator]:
@@ -280,40 +277,6 @@ def _checked_methods(methods: Any, points: Points) -> dict[str, Calibrator]:
         if name in rule_names:
             raise ValueError(f"methods must not be called as a simple rule, which {name!r} is; choose another name.")
     return dict(methods)
-
-
-def _check_needs(
-    name: str, method: Calibrator, learned_on: Mapping[str, ExitOutputs | None], reported: Mapping[str, ExitOutputs]
-) -> None:
-    """Refuse data without the logits or features that a method reads, before anything is fitted."""
-    sources = {argument: data for argument, data in learned_on.items() if data is not None}
-    reads_features = _reads_features(method, list(sources.values()))
-    for argument, data in (sources | dict(reported)).items():
-        if method.needs_logits and data.logits is None:
-            raise ValueError(
-                f"{argument} must have logits for methods[{name!r}]; they have none. Record them (keep_logits=True), "
-                "or compare methods that do without."
-            )
-        if reads_features and not _has_features(data):
-            raise ValueError(
-                f"{argument} must have features of every early exit for methods[{name!r}]; they have "
-                f"{'none' if data.features is None else 'not all'}. Record them (an estimator with such a calibrator "
-                "does), or compare methods that do without."
-            )
-
-
-def _reads_features(method: Calibrator, sources: Sequence[ExitOutputs]) -> bool:
-    """Whether a method cannot do without features.
-
-    A fitted one, which learns from no more sources, says so itself. Others are told to, or read them where all that
-    they learn from has them.
-    """
-    insists = method.get_params(deep=False).get("inputs") == "features"
-    return method.needs_features and (insists or all(map(_has_features, sources)))
-
-
-def _has_features(outputs: ExitOutputs) -> bool:
-    return outputs.features is not None and all(feature.shape[1] for feature in outputs.features[:-1])
 
 
 def _fitted(method: Calibrator) -> bool:

@@ -18,7 +18,17 @@ FLOORS = [
     {"networks"},
     {"training"},
     {"calibrators"},
-    {"predictor", "reporting", "persistence", "saved_config", "base", "cascade", "multi_exit", "comparison"},
+    {
+        "predictor",
+        "reporting",
+        "persistence",
+        "saved_config",
+        "base",
+        "cascade",
+        "multi_exit",
+        "comparison",
+        "evaluation",
+    },
 ]
 """From the ground up; a room knows those on its own floor and below. Displays know the core alone, inside calls."""
 

@@ -83,6 +83,16 @@ class Costs:
         exits = np.arange(len(self.stages))
         return np.array([self.paths(exits == k)[k] for k in exits])
 
+    def every_exit_paid(self) -> Costs:
+        """The same where whoever passes an exit pays for it: exit costs moved into stage costs.
+
+        The pricing of papers on networks with exits (MSDNet's tables), where no exit is ever switched off: a path costs
+        the same whichever exits are on, and the full model pays for all of them.
+        """
+        if not self.exits.any():
+            return self
+        return dataclasses.replace(self, stages=self.stages + self.exits, exits=np.zeros_like(self.exits))
+
     def charged(self, extra: Floats, chained: bool) -> Costs:
         """The same with what a calibrator adds to each exit, and makes of their order."""
         if not (extra.any() or chained):

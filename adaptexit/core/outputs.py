@@ -242,6 +242,15 @@ class ExitOutputs:
             stage_costs=checked.stages, exit_costs=checked.exits, chained=self.chained if chained is None else chained
         )
 
+    def every_exit_paid(self) -> ExitOutputs:
+        """The same outputs where whoever passes an exit pays for it, as papers on networks with exits count.
+
+        Exit costs are moved into stage costs (:meth:`Costs.every_exit_paid`): the full model pays for all exits, and
+        relative costs are relative to that.
+        """
+        priced = self.pricing.every_exit_paid()
+        return self._replace(stage_costs=priced.stages, exit_costs=priced.exits) if self.exit_costs.any() else self
+
     def drop_exit(self, k: int) -> ExitOutputs:
         """The same model without early exit k; its stage cost falls to the next exit's."""
         rest = np.arange(self.n_exits) != k

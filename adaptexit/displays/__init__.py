@@ -3,6 +3,7 @@
 Nothing else of the package is imported here: estimators and :mod:`adaptexit.core.metrics` make what is drawn.
 """
 
+from adaptexit.displays.anytime import AnytimeDisplay
 from adaptexit.displays.comparison import BarsDisplay, ComparisonDisplay
 from adaptexit.displays.curves import JobRatioDisplay, ParetoDisplay
 from adaptexit.displays.exemplars import ExemplarDisplay
@@ -11,6 +12,7 @@ from adaptexit.displays.reliability import ReliabilityDisplay
 from adaptexit.displays.sweep import SweepDisplay
 
 __all__ = [
+    "AnytimeDisplay",
     "BarsDisplay",
     "ComparisonDisplay",
     "ExemplarDisplay",

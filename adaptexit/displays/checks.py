@@ -97,6 +97,25 @@ def sequence(name: str, values: Any, what: str) -> list[Any]:
         raise TypeError(f"{name} must be a sequence, {what}; got {values!r}.") from error
 
 
+# -- curves -----------------------------------------------------------------------------------------------------------
+
+
+def curve_pairs(name: str, curves: Any, *, points: bool = False) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
+    """(cost, accuracy) by name: arrays of one length each, or single numbers."""
+    form = "two numbers" if points else "two arrays"
+    if not isinstance(curves, Mapping):
+        raise TypeError(f"{name} must be a dict of name to (cost, accuracy); got {type(curves).__name__}.")
+    arrays = {}
+    for key, pair in curves.items():
+        label = f"{name}[{text(name, key)!r}]"
+        cost_and_accuracy = sequence(label, pair, "(cost, accuracy)")
+        if len(cost_and_accuracy) != 2:
+            raise ValueError(f"{label} must be {form}, (cost, accuracy); got {len(cost_and_accuracy)}.")
+        cost = numbers(f"cost of {label}", cost_and_accuracy[0], *(() if points else ("P",)))
+        arrays[key] = cost, numbers(f"accuracy of {label}", cost_and_accuracy[1], *cost.shape)
+    return arrays
+
+
 # -- objects ----------------------------------------------------------------------------------------------------------
 
 
@@ -120,3 +139,11 @@ def check_comparison(comparison: Any) -> None:
     """Refuse what is no comparison."""
     if isinstance(comparison, type) or not all(hasattr(comparison, name) for name in ("points", "frontiers", "at")):
         raise TypeError(f"comparison must be a Comparison, as compare gives it; got {type(comparison).__name__}.")
+
+
+def check_evaluation(evaluation: Any) -> None:
+    """Refuse what is no evaluation."""
+    if isinstance(evaluation, type) or not all(hasattr(evaluation, name) for name in ("anytime", "budgeted", "unit")):
+        raise TypeError(
+            f"evaluation must be an Evaluation, as evaluate_settings gives it; got {type(evaluation).__name__}."
+        )

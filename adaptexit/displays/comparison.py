@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
-from adaptexit.displays.checks import check_comparison, numbers, optional_text, sequence, text
+from adaptexit.displays.checks import check_comparison, curve_pairs, numbers, optional_text, sequence, text
 from adaptexit.displays.drawing import drawing
 from adaptexit.displays.shared import FULL_MODEL, axes, choice, line_style, point_style
 
@@ -48,8 +48,8 @@ class ComparisonDisplay:
         full: tuple[float, float],
         full_name: str = "full model",
     ) -> None:
-        self.curves = _pairs("curves", curves)
-        self.rules = _pairs("rules", rules)
+        self.curves = curve_pairs("curves", curves)
+        self.rules = curve_pairs("rules", rules)
         self.full = tuple(numbers("full", full, 2).tolist())
         self.full_name = text("full_name", full_name)
 
@@ -164,18 +164,3 @@ class BarsDisplay:
         )
         self.ax_, self.figure_ = ax, ax.figure
         return self
-
-
-def _pairs(name: str, curves: Any) -> dict[str, tuple[NDArray[Any], NDArray[Any]]]:
-    """(cost, accuracy) by name, checked."""
-    if not isinstance(curves, Mapping):
-        raise TypeError(f"{name} must be a dict of name to (cost, accuracy); got {type(curves).__name__}.")
-    arrays = {}
-    for key, pair in curves.items():
-        label = f"{name}[{text(name, key)!r}]"
-        cost_and_accuracy = sequence(label, pair, "(cost, accuracy)")
-        if len(cost_and_accuracy) != 2:
-            raise ValueError(f"{label} must be two arrays, (cost, accuracy); got {len(cost_and_accuracy)}.")
-        cost = numbers(f"cost of {label}", cost_and_accuracy[0], "P")
-        arrays[key] = cost, numbers(f"accuracy of {label}", cost_and_accuracy[1], len(cost))
-    return arrays

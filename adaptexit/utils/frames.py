@@ -1,8 +1,9 @@
-"""Tables for pandas, which is an extra."""
+"""Tables: for pandas, which is an extra, and as text."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,18 @@ def as_frame(data: Any, **options: Any) -> pandas.DataFrame:
     except ImportError as error:
         raise ImportError("to_frame needs pandas: pip install pandas (the extra 'plot' brings it).") from error
     return pandas.DataFrame(data, **options)
+
+
+def aligned(rows: Sequence[Sequence[str]], n_words: int = 1) -> list[str]:
+    """Rows of cells as lines of one width: the first ``n_words`` columns to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            f"{cell:<{width}}" if i < n_words else f"{cell:>{width}}"
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in rows
+    ]
 
 
 def read_frame(path: str | os.PathLike[str]) -> pandas.DataFrame:

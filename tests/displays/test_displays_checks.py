@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from adaptexit import (
+    AnytimeDisplay,
     BarsDisplay,
     ComparisonDisplay,
     ExemplarDisplay,
@@ -37,6 +38,10 @@ GOOD = {
     ComparisonDisplay: {
         "curves": {"a": ([0.2, 1.0], [0.7, 0.9])}, "rules": {"b": ([0.4], [0.6])}, "full": (1.0, 0.9),
         "full_name": "full",
+    },
+    AnytimeDisplay: {
+        "anytime": {"a": ([2e6, 5e6], [0.7, 0.9])}, "budgeted": {"a": ([2e6], [0.8])}, "unit": "MACs",
+        "static": {"b": (4e6, 0.8)},
     },
     BarsDisplay: {"names": ["a", "b"], "accuracy": [0.9, np.nan], "cost": [0.4, np.nan], "chosen_by": "budget 0.40"},
     ExitFlowDisplay: {
@@ -87,13 +92,16 @@ ODD = {
     **dict.fromkeys(("base_accuracy", "values", "exit_rates", "counts", "ece", "n", "edges"), NUMBERS),
     **dict.fromkeys(("confidence", "count", "images", "scores"), NUMBERS),
     "accuracy_se": NUMBERS | {"negative": [0.01, -0.01]},
-    **dict.fromkeys(("chosen_by", "name"), WORDS),
+    **dict.fromkeys(("chosen_by", "name", "unit"), WORDS),
     **dict.fromkeys(("saver_name", "base_name", "full_name", "knob"), WORDS | {"nothing": None}),
     **dict.fromkeys(("exit_names", "class_names", "names", "labels"), SEQUENCES),
     "chosen": PAIRS,
     "full": PAIRS | {"nothing": None},
     "curves": DICTS,
     "rules": DICTS,
+    "anytime": DICTS,
+    "budgeted": DICTS,
+    "static": DICTS | {"arrays": {"a": ([1.0], [1.0])}},
     "job_ratio": {"text": "a", "infinite": np.inf, "list": [1.0], "nothing": None},
 }
 
@@ -131,6 +139,7 @@ MISFITS = {
     "scores of others": (ExemplarDisplay, {"scores": [([0.5], [])]}, "scores must be one a thumbnail"),
     "labels of others": (ExemplarDisplay, {"labels": [(["a"], [])]}, "labels must be one a thumbnail"),
     "three strips": (ExemplarDisplay, {"images": [(STRIP, STRIP, EMPTY)]}, r"images must be pairs \(near, deep\)"),
+    "no models": (AnytimeDisplay, {"anytime": {}, "budgeted": {}}, "anytime or budgeted must hold one model at least"),
     "no rows": (BarsDisplay, {"names": [], "accuracy": [], "cost": []}, "names must be one a row; got none"),
 }  # fmt: skip
 
@@ -169,6 +178,7 @@ SOURCES = {
     "calibration": (ReliabilityDisplay.from_calibration, "calibration must be an ExitCalibration, as .* gives it; got"),
     "exemplars": (lambda given: ExemplarDisplay.from_exemplars(given, STRIP), "exemplars must be an Exemplars, as"),
     "comparison": (ComparisonDisplay.from_comparison, "comparison must be a Comparison, as compare gives it; got"),
+    "evaluation": (AnytimeDisplay.from_evaluation, "evaluation must be an Evaluation, as evaluate_settings gives it;"),
     "bars": (BarsDisplay.from_comparison, "comparison must be a Comparison, as compare gives it; got"),
     "job": (JobRatioDisplay.from_estimator, "estimator must be a fitted estimator, as CascadeSaver"),
     "pareto": (ParetoDisplay.from_estimator, "estimator must be a fitted estimator, as CascadeSaver"),

@@ -104,3 +104,33 @@ def test_cumulative_costs_are_what_every_path_costs(pair, data):
     assert costs.paths(on).tolist() == costs.alone().tolist() == rising.tolist()
     assert costs.full == rising[-1]
     assert costs.unit == "given"
+
+
+@given(costs_and_switches())
+def test_where_every_exit_is_paid_a_path_costs_all_that_it_passes_whichever_exits_are_on(pair):
+    costs, on = pair
+    paid = costs.every_exit_paid()
+    passed = np.cumsum(costs.stages + costs.exits)
+    for switches in (on, ~on, plain(costs)):
+        assert paid.paths(switches) == pytest.approx(passed)
+        assert (paid.paths(switches) >= costs.paths(switches) - 1e-9 * passed[-1]).all()
+    assert paid.alone() == pytest.approx(passed)
+    assert paid.full == pytest.approx(costs.stages.sum() + costs.exits.sum())
+    assert not paid.exits.any()
+    assert (paid.chained, paid.unit) == (costs.chained, costs.unit)
+
+
+@given(costs_and_switches())
+def test_paying_every_exit_twice_changes_nothing_and_leaves_the_costs_alone(pair):
+    costs, _ = pair
+    before = costs.stages.copy(), costs.exits.copy()
+    paid = costs.every_exit_paid()
+    assert paid.every_exit_paid() is paid
+    assert (paid is costs) == (not before[1].any())
+    assert (costs.stages.tolist(), costs.exits.tolist()) == (before[0].tolist(), before[1].tolist())
+
+
+@given(costs_and_switches())
+def test_where_every_exit_is_paid_all_on_costs_what_it_did(pair):
+    costs, on = pair
+    assert costs.every_exit_paid().paths(on) == pytest.approx(costs.paths(np.ones_like(on)))

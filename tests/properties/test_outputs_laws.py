@@ -7,6 +7,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
+from adaptexit.core.frontier import evaluate
 from adaptexit.core.outputs import ExitOutputs
 from tests import reference
 from tests.properties.strategies import exit_outputs, thresholds_for
@@ -82,3 +83,24 @@ def test_grades_equal_their_definition(outputs):
     assert outputs.graded.tolist() == grades
     assert outputs.accuracies == pytest.approx([sum(row) / outputs.n_samples for row in grades])
     assert outputs.full_accuracy == pytest.approx(outputs.accuracies[-1])
+
+
+@given(whole_outputs())
+def test_paying_every_exit_changes_costs_alone(outputs):
+    paid = outputs.every_exit_paid()
+    for name in {*FIELDS, "features", "n_classes", "chained", "cost_unit"} - {"stage_costs", "exit_costs"}:
+        assert getattr(paid, name) is getattr(outputs, name)
+    assert paid.stage_costs.tolist() == (outputs.stage_costs + outputs.exit_costs).tolist()
+    assert not paid.exit_costs.any()
+    assert paid.every_exit_paid() is paid
+
+
+@given(st.data())
+def test_where_every_exit_is_paid_thresholds_cost_what_all_exits_on_did(data):
+    outputs = data.draw(exit_outputs())
+    thresholds = data.draw(thresholds_for(outputs))
+    accuracy, cost = reference.outcome(outputs, thresholds, always=range(outputs.n_exits - 1))
+    paid = outputs.every_exit_paid()
+    point = evaluate(paid, thresholds, thresholds)
+    assert point.accuracy == pytest.approx(accuracy)
+    assert point.cost * paid.full_cost == pytest.approx(cost * outputs.full_cost)

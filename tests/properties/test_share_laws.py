@@ -7,7 +7,8 @@ from hypothesis.extra.numpy import arrays
 from adaptexit.core.routing import exit_index
 from adaptexit.core.search.methods import quota_policies
 from adaptexit.core.search.problem import Problem
-from adaptexit.core.search.shares import frontier_of_shares, matched_shares
+from adaptexit.core.search.shares import frontier_of_shares, geometric_frontier, matched_shares
+from tests import reference
 from tests.properties.strategies import exit_outputs, generators, sizes
 
 ABOVE_NOTHING = st.floats(1e-6, 1.0)
@@ -103,3 +104,20 @@ def test_points_cost_their_budget_or_less(outputs, data):
         assert point.cost <= point.params.get("budget", 1.0) + 1e-6
     assert any(point.exit_rates[-1] == 1 and not point.on[:-1].any() for point in frontier.points)
     assert (np.diff(frontier.cost) >= 0).all()
+
+
+@given(exit_outputs(min_exits=1), st.sampled_from([2, 20, 39]))
+def test_the_geometric_frontier_equals_msdnets_loop(outputs, n_points):
+    frontier = geometric_frontier(outputs, n_points)
+    assert sorted(p.params["q"] for p in frontier.points) == pytest.approx(np.linspace(0.05, 1.95, n_points))
+    assert (np.diff(frontier.cost) >= 0).all()
+    for point in frontier.points:
+        powers = [point.params["q"] ** k for k in range(outputs.n_exits)]
+        shares = [outputs.n_samples * power / sum(powers) for power in powers]
+        if any(abs(share - round(share)) < 1e-6 for share in shares[:-1]):
+            continue  # rounding may fall to either side
+        exits = reference.msdnet_rule(outputs.scores.tolist(), [int(share) for share in shares])
+        rates = [exits.count(k) / outputs.n_samples for k in range(outputs.n_exits)]
+        assert point.exit_rates.tolist() == rates
+        right = sum(float(outputs.graded[k][i]) for i, k in enumerate(exits))
+        assert point.accuracy == pytest.approx(right / outputs.n_samples)

@@ -12,7 +12,7 @@ from scipy.special import softmax
 
 from adaptexit.core.frontier import OperatingPoint, ParetoFrontier, evaluate, not_dominated
 from adaptexit.core.outputs import ExitOutputs
-from adaptexit.core.search.methods import quota_policies
+from adaptexit.core.search.methods import geometric_path, quota_policies
 from adaptexit.core.search.problem import Problem
 
 Floats = NDArray[np.float64]
@@ -92,3 +92,30 @@ def frontier_of_shares(
     points = [point, plain, *others]
     survivors = {0, 1, *not_dominated([p.accuracy for p in points], [p.cost for p in points]).tolist()}
     return ParetoFrontier.of([points[i] for i in sorted(survivors)], outputs), point
+
+
+def geometric_frontier(outputs: ExitOutputs, n_points: int = 39) -> ParetoFrontier:
+    """The operating points of MSDNet's rule on all exits, in rising cost, dominated or not.
+
+    Huang et al., "Multi-Scale Dense Networks for Resource Efficient Image Classification" (ICLR 2018),
+    budgeted batch classification: exit k answers a share proportional to q^k, and thresholds are set exit by exit
+    where that share of the samples, the surest of those left, ends. Their public code takes q = 0.05, 0.1 ... 1.95.
+    Where fewer samples are left than an exit's share, all of them leave; that code then leaves nobody there.
+
+    Parameters
+    ----------
+    outputs : ExitOutputs
+        Of the calibration.
+    n_points : int, default=39
+        How many q, evenly from 0.05 to 1.95: by default theirs.
+    """
+    problem = Problem.from_outputs(outputs.counted())
+    steps = np.linspace(1, 39, n_points)
+    policies = geometric_path(problem, steps.tolist())
+    return ParetoFrontier.of(
+        (
+            evaluate(outputs, thresholds, cutoffs, {"q": float(step) / 20})
+            for thresholds, cutoffs, step in zip(*problem.thresholds(policies), steps, strict=True)
+        ),
+        outputs,
+    )
