@@ -228,7 +228,7 @@ class MultiExitClassifier(AdaptiveClassifier):
                 mlp = fitted_mlp(mlp, X, y, self.calibration_size, seed)
             joint = recipe if isinstance(recipe, JointRecipe) else None
             if joint is not None:
-                samples = Samples(X, y, self.batch_size, joint.augment)
+                samples = Samples(X, y, self.batch_size, joint.augment, joint.augment_batches)
                 batches = samples.in_order(seed=seed)
             else:
                 batches = as_batches(X, y, batch_size=self.batch_size, labels=None, ordered=False)

@@ -1,4 +1,4 @@
-"""What benchmarks on CIFAR-10 take, and images of several splits at once."""
+"""What benchmarks on CIFAR-10 take, images of several splits at once, and plain networks as those with exits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from examples.cifar import images
 
@@ -27,3 +27,14 @@ def tensors(data: Path, splits: Sequence[str]) -> tuple[Tensor, Tensor]:
     """Normalised images (N, 3, 32, 32) and labels (N,) of the splits one after the other, each shuffled once."""
     x, y = zip(*(images(data, split) for split in splits), strict=True)
     return torch.cat(x), torch.cat(y)
+
+
+class OneExit(nn.Module):
+    """A plain network as one built with a single exit, so that it learns in the same loop."""
+
+    def __init__(self, net: nn.Module) -> None:
+        super().__init__()
+        self.stages, self.heads = nn.ModuleList([net]), nn.ModuleList([nn.Identity()])
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [self.stages[0](x)]

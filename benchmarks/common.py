@@ -162,8 +162,8 @@ def require_one_thread(parser: argparse.ArgumentParser) -> None:
 
 def write_result(name: str, payload: dict[str, Any]) -> Path:
     """Write figures, with the machine they were measured on, to ``benchmarks/results/<name>.json``."""
-    RESULTS.mkdir(exist_ok=True)
     path = RESULTS / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"machine": describe_machine(), **payload}, indent=1, default=_plain) + "\n")
     return path
 

@@ -20,14 +20,14 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import nn
 from torchvision.transforms import v2
 
 from adaptexit import CascadeSaver, MultiExitClassifier, ParetoFrontier
 from adaptexit.heads import ConvHead
 from adaptexit.training.recipes import AutoRecipe, JointRecipe
 from adaptexit.training.recipes.joint import usual_head
-from benchmarks.cifar import arguments
+from benchmarks.cifar import OneExit, arguments
 from benchmarks.common import RESULTS, print_table, spread, write_result
 from examples.cifar import Data, images, pretrained
 
@@ -53,17 +53,6 @@ CHOICES: dict[str, dict[str, Any]] = {
 
 UNTRAINED = ("20 -> 56", "8 -> 20 -> 56")
 """Runs that only calibrate."""
-
-
-class OneExit(nn.Module):
-    """A plain network as one built with a single exit, so that it learns in the same loop."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.stages, self.heads = nn.ModuleList([net]), nn.ModuleList([nn.Identity()])
-
-    def forward(self, x: Tensor) -> list[Tensor]:
-        return [self.stages[0](x)]
 
 
 class Benchmark:

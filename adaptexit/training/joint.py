@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler, StepLRScheduler
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm import tqdm
@@ -28,6 +26,7 @@ from adaptexit.training.joint_loss import exit_losses, mixed, mixup_of
 from adaptexit.training.loop import only_learning, row_batches, seeded_everywhere
 from adaptexit.training.processes import Alone
 from adaptexit.training.samples import Samples, seeded
+from adaptexit.training.schedules import optimizer_for, schedule_for
 
 LOOKED_AT_EVERY = 20
 """Steps between two looks at whether losses are finite, which a GPU has to be waited for."""
@@ -120,10 +119,10 @@ class JointTraining:
         trainable = trainable_parameters(exits.model, settings["trainable"])
         self.network_learners = [parameter for parameter in trainable if id(parameter) not in heads]
         self.learners = [*self.network_learners, *self.head_learners]
-        self.optimizer = _optimizer(settings, self.network_learners, self.head_learners)
+        self.optimizer = optimizer_for(settings, self.network_learners, self.head_learners)
         self.steps_per_epoch = len(self._batches(0))
         self.total_steps = self.steps_per_epoch * settings["epochs"]
-        self.schedule = _schedule(self.optimizer, settings, self.steps_per_epoch)
+        self.schedule = schedule_for(self.optimizer, settings, self.steps_per_epoch)
         self.scaler = torch.amp.GradScaler(model.device.type, enabled=settings["precision"] == "fp16")
         self.mixup = mixup_of(settings, data.n_classes)
         self.average = average_of(exits, settings["averaging"], settings["average_decay"])
@@ -354,41 +353,6 @@ def in_training_mode(exits: AllExits, batch_norm: str, learners: Sequence[nn.Par
             own = list(part.parameters(recurse=False))
             if batch_norm == "freeze" or (own and not any(id(parameter) in learning for parameter in own)):
                 part.eval()
-
-
-def _optimizer(settings: dict[str, Any], network: list[nn.Parameter], heads: list[nn.Parameter]) -> Any:
-    groups = [{"params": network, "lr": settings["lr"]}]
-    if heads:
-        groups.append({"params": heads, "lr": settings["head_lr"]})
-    if callable(settings["optimizer"]):
-        optimizer = settings["optimizer"](groups)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise TypeError(f"optimizer must return a torch Optimizer; got {type(optimizer).__name__}.")
-        return optimizer
-    # timm's "sgd" is Nesterov's, which torch refuses without a momentum.
-    plain = settings["optimizer"].lower() == "sgd" and not settings["momentum"]
-    name = "momentum" if plain else settings["optimizer"]
-    return create_optimizer_v2(
-        groups, name, lr=settings["lr"], weight_decay=settings["weight_decay"],
-        momentum=settings["momentum"], filter_bias_and_bn=False,
-    )  # fmt: skip
-
-
-def _schedule(optimizer: Any, settings: dict[str, Any], steps_per_epoch: int) -> Any:
-    """What sets the rates before the first step and after every one."""
-    total = steps_per_epoch * settings["epochs"]
-    if settings["scheduler"] == "onecycle":
-        cycles = "betas" in optimizer.defaults or bool(optimizer.defaults.get("momentum"))
-        rates = [group["lr"] for group in optimizer.param_groups]
-        return OneCycleLR(optimizer, rates, total_steps=total + 1, cycle_momentum=cycles)
-    warmup = {"warmup_t": min(round(settings["warmup_epochs"] * steps_per_epoch), total - 1), "warmup_lr_init": 0.0}
-    if settings["scheduler"] == "constant":
-        schedule: Any = StepLRScheduler(optimizer, decay_t=total + 1, decay_rate=1.0, t_in_epochs=False, **warmup)
-    else:
-        length = total - warmup["warmup_t"]
-        schedule = CosineLRScheduler(optimizer, t_initial=length, warmup_prefix=True, t_in_epochs=False, **warmup)
-    schedule.step_update(0)
-    return schedule
 
 
 def _describe(bar: Any, epoch: int, epochs: int, means: Tensor) -> None:

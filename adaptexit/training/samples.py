@@ -31,6 +31,8 @@ class Samples:
         Where batches are read in order.
     augment : callable, optional
         From one sample (...) to another; for arrays only, as a Dataset has its own.
+    in_batches : bool
+        Whether ``augment`` takes batches (B, ...) instead.
 
     Raises
     ------
@@ -40,8 +42,15 @@ class Samples:
         For a loader whose sampler draws by weight or leaves samples out; ``augment`` beside a Dataset or loader.
     """
 
-    def __init__(self, X: Any, y: Any, batch_size: int, augment: Callable[[Tensor], Tensor] | None = None) -> None:
-        self.y, self.batch_size, self.augment = y, batch_size, augment
+    def __init__(
+        self,
+        X: Any,
+        y: Any,
+        batch_size: int,
+        augment: Callable[[Tensor], Tensor] | None = None,
+        in_batches: bool = False,
+    ) -> None:
+        self.y, self.batch_size, self.augment, self.in_batches = y, batch_size, augment, in_batches
         self.options: dict[str, Any] = {}
         if not is_stream(X):
             first = as_batches(X, y, batch_size=batch_size, labels=None)  # refuses what cannot be read
@@ -86,7 +95,22 @@ class Samples:
             return
         for rows in batches:
             x = torch.as_tensor(self.source[rows if isinstance(self.source, Tensor) else rows.numpy()])
-            yield x if self.augment is None else torch.stack([self.augment(sample) for sample in x])
+            if self.augment is None:
+                yield x
+            elif self.in_batches:
+                yield self._augmented(x)
+            else:
+                yield torch.stack([self.augment(sample) for sample in x])
+
+    def _augmented(self, x: Tensor) -> Tensor:
+        assert self.augment is not None
+        augmented = self.augment(x)
+        if not isinstance(augmented, Tensor) or len(augmented) != len(x):
+            raise ValueError(
+                f"augment must return a batch of as many samples, {len(x)}, with augment_batches=True; got "
+                f"{tuple(augmented.shape) if isinstance(augmented, Tensor) else type(augmented).__name__}."
+            )
+        return augmented
 
 
 class Hashed:

@@ -204,10 +204,13 @@ def test_the_rate_rises_and_falls_as_published():
     np.testing.assert_allclose(rates[9:, 0], 0.05 * (1 + np.cos(np.pi * np.arange(27) / 27)), atol=1e-12)
 
 
-def test_constant_and_one_cycle_rates():
+def test_constant_falling_and_one_cycle_rates():
     constant = rates_of(epochs=2, batch_size=50, lr=0.1, scheduler="constant", warmup_epochs=1.0)[:, 0]
     np.testing.assert_allclose(constant[9:], 0.1)
     np.testing.assert_allclose(constant[:9], 0.1 * np.arange(9) / 9, atol=1e-12)
+    falling = rates_of(epochs=4, batch_size=50, lr=0.1, scheduler="multistep", warmup_epochs=1.0)[:, 0]
+    np.testing.assert_allclose(falling[:9], 0.1 * np.arange(9) / 9, atol=1e-12)
+    np.testing.assert_allclose(falling[9:], 0.1 * np.repeat([1, 0.1, 0.01], 9), atol=1e-12)
     cycle = rates_of(epochs=2, batch_size=50, lr=0.1, scheduler="onecycle")[:, 0]
     assert cycle.max() == pytest.approx(0.1, rel=0.01)
     assert 0 < cycle.argmax() < 17
@@ -460,6 +463,7 @@ def test_a_trained_one_may_learn_from_itself_without_labels():
         ({"trainable": "heads"}, "trainable must be one of"),
         ({"trainable": []}, "trainable must be 'all', 'norm' or a list"),
         ({"rescale": 1}, "rescale must be True or False"),
+        ({"augment_batches": "yes"}, "augment_batches must be True or False"),
         ({"mixup": -0.1}, "mixup must be"),
         ({"clip_grad": 0}, "clip_grad must be"),
         ({"boost": -1}, "boost must be"),

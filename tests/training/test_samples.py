@@ -68,6 +68,19 @@ def test_augmentation_changes_each_sample_by_itself():
     np.testing.assert_array_equal(torch.cat(list(samples.in_order())).numpy(), X)  # what is recorded stays as it is
 
 
+def test_augmentation_may_take_whole_batches():
+    samples = Samples(X, Y, 8, augment=lambda x: x + torch.arange(len(x))[:, None], in_batches=True)
+    (batch,) = samples.read([torch.tensor([3, 1, 7])], 0)
+    np.testing.assert_array_equal(batch.numpy(), X[[3, 1, 7]] + np.arange(3)[:, None])
+
+
+@pytest.mark.parametrize("wrong", [lambda x: x[:-1], lambda x: list(x)])
+def test_a_batch_that_augmentation_spoils_is_refused(wrong):
+    samples = Samples(X, Y, 8, augment=wrong, in_batches=True)
+    with pytest.raises(ValueError, match="as many samples, 3"):
+        next(iter(samples.read([torch.tensor([3, 1, 7])], 0)))
+
+
 def test_what_is_drawn_is_the_same_for_the_same_numbers_and_nobody_elses_numbers_change():
     samples = Samples(Noisy(), None, 8)
     torch.manual_seed(5), np.random.seed(5), random.seed(5)  # noqa: NPY002

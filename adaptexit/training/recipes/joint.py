@@ -24,7 +24,7 @@ Teacher = Literal["auto", "original", "last"]
 BatchNorm = Literal["learn", "freeze"]
 Averaging = Literal["ema", "swa"]
 Precision = Literal["float32", "bf16", "fp16"]
-Scheduler = Literal["cosine", "onecycle", "constant"]
+Scheduler = Literal["cosine", "onecycle", "multistep", "constant"]
 
 FINE_TUNING = {"epochs": 10, "batch_size": 128, "lr": 0.02, "warmup_epochs": 1.0}
 """Where "auto" is left for a model that was trained already."""
@@ -54,9 +54,9 @@ class JointRecipe(BaseEstimator):
         Of the heads; "auto" is ``lr``.
     momentum, weight_decay : float, default=0.9, 1e-4
         For "sgd" momentum is Nesterov's, unless it is 0. Everything decays, as published for MSDNet.
-    scheduler : {"cosine", "onecycle", "constant"}, default="cosine"
-        Per step: linear warm-up, then half a cosine to 0 (timm's) or no change; torch's one-cycle policy, which moves
-        the momentum of an optimizer that has one, too.
+    scheduler : {"cosine", "onecycle", "multistep", "constant"}, default="cosine"
+        Per step: linear warm-up, then half a cosine to 0, a tenth each after half and three quarters of the steps
+        (timm's), or no change; torch's one-cycle policy, which moves the momentum of an optimizer that has one, too.
     warmup_epochs : float or "auto", default="auto"
         1 for a trained model, 20 for a network built with exits, and no more than a tenth of all epochs.
     weights : {"equal", "rising", "scheduled"} or sequence of K floats, default="equal"
@@ -88,6 +88,8 @@ class JointRecipe(BaseEstimator):
     augment : callable, optional
         From one sample to another (torchvision's v2 transforms), for arrays; a Dataset augments by itself, and is read
         anew each epoch.
+    augment_batches : bool, default=False
+        Whether ``augment`` takes whole batches (B, ...) instead, and draws for every sample by itself; it is faster.
     clip_grad : float, optional
         Largest norm of the gradient.
     averaging : {"ema", "swa"} or None, default=None
@@ -140,6 +142,7 @@ class JointRecipe(BaseEstimator):
         cutmix: float = 0.0,
         label_smoothing: float = 0.0,
         augment: Callable[[Tensor], Tensor] | None = None,
+        augment_batches: bool = False,
         clip_grad: float | None = None,
         averaging: Averaging | None = None,
         average_decay: float = 0.999,
@@ -169,6 +172,7 @@ class JointRecipe(BaseEstimator):
         self.cutmix = cutmix
         self.label_smoothing = label_smoothing
         self.augment = augment
+        self.augment_batches = augment_batches
         self.clip_grad = clip_grad
         self.averaging = averaging
         self.average_decay = average_decay
@@ -218,7 +222,7 @@ class JointRecipe(BaseEstimator):
         if self.clip_grad is not None:
             checked_number("clip_grad", self.clip_grad, "a finite number above 0, or None", np.nextafter(0, 1))
         checked_number("temperature", self.temperature, "a finite number above 0", np.nextafter(0, 1))
-        for name in ("rescale", "channels_last"):
+        for name in ("rescale", "channels_last", "augment_batches"):
             check_switch(name, getattr(self, name))
         _check_choice("scheduler", self.scheduler, get_args(Scheduler))
         _check_choice("teacher", self.teacher, (*get_args(Teacher), None))
