@@ -111,8 +111,8 @@ class Versions(Pyramid):
 class SubNetwork(nn.Module):
     """A stage: some blocks of a sub-network.
 
-    What goes on is a list: the versions of the image that later sub-networks take, what the blocks of this one saw (a
-    list of one or two maps a block), and the map that the classifier reads.
+    What goes on is a list: the versions of the image that later sub-networks take, the dense maps of this one's blocks
+    (a list a block) where there is a later one to read them, and the map that the classifier reads.
     """
 
     def __init__(
@@ -151,13 +151,8 @@ class Fusion(nn.Module):
 
     def __init__(self, widths: Sequence[int], factor: int, layer_channels: int, last_channels: int) -> None:
         super().__init__()
-        self.widths = list(widths)
-        self.layers = nn.ModuleList(bottleneck(width, layer_channels, factor) for width in self.widths[:-1])
-        self.last = ConvNormAct(self.widths[-1], last_channels, 1)
-
-    def layer(self, n: int, lower: Sequence[Tensor]) -> Tensor:
-        """For layer n, from what the other block saw: its dense map began with what went into its own layer n."""
-        return self.layers[n](lower[0][:, : self.widths[n]])
+        self.layers = nn.ModuleList(bottleneck(width, layer_channels, factor) for width in widths[:-1])
+        self.last = ConvNormAct(widths[-1], last_channels, 1)
 
 
 class Block(nn.Module):
@@ -184,7 +179,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.widths = [in_channels + n * growth for n in range(depth + 1)]
-        self.factor, self.halves = factor, halves
+        self.factor = factor
         out, from_lower = self.widths[-1], 0
         self.fusion = None
         if lower is not None:
@@ -199,18 +194,15 @@ class Block(nn.Module):
         self.transition = ConvNormAct(out, self.out_channels, 1) if reduction < 1 else nn.Identity()
 
     def forward(self, x: Tensor, lower: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
-        """The block's output, and what it saw: its dense map, and the one before that was halved."""
-        seen = []
+        """The block's output, and the dense maps before, between and after its layers."""
+        seen = [x]
         for n, layer in enumerate(self.layers):
             new = layer(x)
-            if self.halves and n == len(self.layers) - 1:
-                seen.append(x)
-                x = resized(x, new)
-            parts = [x]
+            parts = [resized(x, new)]
             if self.fusion is not None and lower is not None:
-                parts.append(resized(self.fusion.layer(n, lower), new))
+                parts.append(resized(self.fusion.layers[n](lower[n]), new))
             x = torch.cat([*parts, new], dim=1)
-        seen.append(x)
+            seen.append(x)
         if self.fusion is not None and lower is not None:
             x = torch.cat([x, resized(self.fusion.last(lower[-1]), x)], dim=1)
         return self.transition(x), seen
