@@ -73,9 +73,15 @@ def small(name):
 
 @cache
 def on_meta(factory, **settings):
-    """A network without weights, for shapes and counts."""
+    """A network without weights, for shapes and the counts of large ones."""
     with torch.device("meta"):
         return factory(**settings).eval()
+
+
+@cache
+def made(factory, **settings):
+    """A small network as it was made, on the CPU, where counting is faster; tests only ask it questions."""
+    return seeded(factory, **settings).eval()
 
 
 def n_parameters(net):

@@ -6,7 +6,7 @@ from torch import nn
 from adaptexit.backbones import FusionStem
 from adaptexit.backbones.fusion_stem import Finest, LastOfDense, Stem, classifier, dense_fusion
 from adaptexit.backbones.multi_scale import MultiScaleLayer, PerScale
-from tests.backbones.small_networks import images, n_parameters, on_meta, seeded, small, small_fusion_stem
+from tests.backbones.small_networks import images, made, n_parameters, seeded, small, small_fusion_stem
 
 GROWTH, FACTORS = 3, (1, 2, 4)
 
@@ -194,7 +194,7 @@ def test_the_classifier_is_a_strided_convolution_and_a_pointwise_one():
 
 
 def test_a_plain_stem_is_one_strided_convolution_and_nothing_else_changes():
-    usual, plain = on_meta(small_fusion_stem), on_meta(small_fusion_stem, stem="plain")
+    usual, plain = made(small_fusion_stem), made(small_fusion_stem, stem="plain")
     stem = plain.stages[0][0].module
     assert isinstance(stem, ConvNormAct)
     assert (stem.conv.kernel_size, stem.conv.stride, stem.conv.out_channels) == ((3, 3), (2, 2), 8)
@@ -210,7 +210,7 @@ def test_a_plain_stem_is_one_strided_convolution_and_nothing_else_changes():
 
 
 def test_without_fusion_coarser_maps_cost_less_and_nothing_else_changes():
-    usual, without = on_meta(small_fusion_stem), on_meta(small_fusion_stem, fusion=False)
+    usual, without = made(small_fusion_stem), made(small_fusion_stem, fusion=False)
     assert all(a["macs"] > b["macs"] for a, b in zip(usual.exit_info, without.exit_info, strict=True))
     for key in ("num_chs", "resolution"):
         assert [info[key] for info in usual.exit_info] == [info[key] for info in without.exit_info]
@@ -233,7 +233,7 @@ def test_every_parameter_learns_with_a_switch_off(settings):
 
 
 def test_more_of_anything_costs_more():
-    usual = n_parameters(on_meta(small_fusion_stem))
+    usual = n_parameters(made(small_fusion_stem))
     for settings in ({"depth": 3}, {"reduction": 0.75}, {"n_classes": 20}):
-        assert n_parameters(on_meta(small_fusion_stem, **settings)) > usual
+        assert n_parameters(made(small_fusion_stem, **settings)) > usual
     assert isinstance(small("fusion_stem"), FusionStem)
