@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore::adaptexit.CalibrationWarning"),
     pytest.mark.filterwarnings("ignore::adaptexit.LabelWarning"),
 ]
-QUICK = JointRecipe(epochs=1, batch_size=20, lr=0.01)
+QUICK = JointRecipe(epochs=1, batch_size=30, lr=0.01)
 NAME = "fusion_stem_cifar"
 
 
@@ -26,7 +26,7 @@ def colours(part, n):
     return np.repeat(np.repeat(X[:n], 2, axis=2), 2, axis=3).repeat(3, axis=1), y[:n]
 
 
-X, Y = colours(0, 60)
+X, Y = colours(0, 40)
 
 
 def named(name=NAME, **params):
@@ -47,26 +47,33 @@ def test_it_is_that_network_for_those_classes(fitted):
     assert type(module_of(fitted)) is type(fusion_stem_cifar())
     assert fitted.exits_ == [f"exit {k}" for k in range(5)]
     assert {head.linear.out_features for head in module_of(fitted).heads} == {10}
-    assert fitted.predict(X).shape == (60,)
+    assert fitted.predict(X).shape == (40,)
     assert set(fitted.predict(X)) <= set(range(10))
     assert not module_of(fitted).training
 
 
-@pytest.mark.parametrize(("name", "classes", "n_classes"), [(NAME, "abc", 3), ("msdnet_cifar_budgeted", "xy", 2)])
+@pytest.mark.parametrize(("name", "classes", "n_classes"), [
+    (NAME, "abc", 3), pytest.param("msdnet_cifar_budgeted", "xy", 2, marks=pytest.mark.slow),
+])  # fmt: skip
 def test_classes_say_how_wide_the_answers_are(name, classes, n_classes):
-    labels = np.array(list(classes))[np.arange(40) % n_classes]
-    model = named(name, classes=sorted(classes)).fit(X[:40], labels)
+    labels = np.array(list(classes))[np.arange(len(X)) % n_classes]
+    model = named(name, classes=sorted(classes)).fit(X, labels)
     assert {head.linear.out_features for head in module_of(model).heads} == {n_classes}
     assert set(model.predict(X)) <= set(classes)
 
 
 @pytest.mark.parametrize("name", sorted(NAMED))
-def test_every_name_is_a_factory_with_a_seed(name):
+def test_every_name_is_a_factory_for_so_many_classes(name):
     with torch.device("meta"):
-        usual, three = as_module(name, None)(), as_module(name, ["a", "b", "c"])()
-    last = [net.linear if hasattr(net, "linear") else net.heads[-1].linear for net in (usual, three)]
-    assert [layer.out_features for layer in last] == [1000 if "imagenet" in name else 10, 3]
-    assert not usual.training
+        net = as_module(name, ["a", "b", "c"])()
+    assert (net.linear if hasattr(net, "linear") else net.heads[-1].linear).out_features == 3
+    assert not net.training
+
+
+def test_without_classes_it_has_as_many_as_its_data_set():
+    with torch.device("meta"):
+        assert as_module(NAME, None)().heads[0].linear.out_features == 10
+        assert as_module("msdnet_imagenet", None)().heads[0].linear.out_features == 1000
 
 
 def test_seeds_say_what_weights_it_begins_with():
@@ -75,22 +82,24 @@ def test_seeds_say_what_weights_it_begins_with():
     assert not torch.equal(one["stages.0.0.module.conv1.conv.weight"], other["stages.0.0.module.conv1.conv.weight"])
 
 
-def test_equal_seeds_give_equal_weights_and_others_do_not(fitted):
-    assert_equal_weights(fitted, clone(named()).fit(X, Y))
-    other = named(random_state=7).fit(X, Y)
-    first, second = (next(module_of(model).parameters()) for model in (fitted, other))
-    assert not torch.allclose(first, second)
-
-
-def test_global_random_states_are_left_alone():
+def test_equal_seeds_give_equal_weights_and_leave_the_global_random_states_alone(fitted):
     torch.manual_seed(3)
     np.random.seed(3)  # noqa: NPY002
     expected = torch.rand(2), np.random.rand(2)  # noqa: NPY002
     torch.manual_seed(3)
     np.random.seed(3)  # noqa: NPY002
-    named().fit(X[:40], Y[:40])
+    assert_equal_weights(fitted, clone(named()).fit(X, Y))
     assert torch.equal(torch.rand(2), expected[0])
     assert (np.random.rand(2) == expected[1]).all()  # noqa: NPY002
+
+
+def test_other_seeds_give_other_weights(fitted):
+    other = named(random_state=7, recipe=JointRecipe(epochs=1, batch_size=30, lr=1e-12)).fit(X, Y)
+    first, second, drawn = (
+        next(net.parameters()) for net in (module_of(fitted), module_of(other), as_module(NAME, range(10), 7)())
+    )
+    assert not torch.allclose(first, second)
+    torch.testing.assert_close(second, drawn)
 
 
 def test_parameters_stay_as_they_were_given(fitted):

@@ -71,7 +71,7 @@ def test_other_sizes_of_images_are_taken(cifar, factory):
             assert {answer.shape for answer in cifar[factory](torch.randn(1, 3, *size))} == {(1, 100)}
 
 
-@pytest.mark.parametrize("factory", N_EXITS, ids=by_name)
+@pytest.mark.parametrize("factory", [*CIFAR, *(pytest.param(f, marks=pytest.mark.slow) for f in IMAGENET)], ids=by_name)
 def test_other_images_and_classes(factory):
     net = on_meta(factory, n_classes=4, in_channels=1)
     assert net.input_size[0] == 1
