@@ -308,11 +308,11 @@ def test_a_few_steps_lower_every_exits_loss(name):
 @pytest.mark.slow
 @EVERY
 def test_training_makes_every_exit_good(name):
-    recipe = JointRecipe(epochs=20, batch_size=50, lr=0.1)
+    recipe = JointRecipe(epochs=10, batch_size=50, lr=0.1)
     model = MultiExitClassifier(seeded(SMALL[name]), recipe=recipe).fit(IMAGES, LABELS)
     X, y = digits()[2]
     outputs = model.record(np.repeat(np.repeat(X, 2, axis=2), 2, axis=3), y)
-    assert outputs.accuracies.min() > 0.8
+    assert outputs.accuracies.min() > 0.6
 
 
 def test_statistics_of_small_networks_matter():
