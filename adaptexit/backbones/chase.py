@@ -48,7 +48,7 @@ class CHASE(MultiExitBackbone):
         In how many blocks, counted from the last, self-attention takes the place of the convolution on the coarsest
         map: 1, or 0 or 2 (Fig. 5).
     head_channels : int
-        Of each attention head.
+        Of each attention head, or more where they do not divide its layer's channels.
     n_classes, in_channels, image_size : int
     """
 
@@ -105,7 +105,8 @@ class GlobalAttention(nn.Module):
         self.project = ConvNormAct(in_channels, channels, 1, act_layer=nn.GELU)
         self.position = PosConv(channels, channels)
         self.norm1 = nn.LayerNorm(channels)
-        self.attention = Attention(channels, max(1, channels // head_channels), qkv_bias=True)
+        n_heads = next(n for n in range(max(1, channels // head_channels), 0, -1) if channels % n == 0)
+        self.attention = Attention(channels, n_heads, qkv_bias=True)
         self.norm2 = nn.LayerNorm(channels)
         self.mlp = Mlp(channels, int(mlp_ratio * channels))
 

@@ -42,7 +42,8 @@ class FusionStem(MultiExitBackbone):
     stem : {"efficient", "plain"}
         "plain" is one 3x3 convolution of stride 2 in its place.
     fusion : bool
-        Whether coarser maps read what a layer adds to the finer ones, or those as they came, as in MSDNet.
+        Whether coarser maps read what a layer adds to the finer ones, or those as they came, as in MSDNet (whose first
+        layer makes coarser maps of finer ones, too).
     n_classes, in_channels, image_size : int
     """
 
@@ -167,19 +168,23 @@ def dense_fusion(
     widths = [stem_channels, *[0] * (n_scales - 1)]
     for block in range(n_scales):
         for n in range(1, depth + 1):
-            new = [growth * factor if s >= block else 0 for s, factor in enumerate(factors)]
+            ends = n == depth and block + 1 < n_scales
+            fused = fusion or not widths[-1]  # coarser maps have nothing else to begin with
+            # What is added to a scale that is dropped now has no readers but the coarser maps that it is fused into.
+            finest = block if fused or not ends else block + 1
+            new = [growth * factor if s >= finest else 0 for s, factor in enumerate(factors)]
             own, down = {}, {}
-            for s in range(block, n_scales):
-                finer = 0 if s == block else widths[s - 1] + (new[s - 1] if fusion else 0)
+            for s in range(finest, n_scales):
+                finer = 0 if s == block else widths[s - 1] + (new[s - 1] if fused else 0)
                 share = new[s] // 2 if finer and widths[s] else new[s]
                 if finer:
                     down[s] = convolution(block, s, finer, share, 2)
                 if widths[s]:
                     own[s] = convolution(block, s, widths[s], new[s] - share if finer else share, 1)
-            modules.append(MultiScaleLayer(own, down, fused=fusion))
+            modules.append(MultiScaleLayer(own, down, fused=fused))
             widths = [width + more for width, more in zip(widths, new, strict=True)]
             reads = widths[-1] if whole else new[-1]
-            if n == depth and block + 1 < n_scales:
+            if ends:
                 before = widths if whole else new
                 after = [int(reduction * width) if s > block else 0 for s, width in enumerate(before)]
                 steps = {s: transition(before[s], after[s]) for s in range(block + 1, n_scales)}
