@@ -126,8 +126,8 @@ def tested(model: MultiExitClassifier, test: Data) -> Curves:
 
 def accuracy_at(frontier: ParetoFrontier, reductions: Any) -> np.ndarray:
     """Interpolated accuracy at FLOPs reductions; NaN where the sweep does not reach."""
-    sweep = [point for point in frontier.points if point.params]  # all but the plain full model
-    return dataclasses.replace(frontier, points=sweep).accuracy_at(reduction=reductions)
+    sweep = [point for point in frontier.points if point.params]  # all but the plain full model, unless it is alone
+    return dataclasses.replace(frontier, points=sweep or frontier.points).accuracy_at(reduction=reductions)
 
 
 def accuracy_lost(frontier: ParetoFrontier, reductions: Sequence[float]) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-from torch import nn
-
 from adaptexit.backbones.chase import CHASE, chase_cifar, chase_imagenet
 from adaptexit.backbones.fusion_stem import FusionStem, fusion_stem_cifar
 from adaptexit.backbones.msdnet import MSDNet, msdnet_cifar_anytime, msdnet_cifar_budgeted, msdnet_imagenet
@@ -31,11 +29,11 @@ __all__ = [
     "resnet56_cifar",
 ]
 
-NAMED: dict[str, Callable[..., nn.Module]] = {
+NAMED: dict[str, Callable[..., MultiExitBackbone]] = {
     factory.__name__: factory
     for factory in (
         chase_cifar, chase_imagenet, fusion_stem_cifar, msdnet_cifar_anytime, msdnet_cifar_budgeted, msdnet_imagenet,
-        ranet_cifar, resnet8_cifar, resnet20_cifar, resnet56_cifar,
+        ranet_cifar,
     )
 }  # fmt: skip
-"""Factories ``(n_classes, in_channels) -> module`` by the names that estimators take for them."""
+"""Networks with exits by the names that estimators take for them: factories ``(n_classes, in_channels) -> module``."""

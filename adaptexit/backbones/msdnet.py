@@ -100,16 +100,16 @@ def classifier(in_channels: int, n_classes: int, narrow: bool = True) -> MapClas
     convolutions = nn.Sequential(
         ConvNormAct(in_channels, channels, 3, stride=2), ConvNormAct(channels, channels, 3, stride=2)
     )
-    return MapClassifier(convolutions, nn.AdaptiveAvgPool2d(1), channels, n_classes)
+    return MapClassifier(convolutions, channels, n_classes)
 
 
 def msdnet_cifar_anytime(n_classes: int = 10, in_channels: int = 3) -> MSDNet:
-    """Seven exits: 15 to 75 M MACs, 3.1 M parameters."""
+    """Seven exits: 15 to 75 M MACs, 3 M parameters."""
     return MSDNet([4, *[2] * 6], 16, 6, (1, 2, 4), (1, 2, 4), n_classes=n_classes, in_channels=in_channels)
 
 
 def msdnet_cifar_budgeted(n_classes: int = 10, in_channels: int = 3) -> MSDNet:
-    """Five exits, each further from the last: 7 to 58 M MACs, 2.1 M parameters."""
+    """Five exits, each further from the last: 7 to 58 M MACs, 2 M parameters."""
     return MSDNet([1, 2, 3, 4, 5], 16, 6, (1, 2, 4), (1, 2, 4), n_classes=n_classes, in_channels=in_channels)
 
 

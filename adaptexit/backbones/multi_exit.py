@@ -66,7 +66,7 @@ class MultiExitBackbone(nn.Module):
                 read = head.read(carried)  # type: ignore[operator]
                 info.append(
                     {
-                        "name": f"exit {k}",
+                        "name": f"exit {k}" if k + 1 < len(self.heads) else "full model",
                         "macs": stages_macs + heads_macs,
                         "macs_alone": stages_macs + head_macs,
                         "num_chs": read.shape[1],
@@ -77,27 +77,22 @@ class MultiExitBackbone(nn.Module):
 
 
 class MapClassifier(nn.Module):
-    """Convolutions, average pooling and a linear layer, on the last of the maps that go on; output (N, n_classes).
+    """Convolutions, the mean over all pixels and a linear layer, on the last of the maps that go on.
 
     Parameters
     ----------
     convolutions : nn.Module
-        On the map, whatever its channels.
-    pool : nn.Module
-    n_features : int
-        Channels left after both, times the pixels.
-    n_classes : int
-    channels : int, optional
+        From what is read of the map, (N, C, H, W), to (N, ``channels``, h, w).
+    channels, n_classes : int
+    reads : int, optional
         Where only so many of the map's last channels are read.
     """
 
-    def __init__(
-        self, convolutions: nn.Module, pool: nn.Module, n_features: int, n_classes: int, channels: int | None = None
-    ) -> None:
+    def __init__(self, convolutions: nn.Module, channels: int, n_classes: int, reads: int | None = None) -> None:
         super().__init__()
-        self.convolutions, self.pool = convolutions, pool
-        self.linear = nn.Linear(n_features, n_classes)
-        self.channels = channels
+        self.convolutions, self.pool = convolutions, nn.AdaptiveAvgPool2d(1)
+        self.linear = nn.Linear(channels, n_classes)
+        self.reads = reads
 
     def forward(self, carried: Any) -> Tensor:
         return self.linear(self.pool(self.convolutions(self.read(carried))).flatten(1))
@@ -105,4 +100,4 @@ class MapClassifier(nn.Module):
     def read(self, carried: Any) -> Tensor:
         """The map (N, C, H, W) that it answers from, of what goes on from its stage."""
         x: Tensor = carried if isinstance(carried, Tensor) else carried[-1]
-        return x if self.channels is None else x[:, -self.channels :]
+        return x if self.reads is None else x[:, -self.reads :]

@@ -163,6 +163,8 @@ class Block(nn.Module):
     widths : list of depth + 1 int
         Channels before, between and after its layers.
     out_channels : int
+    halves : bool
+        Whether its last layer halves height and width.
     """
 
     def __init__(
@@ -179,7 +181,7 @@ class Block(nn.Module):
     ) -> None:
         super().__init__()
         self.widths = [in_channels + n * growth for n in range(depth + 1)]
-        self.factor = factor
+        self.factor, self.halves = factor, halves
         out, from_lower = self.widths[-1], 0
         self.fusion = None
         if lower is not None:

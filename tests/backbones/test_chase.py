@@ -204,7 +204,7 @@ def test_exits_are_where_a_walk_comes_by_and_read_what_was_added_last(depth, exi
     net = made(small_chase, depth=depth, exit_every=exit_every)
     where, read = walked(3, depth, exit_every, whole=False, growth=4 * 4)
     assert positions(net.stages, depth) == where
-    assert [head.channels for head in net.heads] == read
+    assert [head.reads for head in net.heads] == read
     assert [head.convolutions[0].conv.in_channels for head in net.heads] == read
 
 

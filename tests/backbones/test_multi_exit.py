@@ -77,13 +77,13 @@ def test_what_exit_info_tells_of_maps_is_what_classifiers_read(name):
         hook.remove()
     assert [info["num_chs"] for info in net.exit_info] == [x.shape[1] for x in maps]
     assert [info["resolution"] for info in net.exit_info] == [tuple(x.shape[2:]) for x in maps]
-    assert [info["name"] for info in net.exit_info] == [f"exit {k}" for k in range(len(maps))]
+    assert [info["name"] for info in net.exit_info] == [*(f"exit {k}" for k in range(len(maps) - 1)), "full model"]
 
 
 def test_a_classifier_reads_the_last_map_or_its_last_channels():
     x = torch.arange(2 * 6.0).reshape(2, 6, 1, 1)
-    whole = MapClassifier(nn.Identity(), nn.Identity(), 6, 2)
-    part = MapClassifier(nn.Identity(), nn.Identity(), 2, 2, channels=2)
+    whole = MapClassifier(nn.Identity(), 6, 2)
+    part = MapClassifier(nn.Identity(), 2, 2, reads=2)
     for carried in (x, [None, x], (x + 1, x)):
         assert torch.equal(whole.read(carried), x)
         assert torch.equal(part.read(carried), x[:, 4:])
