@@ -34,7 +34,7 @@ from examples.cifar import Data, images, pretrained
 EXITS = ["layer1.4", "layer1.8", "layer2.4", "layer2.8"]
 BUDGETS = (0.8, 0.7, 0.6, 0.5, 0.4)
 
-SHORT = {"epochs": 2, "images": 10_000}
+SHORT = {"epochs": 3, "images": 15_000}
 """Of the runs that compare single choices."""
 
 CHOICES: dict[str, dict[str, Any]] = {

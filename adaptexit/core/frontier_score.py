@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from adaptexit.core.frontier import ParetoFrontier, evaluate
 from adaptexit.core.outputs import ExitOutputs
 from adaptexit.core.search import search_thresholds
 
-N_BUDGETS = 10
+BUDGETS = tuple(round(0.1 * tenths, 1) for tenths in range(4, 10))
+"""Relative costs at which exits are used: below, little of the model's accuracy is left; above, little is saved."""
+
 N_FOLDS = 2
 
 
-def even_budgets(stage_costs: NDArray[np.float64], full_cost: float) -> NDArray[np.float64]:
-    """Relative costs in even steps between that of the first stage alone and the full model's, both left out."""
-    return np.linspace(float(stage_costs[0]) / full_cost, 1.0, N_BUDGETS + 2)[1:-1]
-
-
 def frontier_score(outputs: ExitOutputs, random_state: int = 0) -> float:
-    """Mean accuracy over even budgets, on samples that the thresholds were not searched on.
+    """Mean accuracy over :data:`BUDGETS`, on samples that the thresholds were not searched on.
 
-    Outputs of the same model on the same samples, which differ in what their exits answer and cost, have the same
-    budgets, and are compared fairly. Below the cost of its cheapest policy a model answers as large a share of the
-    samples as the budget allows, and guesses the rest.
+    Outputs of the same model on the same samples may differ in what their exits answer and cost. Below the cost of its
+    cheapest policy a model answers as large a share of the samples as the budget allows, and guesses the rest.
 
     Parameters
     ----------
@@ -32,16 +27,15 @@ def frontier_score(outputs: ExitOutputs, random_state: int = 0) -> float:
     random_state : int
         Seed of the two halves: thresholds searched on one are applied to the other.
     """
-    budgets = even_budgets(outputs.stage_costs, outputs.full_cost)
     halves = np.array_split(np.random.default_rng(random_state).permutation(outputs.n_samples), N_FOLDS)
     scores = []
     for f, half in enumerate(halves):
         others = np.sort(np.concatenate([halves[g] for g in range(N_FOLDS) if g != f]))
         frontier, _ = search_thresholds(
-            outputs.take(others), n_points=N_BUDGETS, budgets=budgets.tolist(), random_state=random_state
+            outputs.take(others), n_points=len(BUDGETS), budgets=BUDGETS, random_state=random_state
         )
         judged = outputs.take(np.sort(half))
-        scores += [_accuracy(frontier, judged, budget) for budget in budgets.tolist()]
+        scores += [_accuracy(frontier, judged, budget) for budget in BUDGETS]
     return float(np.mean(scores))
 
 

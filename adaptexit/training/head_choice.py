@@ -1,16 +1,17 @@
 """Which head answers best at the cuts of a model: several are trained a little, and compared by their frontiers.
 
 All learn from one pass of the model. First each is trained for a quarter of its epochs, by the full model's answers and
-labels in equal parts. Then those in front are trained for half of them, and the best one also by either teacher alone.
-Work is counted, never timed, so that equal arguments give equal choices, and it is bounded: either round takes at most
-the pass and the training of the dearest rival. So the pass, both rounds and the training of the winner take at most
-three times the pass and one training, that of the dearest head compared.
+labels in equal parts. The best one tells from whom to learn: by either alone or both, for half of its epochs. Then it,
+the second and all that take much longer, which come forward late, are trained in full, and the best one stays. Work is
+counted, never timed, so that equal arguments give equal choices, and it is bounded: with the pass and the training of
+the winner all takes at most three times the pass and one training, that of the dearest head compared; trainings are
+shortened where that would be exceeded.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -41,20 +42,17 @@ FEWEST_ROWS = 1000
 VALIDATION_SHARE, MOST_VALIDATION = 0.2, 5000
 """Of the training samples, those that a comparison is made on."""
 
-FIRST_SHARE, SECOND_SHARE = 0.25, 0.5
-"""Of a training that a trial is in each round, at most."""
+FIRST_SHARE, TEACHER_SHARE, LAST_SHARE = 0.25, 0.5, 1.0
+"""Of a training that a trial is, at most: of all heads, of the best by each teacher, of those in front."""
 
 STEP = 2e7
 """Multiply-accumulates in whose time a head is called, and its weights are moved, once."""
 
 CLEAR = 0.02
-"""Mean accuracy behind the best from which a head is not tried again: larger heads need longer to come forward."""
+"""Mean accuracy behind the best from which a head that takes no longer is not tried again."""
 
 MUCH = 2.0
-"""Times the work of the best: a head that takes so much may come forward in a longer trial only."""
-
-MOST_TRIALS = 5
-"""In the second round: three heads by both teachers together, the best of them by each alone."""
+"""Times the work of the best: a head that takes so much comes forward in a whole training only."""
 
 BOTH, TEACHERS = 0.5, (1.0, 0.0)
 """What distillation counts where both teachers are heard, and where it is one of them: the model first, then labels."""
@@ -161,21 +159,49 @@ def training_work(rival: Rival, n_samples: int, epochs: int, batch_size: int) ->
     return 3.0 * epochs * n_samples * rival.macs + STEP * steps * len(rival.network.early)
 
 
-def share_of_training(work: Sequence[float], longest: float, spare: float, most: float) -> float:
-    """That all can have of their trainings in one round, together at most the longest one and the work to spare.
+@dataclass
+class Allowance:
+    """The work that trials may still take, in multiply-accumulates."""
+
+    spare: float
+
+    def share(self, work: Sequence[float], most: float, of: float = 1.0) -> float:
+        """Take what all can have of their trainings, the same share each, at most so much of them and of the rest."""
+        share = min(most, of * self.spare / max(sum(work), 1e-12))
+        self.spare -= share * sum(work)
+        return share
+
+
+Tried = Callable[[Sequence[str], float, float], dict[str, float]]
+"""Heads by name, what distillation counts, the share of a training -> their scores, the best first."""
+
+
+def tournament(work: Mapping[str, float], a_pass: float, teachers: Sequence[float], tried: Tried) -> tuple[str, float]:
+    """The best head, and from whom it learns best (what distillation counts).
 
     Parameters
     ----------
-    work : sequence of float
-        Of the whole training of each that is tried.
-    longest : float
-        Of the training of the dearest head compared.
-    spare : float
-        Of the pass.
-    most : float
-        The largest share.
+    work : dict of name to float
+        Of the whole training of each.
+    a_pass : float
+        Work of the pass.
+    teachers : sequence of float
+        The first is that of heads' trials.
+    tried : callable
     """
-    return min(most, (spare + longest) / max(sum(work), 1e-12))
+    allowance = Allowance(2 * (a_pass + max(work.values())))
+    first = allowance.share([*work.values()], FIRST_SHARE, of=0.5)
+    scores = tried([*work], teachers[0], first)
+    best, weight = next(iter(scores)), teachers[0]
+    if len(teachers) > 1:
+        share = allowance.share([work[best]] * len(teachers), TEACHER_SHARE, of=0.5)
+        by_teacher = {teacher: tried([best], teacher, share)[best] for teacher in teachers}
+        weight = max(by_teacher, key=lambda teacher: by_teacher[teacher])
+    finalists = in_front(scores, work)
+    last = allowance.share([work[name] for name in finalists], LAST_SHARE)
+    if len(finalists) == 1 or last <= first:  # a shorter trial would say less than the first one
+        return best, weight
+    return next(iter(tried(finalists, weight, last))), weight
 
 
 # -- the choice --------------------------------------------------------------------------------------------------------
@@ -268,7 +294,6 @@ def chosen(
         recipe, caches, rows[learning], targets[learning], rows[judged], targets[judged], epochs, seed, verbose
     )  # fmt: skip
     report["n_validation"] = len(judged)
-    longest = max(work[name] for name in names)
 
     def tried(names: Sequence[str], weight: float, share: float) -> dict[str, float]:
         """Scores of heads trained by one mixture of teachers, the best first."""
@@ -278,37 +303,24 @@ def chosen(
             report["candidates"][name]["trials"].append(trial)
         return dict(sorted(scores.items(), key=lambda item: (-item[1], work[item[0]])))
 
-    weight, others = _teachers(recipe, labelled=not np.array_equal(targets, _answered(caches, rows)))
-    share = share_of_training([work[name] for name in names], longest, run_macs, FIRST_SHARE)
-    finalists = in_front(tried(names, weight, share), work)
-    second = [work[name] for name in finalists]
-    share = share_of_training([*second, *[max(second)] * len(others)], longest, run_macs, SECOND_SHARE)
-    if len(finalists) > 1 or others:
-        scores = tried(finalists, weight, share)
-        winner = next(iter(scores))
-        by_teacher = {other: tried([winner], other, share)[winner] for other in others} | {weight: scores[winner]}
-        weight = max(by_teacher, key=lambda teacher: by_teacher[teacher])
-    else:
-        winner = finalists[0]
+    teachers = _teachers(recipe, labelled=not np.array_equal(targets, _answered(caches, rows)))
+    winner, weight = tournament({name: work[name] for name in names}, run_macs, teachers, tried)
     return winner, clone(recipe).set_params(distillation=weight), report | {"head": winner, "distillation": weight}
 
 
 def in_front(scores: Mapping[str, float], work: Mapping[str, float]) -> list[str]:
-    """Heads that are tried again: the best, the second, and the best of those that take much longer to train.
-
-    Those too far behind are left out.
-    """
+    """Heads that are tried again: the best, the second where it is near, and all that take much longer to train."""
     ranking = sorted(scores, key=lambda name: (-scores[name], work[name]))
-    near = [name for name in ranking if scores[name] > scores[ranking[0]] - CLEAR]
-    longer = [name for name in near[2:] if work[name] >= MUCH * work[ranking[0]]]
-    return near[:2] + longer[:1]
+    best = ranking[0]
+    near = [name for name in ranking[:2] if scores[name] > scores[best] - CLEAR]
+    return near + [name for name in ranking if name not in near and work[name] >= MUCH * work[best]]
 
 
-def _teachers(recipe: AutoRecipe, labelled: bool) -> tuple[float, tuple[float, ...]]:
-    """What distillation counts in the trials of heads, and what else is compared for the best of them."""
+def _teachers(recipe: AutoRecipe, labelled: bool) -> tuple[float, ...]:
+    """What distillation counts: in the trials of heads, and what else is compared for the best of them."""
     if not isinstance(recipe.distillation, str):
-        return recipe.distillation, ()
-    return (BOTH, TEACHERS) if labelled else (1.0, ())
+        return (recipe.distillation,)
+    return (BOTH, *TEACHERS) if labelled else (1.0,)
 
 
 def _answered(caches: Mapping[str, FeatureCache], rows: NDArray[Any]) -> NDArray[Any]:

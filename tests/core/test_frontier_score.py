@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from adaptexit import ExitOutputs
-from adaptexit.core.frontier_score import even_budgets, frontier_score
+from adaptexit.core.frontier_score import BUDGETS, frontier_score
 
 
 def exits(n=2000, seed=0, *, first=0.6, head=0.0, stage=0.2):
@@ -18,17 +18,9 @@ def exits(n=2000, seed=0, *, first=0.6, head=0.0, stage=0.2):
     )  # fmt: skip
 
 
-def test_budgets_lie_between_the_first_stage_and_the_full_model():
-    budgets = even_budgets(np.array([20.0, 80.0]), 100.0)
-    assert len(budgets) == 10
-    np.testing.assert_allclose(np.diff(budgets), 0.8 / 11)
-    assert budgets[0] == pytest.approx(0.2 + 0.8 / 11)
-    assert budgets[-1] == pytest.approx(1 - 0.8 / 11)
-
-
 def test_where_an_exit_that_knows_what_it_knows_answers_first_the_score_is_known():
     """A budget b lets a share (1 - b) / 0.8 leave at least; who has to leave beyond the right 60% is wrong."""
-    leaving = (1 - even_budgets(np.array([0.2, 0.8]), 1.0)) / 0.8
+    leaving = (1 - np.array(BUDGETS)) / 0.8
     expected = np.mean(1 - np.maximum(leaving - 0.6, 0))
     assert frontier_score(exits()) == pytest.approx(expected, abs=0.02)
 
@@ -41,8 +33,7 @@ def test_better_answers_score_more_and_dearer_heads_less():
 
 def test_below_the_cheapest_policy_the_rest_is_guessed():
     outputs = exits(first=1.0, head=0.5)  # everybody may leave at 0.7
-    budgets = even_budgets(np.array([0.2, 0.8]), 1.0)
-    answered = np.minimum(budgets / 0.7, 1)
+    answered = np.minimum(np.array(BUDGETS) / 0.7, 1)
     assert frontier_score(outputs) == pytest.approx(np.mean(answered + (1 - answered) / 4))
 
 

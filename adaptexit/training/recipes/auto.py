@@ -22,8 +22,8 @@ class AutoRecipe(HeadRecipe):
 
     Where the estimator's ``head`` is left open, the heads of ``heads`` are trained for a part of the epochs on a part
     of the training samples, and compared on the rest of these by the mean accuracy of their calibrated frontiers over
-    even budgets, what the heads cost counted in; so is learning from labels, which is better where the full model is
-    weak. The best one then learns from all. Where a head is named, it alone is trained.
+    budgets from 0.4 to 0.9, what the heads cost counted in; so is learning from labels, which is better where the full
+    model is weak, and from both. The best one then learns from all. Where a head is named, it alone is trained.
 
     Parameters
     ----------
@@ -41,7 +41,8 @@ class AutoRecipe(HeadRecipe):
         At least 2.
     distillation : float or "auto", default="auto"
         a, from 0 to 1: a T^2 KL(full model || head) + (1 - a) CE(labels, head) is minimised (Hinton et al.,
-        "Distilling the Knowledge in a Neural Network", 2015). "auto" is 1, or 0 where that was compared and is better.
+        "Distilling the Knowledge in a Neural Network", 2015). "auto" is 1, or 0.5 or 0 where these were
+        compared and are better.
     temperature : float, default=2.0
         T, above 0, of the probabilities that are distilled.
     confidence_epochs : int or None, default=None
