@@ -29,7 +29,6 @@ from adaptexit import AutoRecipe, CalibrationWarning, MultiExitClassifier
 from benchmarks.cifar import arguments
 from benchmarks.common import RESULTS, print_table, require_one_thread, spread, write_result
 from benchmarks.small_networks import EXITS, digits, resnet_for_digits, trained_on
-from examples.calexnet_cifar10 import accuracy_lost
 from examples.cifar import Data, learning, pretrained
 
 BUDGETS = (0.8, 0.7, 0.6, 0.5, 0.4)
@@ -124,7 +123,7 @@ def measured(subject: Subject, choice: str, seed: int, cache: str) -> dict[str, 
     seconds, cpu = time.perf_counter() - start, time.process_time() - start_cpu
     curve = model.calibrate(*val).pareto(*test)
     return {
-        "loss": accuracy_lost(curve, [1 - budget for budget in BUDGETS]),
+        "loss": 100 * (curve.full_accuracy - curve.accuracy_at(reduction=[1 - budget for budget in BUDGETS])),
         "full_accuracy": curve.full_accuracy,
         "exit_accuracy": curve.fixed_accuracy,
         "exit_cost": curve.fixed_cost,

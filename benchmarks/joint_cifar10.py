@@ -55,6 +55,14 @@ UNTRAINED = ("20 -> 56", "8 -> 20 -> 56")
 """Runs that only calibrate."""
 
 
+DRAWN = {
+    "frozen, default": "exits, the network frozen",
+    "joint": "exits and network together",
+    "20 -> 56": "cascade 20 → 56",
+    "8 -> 20 -> 56": "cascade 8 → 20 → 56",
+}
+
+
 class Benchmark:
     """Data, networks and the folder where runs are kept."""
 
@@ -133,13 +141,14 @@ class Benchmark:
 
 
 def figures(frontier: ParetoFrontier) -> dict[str, Any]:
-    """Test accuracy of every exit alone, of the full model, and at every budget, with what was spent."""
+    """Test accuracy of every exit alone, of the full model, at budgets with what was spent, and along the curve."""
     points = {budget: frontier.at(budget=budget) for budget in BUDGETS}
     return {
         "exit_accuracy": frontier.fixed_accuracy,
         "exit_cost": frontier.fixed_cost,
         "full_accuracy": frontier.full_accuracy,
         "at_budget": {str(b): {"accuracy": p.accuracy, "cost": p.cost} for b, p in points.items()},
+        "curve": {"cost": frontier.cost, "accuracy": frontier.accuracy},
     }
 
 
@@ -164,6 +173,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True, help="folder for the state of runs")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--runs", nargs="*", help="names of runs, as in the tables; all unless given")
+    parser.add_argument("--picture", type=Path, help="where curves of frozen and joint exits and of cascades are drawn")
     parser.add_argument("--verbose", type=int, default=0)
     args = parser.parse_args()
     bench = Benchmark(args)
@@ -181,7 +191,10 @@ def main() -> None:
                 # Read anew, as another run may have ended meanwhile.
                 records = [*earlier_records(), record]
                 write_result("joint_cifar10", {"exits": EXITS, "original_accuracy": original, "runs": records})
-    report([r for r in records if passes_of(r["name"], args.epochs, args.images).items() <= r.items()], original)
+    records = [r for r in records if passes_of(r["name"], args.epochs, args.images).items() <= r.items()]
+    report(records, original)
+    if args.picture is not None:
+        draw(records, original, args.picture)
 
 
 def passes_of(name: str, epochs: int, n_images: int) -> dict[str, int]:
@@ -232,6 +245,24 @@ def report(records: list[dict[str, Any]], original: float) -> None:
         for name, runs in by_name.items() if len(runs[0].get("exit_accuracy", ())) == len(EXITS) + 1
     ]  # fmt: skip
     print_table("Test accuracy when everybody leaves there (%)", ["", *EXITS, "full model"], rows)
+
+
+def draw(records: list[dict[str, Any]], original: float, picture: Path) -> None:
+    """Curves of the first seed, on test; the original's accuracy as a line."""
+    from matplotlib import pyplot
+
+    _, ax = pyplot.subplots(figsize=(7.5, 5), layout="constrained")
+    for record in records:
+        if record["name"] in DRAWN and record["seed"] == 0:
+            order = np.argsort(record["curve"]["cost"])
+            points = (np.array(record["curve"][key])[order] for key in ("cost", "accuracy"))
+            ax.plot(*points, ".-", label=DRAWN[record["name"]])
+    ax.axhline(original, color="grey", linewidth=1, label="ResNet-56 as it was given")
+    ax.set(xlabel="mean relative cost", ylabel="test accuracy", ylim=(original - 0.12, original + 0.015))
+    ax.set_title("exits on a ResNet-56 and cascades, CIFAR-10 (JPEG)")
+    ax.legend()
+    ax.figure.savefig(picture, dpi=120)
+    print(f"\npicture: {picture}")
 
 
 if __name__ == "__main__":

@@ -44,8 +44,10 @@ def schedule_for(optimizer: Any, settings: dict[str, Any], steps_per_epoch: int)
     if settings["scheduler"] == "constant":
         schedule: Any = StepLRScheduler(optimizer, decay_t=total + 1, decay_rate=1.0, t_in_epochs=False, **warmup)
     elif settings["scheduler"] == "multistep":
-        steps = [round(share * total) for share in FALLS_AT]
-        schedule = MultiStepLRScheduler(optimizer, steps, decay_rate=0.1, t_in_epochs=False, **warmup)
+        steps = [round(share * total) + 1 for share in FALLS_AT]  # timm's fall a step before the one that is named
+        schedule = MultiStepLRScheduler(
+            optimizer, steps, decay_rate=0.1, warmup_prefix=False, t_in_epochs=False, **warmup
+        )  # fmt: skip
     else:
         length = total - warmup["warmup_t"]
         schedule = CosineLRScheduler(optimizer, t_initial=length, warmup_prefix=True, t_in_epochs=False, **warmup)
