@@ -51,6 +51,9 @@ STEP = 2e7
 CLEAR = 0.02
 """Mean accuracy behind the best from which a head that takes no longer is not tried again."""
 
+HEDGE = 0.002
+"""Mean accuracy by which both teachers together must be better than one alone."""
+
 MUCH = 2.0
 """Times the work of the best: a head that takes so much comes forward in a whole training only."""
 
@@ -196,7 +199,8 @@ def tournament(work: Mapping[str, float], a_pass: float, teachers: Sequence[floa
     if len(teachers) > 1:
         share = allowance.share([work[best]] * len(teachers), TEACHER_SHARE, of=0.5)
         by_teacher = {teacher: tried([best], teacher, share)[best] for teacher in teachers}
-        weight = max(by_teacher, key=lambda teacher: by_teacher[teacher])
+        # A mixture is a hedge that ranks heads well; one teacher alone is mostly better in the end where both are near.
+        weight = max(by_teacher, key=lambda teacher: by_teacher[teacher] - (HEDGE if 0 < teacher < 1 else 0.0))
     finalists = in_front(scores, work)
     last = allowance.share([work[name] for name in finalists], LAST_SHARE)
     if len(finalists) == 1 or last <= first:  # a shorter trial would say less than the first one

@@ -16,6 +16,7 @@ from adaptexit.training import AutoRecipe, head_choice
 from adaptexit.training.cached_answers import columns_of, record_features
 from adaptexit.training.head_choice import (
     FIRST_SHARE,
+    HEDGE,
     LAST_SHARE,
     TEACHER_SHARE,
     Allowance,
@@ -90,6 +91,12 @@ def test_a_large_head_that_comes_forward_late_wins_and_learns_as_the_best_small_
         *((("small",), weight, TEACHER_SHARE) for weight in (0.5, 1.0, 0.0)),
         (("small", "large"), 0.0, LAST_SHARE),
     ]
+
+
+@pytest.mark.parametrize(("mixture", "expected"), [(0.6 + 0.9 * HEDGE, 1.0), (0.6 + 1.1 * HEDGE, 0.5)])
+def test_both_teachers_are_taken_where_they_are_clearly_better_than_one(mixture, expected):
+    scores = {0.5: mixture, 1.0: 0.6, 0.0: 0.59}
+    assert tournament({"a": 1.0}, 1.0, (0.5, 1.0, 0.0), lambda names, weight, _: {"a": scores[weight]})[1] == expected
 
 
 def test_where_little_work_is_left_the_first_trials_decide():
