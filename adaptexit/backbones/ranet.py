@@ -130,9 +130,9 @@ class SubNetwork(nn.Module):
             lower, history = history, []
             x, *versions = versions
         for n, block in enumerate(self.blocks):
-            x, seen = block(x, lower[n] if n < len(lower) else None)
+            x, maps = block(x, lower[n] if n < len(lower) else None)
             if self.remembers:
-                history = [*history, seen]
+                history = [*history, maps]
         return [versions, history, x]
 
 
@@ -197,17 +197,17 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, lower: Sequence[Tensor] | None) -> tuple[Tensor, list[Tensor]]:
         """The block's output, and the dense maps before, between and after its layers."""
-        seen = [x]
+        maps = [x]
         for n, layer in enumerate(self.layers):
             new = layer(x)
             parts = [resized(x, new)]
             if self.fusion is not None and lower is not None:
                 parts.append(resized(self.fusion.layers[n](lower[n]), new))
             x = torch.cat([*parts, new], dim=1)
-            seen.append(x)
+            maps.append(x)
         if self.fusion is not None and lower is not None:
             x = torch.cat([x, resized(self.fusion.last(lower[-1]), x)], dim=1)
-        return self.transition(x), seen
+        return self.transition(x), maps
 
 
 def resized(x: Tensor, like: Tensor) -> Tensor:
