@@ -20,7 +20,7 @@ from adaptexit.utils.validation import checked_number
 class AutoRecipe(HeadRecipe):
     """Heads learn the full model's softened probabilities or labels; head and teacher are those with the best frontier.
 
-    Where the estimator's ``head`` is left open, the heads of ``heads`` are trained for a part of the epochs on a part
+    Where the estimator's ``head`` is left open, the heads of ``heads`` are trained, some of them in full, on a part
     of the training samples, and compared on the rest of these by the mean accuracy of their calibrated frontiers over
     budgets from 0.4 to 0.9, what the heads cost counted in; so is learning from labels, which is better where the full
     model is weak, and from both. The best one then learns from all. Where a head is named, it alone is trained.
